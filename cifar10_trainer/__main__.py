@@ -1,0 +1,152 @@
+"""python -m cifar10_trainer: flags -> Config -> train_and_evaluate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from . import cli
+from .config import DATASETS, PRECISIONS, STRATEGIES, Config
+from .errors import ConfigError, unknown
+from .recipes import DEFAULT_RECIPE, RECIPES
+
+USAGE = """usage: python -m cifar10_trainer [flags]
+
+Trains a recipe on CIFAR-10, or on images of your own, and evaluates it.
+Examples:
+  python -m cifar10_trainer --epochs=40 --strategy=mirrored
+  python -m cifar10_trainer --dataset=digits --epochs=10          (offline, a minute)
+  python -m cifar10_trainer --dataset=folder --data_dir=pictures  (pictures/train/<class>/*)"""
+
+FLAGS = flags.FlagValues()
+cli.define_common(FLAGS)
+
+
+def _define(kind, name, text, default=None, **more):
+    kind(name, default, text, flag_values=FLAGS, module_name="python -m cifar10_trainer", **more)
+
+
+_define(flags.DEFINE_string, "recipe", "a name of --list_recipes", DEFAULT_RECIPE)
+_define(flags.DEFINE_string, "config", "a JSON file written by a run or by the search, instead of --recipe")
+_define(flags.DEFINE_boolean, "list_recipes", "print the recipes and exit", False)
+_define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's")
+_define(
+    flags.DEFINE_string,
+    "data_dir",
+    "a TFDS directory, an official archive, its extracted folder, or an image folder; default: "
+    "$CIFAR10_TRAINER_DATA, then the usual caches, then a download",
+)
+_define(flags.DEFINE_float, "epochs", "passes over the training images; default: the recipe's")
+_define(flags.DEFINE_integer, "batch_size", "images a step, over all replicas; default: the recipe's")
+_define(flags.DEFINE_float, "learning_rate", "peak learning rate; default: the recipe's")
+_define(flags.DEFINE_integer, "seed", "of weights, order and augmentation; default: the recipe's")
+_define(flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's")
+_define(flags.DEFINE_boolean, "final_fit", "train on all training images and keep the last weights", False)
+_define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to", 32)
+_define(flags.DEFINE_string, "strategy", f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto")
+_define(flags.DEFINE_string, "precision", f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto")
+_define(flags.DEFINE_boolean, "sync_batch_norm", "batch-norm statistics over all replicas", None)
+_define(
+    flags.DEFINE_multi_string,
+    "set",
+    "any other setting of the configuration, as section.name=value with a JSON value; may be repeated. "
+    "For example --set optimizer.momentum=0.9 --set options.filters=[32,128,128]",
+    [],
+)
+_define(
+    flags.DEFINE_string,
+    "workdir",
+    "the run folder; an unfinished run of the same configuration in it is resumed; default: runs/<recipe>-<time>",
+)
+_define(flags.DEFINE_boolean, "overwrite", "replace the run that is in --workdir", False)
+
+
+def read_config(path: str) -> Config:
+    """The Config in a JSON file: a run's config.json, or the search's best_config.json."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read --config={path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--config={path} is no JSON: {error}; allowed: a config.json of a run") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config={path} holds {type(values).__name__}; allowed: a JSON object")
+    return Config.from_record(values)
+
+
+def config_from_flags() -> Config:
+    """The recipe or the file, with what the flags override."""
+    if FLAGS["recipe"].present and FLAGS.config:
+        raise ConfigError(f"--recipe={FLAGS.recipe} and --config={FLAGS.config}; allowed: one of the two")
+    if FLAGS.config:
+        config = read_config(FLAGS.config)
+    elif FLAGS.recipe in RECIPES:
+        config = RECIPES[FLAGS.recipe]
+    else:
+        raise unknown("recipe", FLAGS.recipe, RECIPES)
+    changes: dict[str, Any] = {
+        name: FLAGS[flag].value
+        for flag, name in {
+            "dataset": "dataset", "epochs": "epochs", "batch_size": "batch_size", "seed": "seed",
+            "learning_rate": "optimizer__learning_rate", "validation_fraction": "validation_fraction",
+            "strategy": "strategy", "precision": "precision", "sync_batch_norm": "synchronize_batch_norm",
+        }.items()
+        if FLAGS[flag].value is not None
+    }  # fmt: skip
+    if FLAGS.final_fit:
+        if "validation_fraction" in changes:
+            raise ConfigError("--final_fit and --validation_fraction; allowed: one of the two")
+        changes["validation_fraction"] = None
+    elif changes.get("validation_fraction") == 0:
+        raise ConfigError(
+            "validation_fraction is 0; allowed: greater than 0 and less than 1, or --final_fit to train on every image"
+        )
+    for setting in FLAGS.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting!r}; allowed: section.name=value")
+        try:
+            changes[name.replace(".", "__")] = json.loads(value)
+        except ValueError:
+            changes[name.replace(".", "__")] = value
+    return config.override(**changes)
+
+
+def list_recipes() -> None:
+    """Prints a line a recipe: name, parameters, epochs, claim, source."""
+    rows = [("recipe", "parameters", "epochs", "claim", "source")]
+    for name, c in RECIPES.items():
+        claim = "-" if c.origin.claim is None else f"{100 * c.origin.claim:.2f}%"
+        rows.append((name, f"{c.origin.parameters:,}", f"{c.epochs:g}", claim, c.origin.source))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]
+        print("  ".join(cells))
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise ConfigError(f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)")
+    if FLAGS.list_recipes:
+        list_recipes()
+        return
+    config = config_from_flags()
+
+    cli.import_tensorflow()
+    from . import datasets
+    from .train import train_and_evaluate
+
+    dataset = None
+    if config.dataset == "folder":
+        dataset = datasets.load("folder", FLAGS.data_dir, image_size=FLAGS.image_size)
+    train_and_evaluate(
+        config, FLAGS.workdir, data_dir=FLAGS.data_dir, dataset=dataset, overwrite=FLAGS.overwrite
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, USAGE))

@@ -1,0 +1,381 @@
+"""The one training step and loop, the same for every strategy, precision and device.
+
+`Engine` trains an accelerated twin of a plain Keras model: batch norm in one fused kernel, the compute dtype of
+the policy, no softmax. A step is a pure function of variables' values (`stateless_call`), so that XLA can compile it
+on a GPU; several steps run in one loop inside the graph. `Model.fit` does none of this under every strategy.
+
+The engine's whole state is a dictionary of arrays: `state()` and `restore()`. With the data's order being a
+function of (seed, step), a run restored at step n goes on exactly as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from . import augment, optim
+from .config import Config
+from .errors import RunError
+from .pipeline import Fetcher, Order, index_data, training_data
+
+EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
+
+
+@keras.saving.register_keras_serializable("cifar10_trainer")
+class FusedBatchNormalization(keras.layers.BatchNormalization):
+    """Keras's batch norm over the last axis, in one kernel forward and one backward: bfloat16 in, float32 statistics.
+
+    Same weights, same results within rounding; epsilon is at least 1.001e-5, as the kernel wants it.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        channels = inputs.shape[-1]
+        flat = tf.reshape(inputs, [-1, 1, 1, channels]) if len(inputs.shape) == 2 else inputs
+        ones, zeros = tf.ones([channels]), tf.zeros([channels])
+        scale = ones if self.gamma is None else tf.convert_to_tensor(self.gamma)
+        offset = zeros if self.beta is None else tf.convert_to_tensor(self.beta)
+        epsilon = max(self.epsilon, 1.001e-5)
+        if not (training and self.trainable):
+            mean, variance = tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
+            output, *_ = tf.compat.v1.nn.fused_batch_norm(
+                flat, scale, offset, mean, variance, epsilon=epsilon, is_training=False
+            )
+            return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
+        output, mean, variance = tf.compat.v1.nn.fused_batch_norm(flat, scale, offset, epsilon=epsilon)
+        # The kernel's variance is the unbiased one; Keras keeps the biased.
+        count = tf.cast(tf.size(flat) // channels, tf.float32)
+        variance = variance * ((count - 1) / count)
+        for average, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            old = tf.convert_to_tensor(average)
+            average.assign(old * self.momentum + new * (1 - self.momentum))
+        return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
+
+
+def accelerate(model: keras.Model, policy: str, *, any_size: bool = False, synchronize: bool = False) -> keras.Model:
+    """A twin of `model` up to its logits, faster to train: the same variables in the same order, and their values.
+
+    The twin computes in `policy`; preprocessing and everything from the logits on stay in float32.
+
+    Args:
+        model: functional, with a layer "logits".
+        policy: a Keras dtype policy's name.
+        any_size: whether the twin takes images of any height and width.
+        synchronize: whether batch norm takes its statistics over all replicas (Keras's own, unfused kernel).
+    """
+    body = keras.Model(model.input, model.get_layer("logits").output)
+    head = {"preprocess", "head", "logits"}
+
+    def twin(layer):
+        config = layer.get_config()
+        if layer.name not in head:
+            config["dtype"] = policy
+        if type(layer) is keras.layers.BatchNormalization and config["axis"] in (-1, len(layer.output.shape) - 1):
+            if synchronize:
+                return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
+            return FusedBatchNormalization.from_config(config)
+        return layer.__class__.from_config(config)
+
+    shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
+    result = keras.models.clone_model(body, input_tensors=keras.Input(shape), clone_function=twin)
+    for old, new in zip(body.layers, result.layers, strict=True):
+        new.trainable = old.trainable
+    result.set_weights(body.get_weights())
+    return result
+
+
+@dataclass
+class Progress:
+    """What the steps since `clear` add up to."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    images: int = 0
+
+    def logs(self) -> dict[str, float]:
+        n = max(self.images, 1)
+        return {"loss": self.loss / n, "accuracy": self.correct / n}
+
+
+class Engine:
+    """Trains `model` on arrays in memory.
+
+    Args:
+        model: plain, functional, uncompiled; ends in layers "logits" and "probabilities".
+        config: batch size, seed, augmentation, optimizer, schedule and so on.
+        images, labels: uint8 [n, height, width, channels], integers [n]: the training set.
+        strategy: a tf.distribute strategy.
+        policy: a Keras dtype policy's name.
+        num_classes: classes of the labels.
+        on_device: whether images live, and are augmented, where the step runs. None: on GPUs.
+        compiled: whether XLA compiles the gradient function. None: on GPUs.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        config: Config,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        strategy: tf.distribute.Strategy,
+        policy: str,
+        num_classes: int,
+        on_device: bool | None = None,
+        compiled: bool | None = None,
+    ):
+        gpu = bool(tf.config.list_logical_devices("GPU"))
+        self.model = model
+        self.config = config
+        self.strategy = strategy
+        self.replicas = strategy.num_replicas_in_sync
+        self.num_classes = num_classes
+        self.on_device = gpu if on_device is None else on_device
+        self.compiled = gpu and not config.synchronize_batch_norm if compiled is None else compiled
+        self.order = Order(len(images), config.batch_size, config.seed, config.augmentation, self.replicas)
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.steps = max(1, round(config.epochs * self.steps_per_epoch))
+        self.shape = images.shape[1:3]
+        self.step = 0
+        self.progress = Progress()
+
+        with strategy.scope():
+            self.twin = accelerate(
+                model, policy, any_size=bool(config.sizes),
+                synchronize=config.synchronize_batch_norm and self.replicas > 1,
+            )
+            self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
+            if policy == "mixed_float16":
+                self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+            self.optimizer.build(self.twin.trainable_variables)
+            self.averages = []
+            if config.averaging.every:
+                values = [*self.twin.trainable_variables, *self._statistics()]
+                self.averages = [tf.Variable(v.numpy(), trainable=False) for v in values]
+
+        table = augment.pixel_table(tf.constant(images))
+        self.labels = tf.constant(labels, tf.int32)
+        self.table = table
+        if self.on_device:
+            self.table, self.labels = (
+                strategy.experimental_distribute_values_from_function(lambda _, x=x: tf.identity(x))
+                for x in (self.table, self.labels)
+            )
+        gradients = tf.function(self._gradients, jit_compile=True) if self.compiled else self._gradients
+        self._gradients_of = gradients
+        self._graphs: dict[int | None, Callable] = {}
+        self._iterator: tuple[tuple[int, int | None], Iterator] | None = None
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def _statistics(self) -> list:
+        """The float variables that training changes without a gradient: batch-norm statistics."""
+        return [v for v in self.twin.non_trainable_variables if v.dtype.startswith("float") and v.path.endswith(
+            ("moving_mean", "moving_variance"))]
+
+    def _gradients(self, weights, others, images, targets):
+        """The pure heart of a step: loss of this replica's part, gradients, and what changes without one."""
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            logits, others, penalties = self.twin.stateless_call(
+                weights, others, images, training=True, return_losses=True
+            )
+            smoothing = self.config.label_smoothing
+            soft = targets * (1 - smoothing) + smoothing / self.num_classes
+            losses = tf.nn.softmax_cross_entropy_with_logits(soft, logits)
+            # Keras optimizers sum over replicas: each gives its share of the mean over the global batch.
+            loss = tf.reduce_sum(losses) / self.config.batch_size
+            objective = loss + tf.add_n(penalties) / self.replicas if penalties else loss
+            if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+                objective = self.optimizer.scale_loss(objective)
+        gradients = tape.gradient(objective, weights)
+        hits = tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == tf.argmax(targets, 1), tf.float32))
+        return gradients, others, tf.reduce_sum(losses), hits
+
+    def _replica_step(self, batch, data, fetcher):
+        images, targets = fetcher(*data, *batch) if self.on_device else batch
+        weights = [v.value for v in self.twin.trainable_variables]
+        others = [v.value for v in self.twin.non_trainable_variables]
+        gradients, others, loss, hits = self._gradients_of(
+            [tf.convert_to_tensor(w) for w in weights], [tf.convert_to_tensor(o) for o in others], images, targets
+        )
+        self.optimizer.apply(gradients, self.twin.trainable_variables)
+        return others, loss, hits
+
+    def _apply_others(self, others) -> None:
+        """Writes what a step changed without a gradient: the mean over replicas; counters are equal on all."""
+        for variable, new in zip(self.twin.non_trainable_variables, others, strict=True):
+            if not variable.dtype.startswith("float"):
+                new = self.strategy.experimental_local_results(new)[0]
+            elif self.replicas > 1:
+                new = self.strategy.reduce(tf.distribute.ReduceOp.MEAN, new, axis=None)
+            self.strategy.extended.update(variable.value, lambda v, n: v.assign(n), args=(new,))
+
+    def _average(self) -> None:
+        """Lookahead: moves the averages towards the weights, and the weights onto the averages."""
+        rule = self.config.averaging
+        done = tf.cast(self.optimizer.iterations, tf.float32) / self.steps
+        keep = rule.decay**rule.every * done**3
+        for variable, average in zip(
+            [*self.twin.trainable_variables, *self._statistics()], self.averages, strict=True
+        ):
+            new = keep * average + (1 - keep) * variable.value
+            for v in (average, variable.value):
+                self.strategy.extended.update(v, lambda v, n: v.assign(n), args=(new,))
+
+    def _graph(self, size: int | None) -> Callable:
+        """The compiled loop for images of one size: (iterator, count) -> sums of loss and of right answers."""
+        if size in self._graphs:
+            return self._graphs[size]
+        fetcher = self._fetcher(size)
+        every = self.config.averaging.every
+        data = (self.table, self.labels) if self.on_device else ()
+
+        @tf.function(reduce_retracing=True)
+        def loop(iterator, count, data):
+            loss = hits = tf.constant(0.0)
+            for _ in tf.range(count):
+                others, part, right = self.strategy.run(
+                    lambda batch, data: self._replica_step(batch, data, fetcher), args=(next(iterator), data)
+                )
+                self._apply_others(others)
+                loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
+                hits += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
+                if every and self.optimizer.iterations % every == 0:
+                    self._average()
+            return loss, hits
+
+        self._graphs[size] = lambda iterator, count: loop(iterator, count, data)
+        return self._graphs[size]
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _fetcher(self, size: int | None) -> Fetcher:
+        return Fetcher(self.config.augmentation, self.num_classes, self.shape, size)
+
+    def _phase(self, step: int) -> tuple[int, int, int | None]:
+        """(first step, end, image size) of the part of the run that `step` is in."""
+        sizes = self.config.sizes
+        if not sizes:
+            return 0, self.steps, None
+        ends = [round((i + 1) * self.steps / len(sizes)) for i in range(len(sizes))]
+        i = next(i for i, end in enumerate(ends) if step < end)
+        return (ends[i - 1] if i else 0), ends[i], sizes[i]
+
+    def _batches(self, end: int, size: int | None) -> Iterator:
+        """Batches from the present step to `end`; made once for a stretch of steps without a break."""
+        key = (end, size)
+        if self._iterator is None or self._iterator[0] != key:
+            def data(context):
+                if self.on_device:
+                    return index_data(self.order, self.step, end, context)
+                return training_data(
+                    self.order, self.step, end,
+                    table=self.table, labels=self.labels, fetcher=self._fetcher(size), context=context,
+                )
+
+            self._iterator = key, iter(self.strategy.distribute_datasets_from_function(data))
+        return self._iterator[1]
+
+    def train(self, count: int) -> dict[str, float]:
+        """Takes up to `count` steps, and returns the mean loss and accuracy since `progress` was cleared.
+
+        Stops before where the size of the images changes. Raises RunError where the loss is no number.
+        """
+        _, end, size = self._phase(self.step)
+        count = min(count, end - self.step)
+        loss, hits = self._graph(size)(self._batches(end, size), tf.constant(count))
+        self.step += count
+        self.progress.loss += float(loss)
+        self.progress.correct += float(hits)
+        self.progress.images += count * self.config.batch_size
+        if not np.isfinite(self.progress.loss):
+            raise RunError(
+                f"the loss is {self.progress.loss} at step {self.step}: training diverged; use a lower --learning_rate"
+            )
+        return self.progress.logs()
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Mean loss and accuracy over all of the images, computed by the twin on all replicas, plain (one view)."""
+        if not hasattr(self, "_evaluate"):
+            self._evaluation = {}
+
+            @tf.function(reduce_retracing=True)
+            def run(data, count):
+                loss = hits = tf.constant(0.0)
+                for _ in tf.range(count):
+                    part, right = self.strategy.run(self._replica_evaluation, args=(next(data),))
+                    loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
+                    hits += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
+                return loss, hits
+
+            self._evaluate = run
+        part = EVALUATION_BATCH
+        rounds = -(-len(images) // (part * self.replicas))
+
+        def data(context):
+            workers = context.num_input_pipelines
+            local = self.replicas // workers
+            mine = [
+                r * self.replicas + context.input_pipeline_id * local + i for r in range(rounds) for i in range(local)
+            ]
+            starts = tf.data.Dataset.from_tensor_slices(tf.constant(mine) * part)
+            return starts.map(lambda s: padded_slice(images_t, labels_t, s, part)).prefetch(2)
+
+        images_t, labels_t = tf.constant(images), tf.constant(labels, tf.int32)
+        iterator = iter(self.strategy.distribute_datasets_from_function(data))
+        loss, hits = self._evaluate(iterator, tf.constant(rounds))
+        return {"loss": float(loss) / len(images), "accuracy": float(hits) / len(images)}
+
+    def _replica_evaluation(self, batch):
+        images, labels, weight = batch
+        logits = self.twin(images, training=False)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        hits = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
+        return tf.reduce_sum(losses * weight), tf.reduce_sum(hits * weight)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _variables(self) -> dict[str, list]:
+        return {
+            "weights": self.twin.trainable_variables,
+            "others": self.twin.non_trainable_variables,
+            "optimizer": self.optimizer.variables,
+            "averages": self.averages,
+        }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that a step reads and changes, as arrays by name."""
+        arrays = {
+            f"{kind}/{i}": np.array(v) for kind, variables in self._variables().items() for i, v in enumerate(variables)
+        }
+        p = self.progress
+        arrays["engine"] = np.array([self.step, p.loss, p.correct, p.images], np.float64)
+        return arrays
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes up a state that `state` of an engine of the same model and config gave."""
+        for kind, variables in self._variables().items():
+            for i, v in enumerate(variables):
+                v.assign(arrays[f"{kind}/{i}"])
+        step, loss, correct, images = arrays["engine"]
+        self.step, self.progress = int(step), Progress(float(loss), float(correct), int(images))
+        self._iterator = None
+
+    def export(self) -> keras.Model:
+        """The plain model with the weights trained so far."""
+        self.model.set_weights(self.twin.get_weights())
+        return self.model
+
+
+def padded_slice(images, labels, start, length):
+    """images[start:start + length] and labels, filled up to `length` with weight 0 where they end."""
+    index = start + tf.range(length)
+    weight = tf.cast(index < tf.shape(labels)[0], tf.float32)
+    index = tf.minimum(index, tf.shape(labels)[0] - 1)
+    return tf.gather(images, index), tf.gather(labels, index), weight

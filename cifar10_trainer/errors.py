@@ -1,0 +1,21 @@
+"""The two errors that users meet. Their texts are one line: what was received, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+class ConfigError(ValueError):
+    """Wrong usage: a flag, a name or a configuration that cannot be. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """Right usage that could not be carried out: data, files, network, divergence. Exit status 1."""
+
+
+def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigError:
+    """The error for a name that is not one of `allowed`, with the nearest name where there is one."""
+    near = difflib.get_close_matches(str(received), list(allowed), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"unknown {what} {received!r}; allowed: {', '.join(allowed)}.{hint}")

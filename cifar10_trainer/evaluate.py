@@ -1,0 +1,256 @@
+"""A saved model and a data set -> probabilities and scores (python -m cifar10_trainer.evaluate).
+
+    python -m cifar10_trainer.evaluate --workdir RUN
+    python -m cifar10_trainer.evaluate --model FILE --dataset folder --data_dir PICTURES --views 6
+
+The model is a plain Keras file; TensorFlow is imported when there is something to compute.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
+
+from . import cli, datasets, report
+from .config import DATASETS
+from .errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    import keras
+
+SPLITS = ("test", "validation", "train")
+BATCH_SIZE = 500
+
+FLAGS = flags.FlagValues()
+cli.define_common(FLAGS)
+flags.DEFINE_string("workdir", None, "a run folder: its model, data set and settings", flag_values=FLAGS)
+flags.DEFINE_string("model", None, "a .keras or .h5 file, instead of --workdir", flag_values=FLAGS)
+flags.DEFINE_enum("dataset", None, DATASETS, "default: the run's, else cifar10", flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "where the data set is; default: the run's", flag_values=FLAGS)
+flags.DEFINE_enum("split", "test", SPLITS, "the images to score", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "views", None, ("1", "2", "6"), "views to average over; default: the run's, else 1", flag_values=FLAGS
+)
+flags.DEFINE_integer("batch_size", BATCH_SIZE, "images at once", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=FLAGS)
+
+USAGE = (
+    "python -m cifar10_trainer.evaluate --workdir RUN | --model FILE [flags]\n\n"
+    "Scores a saved model on a data set."
+)
+
+
+def load_model(path: str | Path) -> keras.Model:
+    """Opens a saved classifier of images, uncompiled, with Keras's safe mode on.
+
+    Its input is [batch, height, width, 3] with a fixed height and width, its output [batch, classes].
+    Raises ConfigError when there is no such file or the model is of another kind, RunError when the file does
+    not open as a model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
+    if path.suffix.lower() not in (".keras", ".h5", ".hdf5"):
+        raise ConfigError(f"the model file is {path}; allowed: a name that ends in .keras, .h5 or .hdf5")
+    import keras
+
+    try:
+        model = keras.models.load_model(path, compile=False)
+    except Exception as error:
+        # Keras raises whatever the reader of the day raises.
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{path} does not open as a Keras model ({reason}); train it again") from error
+    received: Any = getattr(model, "input_shape", None)
+    given: Any = getattr(model, "output_shape", None)
+    if not (_is_shape(received, 4) and received[3] == 3 and _is_shape(given, 2)):
+        raise ConfigError(
+            f"the model in {path} maps {received} to {given};"
+            " allowed: one that maps (batch, height, width, 3) to (batch, classes)"
+        )
+    return model
+
+
+def _is_shape(shape: Any, rank: int) -> bool:
+    return isinstance(shape, tuple) and len(shape) == rank and all(isinstance(n, int) for n in shape[1:])
+
+
+def _logits(model: keras.Model) -> Any:
+    """A function from images to logits [batch, classes], float32, up to a constant for each image."""
+    import keras
+    import tensorflow as tf
+
+    for layer in model.layers:
+        if layer.name == "logits" and layer.output.shape == model.output_shape:
+            head = keras.Model(model.inputs, layer.output)
+            return lambda images: tf.cast(head(images, training=False), tf.float32)
+
+    def log_outputs(images: Any) -> Any:
+        outputs = tf.cast(model(images, training=False), tf.float32)
+        # Negative outputs are no probabilities: not a number, which predict_probabilities reports.
+        return tf.where(outputs < 0, float("nan"), tf.math.log(tf.maximum(outputs, 1e-30)))
+
+    return log_outputs
+
+
+def _views(images: np.ndarray, views: int) -> list[tuple[float, np.ndarray]]:
+    """The weighted views of images [n, height, width, 3]; the weights add up to 1."""
+    mirrored = images[:, :, ::-1]
+    if views == 1:
+        return [(1.0, images)]
+    if views == 2:
+        return [(1 / 2, images), (1 / 2, mirrored)]
+    height, width = images.shape[1:3]
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    shifted = [padded[:, i : i + height, i : i + width] for i in (0, 2)]
+    return [(1 / 4, images), (1 / 4, mirrored)] + [(1 / 8, v) for s in shifted for v in (s, s[:, :, ::-1])]
+
+
+def predict_probabilities(
+    model: keras.Model, images: np.ndarray, batch_size: int = BATCH_SIZE, views: int = 1
+) -> np.ndarray:
+    """The model's class probabilities of every image: float32 [n, classes].
+
+    images: [n, height, width, 3], raw pixels 0-255, uint8 or float. views: 1; 2: the mean of the logits of
+    image and mirror image; 6: a quarter of each of those and an eighth of each of two diagonal shifts by a
+    pixel and their mirror images, as airbench does. Logits are the output of the layer "logits" where the
+    model has one, else the logarithm of its outputs. Raises RunError when they are not numbers.
+    """
+    import tensorflow as tf
+
+    if views not in (1, 2, 6):
+        raise ConfigError(f"views is {views}; allowed: 1, 2, 6")
+    n, size = len(images), max(1, min(batch_size, len(images)))
+    # One shape, so one trace: the last batch is filled up, and the filling cut off.
+    spec = tf.TensorSpec([size, *images.shape[1:]], images.dtype)
+    logits = tf.function(_logits(model), input_signature=[spec])
+    found = []
+    for start in range(0, n, size):
+        batch = images[start : start + size]
+        real = len(batch)
+        batch = np.concatenate([batch, np.repeat(batch[-1:], size - real, axis=0)])
+        mean = tf.add_n([weight * logits(tf.constant(view)) for weight, view in _views(batch, views)])
+        found.append(tf.nn.softmax(mean).numpy()[:real])
+    classes = model.output_shape[-1]
+    probabilities = np.concatenate(found) if found else np.zeros((0, classes), np.float32)
+    assert probabilities.shape == (n, classes), f"{probabilities.shape} for {n} images of {classes} classes"
+    if not np.isfinite(probabilities).all():
+        raise RunError(
+            "the model's outputs are not probabilities (negative or not a number);"
+            " it has diverged, or lacks a softmax at its end"
+        )
+    return probabilities
+
+
+def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """{"accuracy": 0-1, "loss": mean cross-entropy in nats, "n": images}, in float64.
+
+    labels: whole numbers [n]; probabilities: [n, classes], clipped to at least 1e-7, as in Keras's loss.
+    """
+    n = len(labels)
+    assert n == len(probabilities) > 0, f"{n} labels for {len(probabilities)} rows of probabilities"
+    of_truth = probabilities[np.arange(n), labels].astype(np.float64)
+    return {
+        "accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
+        "loss": float(np.mean(-np.log(np.clip(of_truth, 1e-7, 1.0)))),
+        "n": n,
+    }
+
+
+def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:
+    """Raises ConfigError when the model is made for other images or another number of classes."""
+    needs = tuple(model.input_shape[1:]), model.output_shape[-1]
+    has = tuple(dataset.input_shape), dataset.num_classes
+    if needs != has:
+        raise ConfigError(
+            f"the model takes images {needs[0]} of {needs[1]} classes, but data set {dataset.name!r} has"
+            f" images {has[0]} of {has[1]} classes; name the data it was trained on (--dataset, --data_dir)"
+        )
+
+
+def read_run(workdir: str | Path) -> dict[str, Any]:
+    """The config.json of a run folder. Raises ConfigError without a folder, RunError without its files."""
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise ConfigError(f"no run folder at {workdir}; allowed: one written by python -m cifar10_trainer")
+    for name in ("config.json", "model.keras"):
+        if not (workdir / name).is_file():
+            raise RunError(f"{workdir} has no {name}; finish the run by the command that began it")
+    return read_json(workdir / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"cannot read {path}: it is not a JSON object")
+    return values
+
+
+def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of split `name`; training and validation images are parted as `settings` say.
+
+    settings: validation_fraction, validation_split and seed of the run; without them all training images are
+    for training. Raises ConfigError when the split is empty.
+    """
+    if name == "test":
+        images, labels = dataset.test_images, dataset.test_labels
+        others = "validation, train"
+    else:
+        fraction, kind = settings.get("validation_fraction"), settings.get("validation_split", "stratified")
+        parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0))
+        images, labels = parts[:2] if name == "train" else parts[2:]
+        others = "test, train; or --workdir with the run that parted the training images"
+    if len(labels) == 0:
+        raise ConfigError(
+            f"split is {name!r}, but there are no such images in {dataset.name!r}; allowed: {others}"
+        )
+    return images, labels
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise ConfigError(f"unexpected argument {argv[0]!r}; allowed: flags only (--help shows them)")
+    if (FLAGS.workdir is None) == (FLAGS.model is None):
+        raise ConfigError("allowed: exactly one of --workdir RUN and --model FILE")
+
+    # ---- what to evaluate
+    settings: dict[str, Any] = {} if FLAGS.workdir is None else read_run(FLAGS.workdir)
+    path = FLAGS.model or Path(FLAGS.workdir) / "model.keras"
+    name = FLAGS.dataset or settings.get("dataset", "cifar10")
+    data_dir = FLAGS.data_dir or (settings.get("data_dir") if name == settings.get("dataset") else None)
+    views = int(FLAGS.views or settings.get("views", 1))
+
+    # ---- the model and images that fit it
+    model = load_model(path)
+    size = {"image_size": model.input_shape[1]} if name == "folder" else {}  # the others have one size
+    dataset = datasets.load(name, data_dir, **size)
+    check_fit(model, dataset)
+    trained_on = settings.get("class_names")
+    if trained_on is not None and list(dataset.class_names) != list(trained_on):
+        raise ConfigError(
+            f"data set {name!r} has classes {', '.join(dataset.class_names)}, but the model was trained on"
+            f" {', '.join(trained_on)}; choose the data set it was trained on (--dataset, --data_dir)"
+        )
+    images, labels = select(dataset, FLAGS.split, settings)
+
+    # ---- the numbers
+    probabilities = predict_probabilities(model, images, FLAGS.batch_size, views)
+    numbers = score(labels, probabilities)
+    if FLAGS.json:
+        about = {"model": str(path), "dataset": name, "source": dataset.source, "split": FLAGS.split}
+        print(json.dumps({**about, "views": views, **numbers}))
+        return
+    print(f"{path} on {numbers['n']:,} {FLAGS.split} images of {name} ({dataset.source}), views: {views}")
+    print(f"accuracy {numbers['accuracy']:.4f}   loss {numbers['loss']:.4f}\n")
+    print(report.classification_report(labels, probabilities.argmax(axis=1), dataset.class_names))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, USAGE))

@@ -1,0 +1,77 @@
+"""What the architectures share: their first and last layers, and the checks on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+from keras import layers
+
+from ..errors import ConfigError
+
+
+def preprocess(
+    x: keras.KerasTensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> keras.KerasTensor:
+    """(x / 255 - mean) / std, of pixels 0-255, as one plain layer.
+
+    mean, std: one float a channel, in units of 0-1 pixels; None: 0 and 1. Always in float32: in
+    bfloat16 the subtraction would lose bits. Raises ConfigError on a wrong length or a std of 0 or less.
+    """
+    channels = x.shape[-1]
+    mean = [0.0] * channels if mean is None else [float(m) for m in mean]
+    std = [1.0] * channels if std is None else [float(s) for s in std]
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise ConfigError(
+            f"mean is {mean} and std {std}; allowed: {channels} numbers each, those of std positive"
+        )
+    return layers.Rescaling(
+        scale=[1 / (255 * s) for s in std],
+        offset=[-m / s for m, s in zip(mean, std, strict=True)],
+        dtype="float32",
+        name="preprocess",
+    )(x)
+
+
+def finish(
+    x: keras.KerasTensor, num_classes: int, regularizer: keras.Regularizer | None = None
+) -> keras.KerasTensor:
+    """Features [n, f] -> float32 probabilities [n, num_classes]: layers "logits", "probabilities"."""
+    x = layers.Dense(num_classes, kernel_regularizer=regularizer, dtype="float32", name="logits")(x)
+    return layers.Activation("softmax", dtype="float32", name="probabilities")(x)
+
+
+def pool(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+    """Halves the maps [n, h, w, c] by their maxima. Raises ConfigError where nothing would be left."""
+    check_side(x, 2, name)
+    return layers.MaxPooling2D(2, name=name)(x)
+
+
+def flatten(x: keras.KerasTensor) -> keras.KerasTensor:
+    """[n, h, w, c] -> [n, h * w * c]. Raises ConfigError where height and width are not fixed."""
+    if None in x.shape[1:]:
+        raise ConfigError(f"input_shape leads to maps of {x.shape[1:]}; allowed: a fixed height and width")
+    return layers.Flatten(name="flatten")(x)
+
+
+def dropout(x: keras.KerasTensor, rate: float, name: str) -> keras.KerasTensor:
+    """Dropout; no layer at all where `rate` is 0."""
+    return layers.Dropout(rate, name=name)(x) if rate else x
+
+
+def check_side(x: keras.KerasTensor, side: int, name: str) -> None:
+    """Raises ConfigError where the maps [n, h, w, c] are smaller than the window of the layer `name`."""
+    height, width = x.shape[1:3]
+    if any(length is not None and length < side for length in (height, width)):
+        raise ConfigError(
+            f"the network is too deep for the image: {name} receives maps of {height}x{width};"
+            f" allowed: {side}x{side} at least, by larger images or fewer layers"
+        )
+
+
+def each(name: str, value: float | Sequence[float], count: int) -> tuple[float, ...]:
+    """The option `name` as `count` numbers: one stands for all. Raises ConfigError on another length."""
+    values = (value,) * count if isinstance(value, int | float) else tuple(value)
+    if len(values) != count:
+        raise ConfigError(f"{name} is {values}; allowed: one number, or {count}")
+    return values

@@ -1,0 +1,115 @@
+"""The project's own network: patch whitening, then three blocks of two 3x3 convolutions, and a small head.
+
+1,973,944 parameters with the default widths, whitening included. After airbench94's (Jordan 2024,
+arXiv:2404.00498), as natural Keras: batch norm without scale, convolutions that start near the identity,
+logits divided by nine. The last pooling is global, so that it also takes smaller images.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+from keras import layers
+
+from ..errors import ConfigError
+from .common import preprocess
+
+
+def build(
+    *,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    num_classes: int = 10,
+    mean: tuple[float, ...] | None = (0.4914, 0.4822, 0.4465),
+    std: tuple[float, ...] | None = (0.2470, 0.2435, 0.2616),
+    filters: tuple[int, ...] = (64, 256, 256),
+    depth: int = 2,
+    dropout: float = 0.0,
+    activation: str = "relu",
+) -> keras.Model:
+    """Builds the network, uncompiled. Images [n, height, width, channels] of 0-255 in, float32 probabilities out.
+
+    Args:
+        input_shape: height, width, channels.
+        num_classes: outputs.
+        mean, std: of the data's channels in 0-1 units, for the preprocessing that the model holds.
+        filters: width of each block.
+        depth: convolutions of a block; from the third on each has a shortcut around it.
+        dropout: rate before the head.
+        activation: a Keras activation's name.
+
+    Raises ConfigError for an image too small for the blocks, or a value out of range.
+    """
+    if not filters or min(filters) < 1:
+        raise ConfigError(f"filters is {tuple(filters)}; allowed: one positive width a block")
+    if depth < 1:
+        raise ConfigError(f"depth is {depth}; allowed: 1 or more")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout is {dropout}; allowed: 0 to less than 1")
+    smallest = 2 ** len(filters) + 1
+    if min(input_shape[:2]) < smallest:
+        raise ConfigError(f"{len(filters)} blocks need images of {smallest}x{smallest}, not {input_shape[:2]}")
+
+    def convolution(x, width, name):
+        # Uniform within 1 / sqrt(fan in), the default of the networks this one descends from.
+        start = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+        return layers.Conv2D(width, 3, padding="same", use_bias=False, kernel_initializer=start, name=name)(x)
+
+    def norm(x, name):
+        return layers.BatchNormalization(scale=False, momentum=0.6, epsilon=1.001e-5, name=name)(x)
+
+    images = keras.Input(input_shape, name="images")
+    x = preprocess(images, mean, std)
+    x = layers.Conv2D(2 * 4 * input_shape[-1], 2, use_bias=False, name="whitening")(x)
+    x = layers.Activation(activation, name="whitening_activation")(x)
+    for b, width in enumerate(filters, start=1):
+        for c in range(1, depth + 1):
+            name = f"block{b}_conv{c}"
+            shortcut = x
+            x = convolution(x, width, name)
+            if c == 1:
+                x = layers.MaxPooling2D(name=f"block{b}_pool")(x)
+            x = norm(x, f"block{b}_norm{c}")
+            if c > 2:
+                x = layers.Add(name=f"block{b}_add{c}")([x, shortcut])
+            x = layers.Activation(activation, name=f"block{b}_activation{c}")(x)
+    x = layers.GlobalMaxPooling2D(name="pool")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="dropout")(x)
+    x = layers.Dense(num_classes, use_bias=False, dtype="float32", name="head")(x)
+    x = layers.Rescaling(1 / 9, dtype="float32", name="logits")(x)
+    x = layers.Activation("softmax", dtype="float32", name="probabilities")(x)
+    model = keras.Model(images, x, name="fast")
+    for layer in model.layers:
+        if isinstance(layer, layers.Conv2D) and layer.name != "whitening":
+            _start_as_identity(layer)
+    return model
+
+
+def _start_as_identity(layer: layers.Conv2D) -> None:
+    """Makes the first filters of a 3x3 convolution pass their input channels on, as far as there are filters."""
+    kernel = np.array(layer.kernel)
+    size = min(kernel.shape[2:])
+    kernel[:, :, :, :size] = 0
+    kernel[1, 1, range(size), range(size)] = 1
+    layer.kernel.assign(kernel)
+
+
+def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5e-4) -> None:
+    """Sets the layer "whitening" to the eigenvectors of the images' 2x2 patches, and freezes it.
+
+    Filter i is eigenvector i of the patches' second moments over sqrt(eigenvalue + epsilon); the second half of
+    the filters are the first half's negatives. The first 5,000 images are used.
+
+    Args:
+        images: uint8 [n, height, width, channels]; mean, std: as the model's preprocessing has them.
+    """
+    x = (images[:5000].astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
+    h, w = x.shape[1:3]
+    patches = np.stack([x[:, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1)], axis=3)
+    patches = patches.reshape(-1, 4 * x.shape[-1])
+    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    filters = vectors / np.sqrt(values + epsilon)
+    kernel = np.concatenate([filters, -filters], axis=1).reshape(2, 2, x.shape[-1], -1)
+    layer = model.get_layer("whitening")
+    layer.kernel.assign(kernel)
+    layer.trainable = False

@@ -1,0 +1,63 @@
+"""Tutorial 2, "How to Develop a CNN From Scratch for CIFAR-10": VGG blocks.
+
+One block 1,060,138 parameters, two 591,274, three 550,570, three with batch norm 552,874.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+from keras import layers
+
+from . import common
+
+
+def build(
+    *,
+    input_shape: Sequence[int | None] = (32, 32, 3),
+    num_classes: int = 10,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    filters: Sequence[int] = (32, 64, 128),
+    dense: int = 128,
+    dropout: float | Sequence[float] = 0.0,
+    l2: float = 0.0,
+    batch_norm: bool = False,
+) -> keras.Model:
+    """Images [n, h, w, c], uint8 or float, 0-255 -> float32 probabilities [n, num_classes].
+
+    filters: one block of two convolutions each; dense: units of the hidden dense layer; dropout: after every
+    pool and the dense layer, one rate for all or one for each; l2: penalty on every kernel, by Keras's
+    regularizer; batch_norm: after the ReLU of every convolution and of the dense layer.
+    Raises ConfigError where the image is too small.
+    """
+    rates = common.each("dropout", dropout, len(filters) + 1)
+    regularizer = keras.regularizers.L2(l2) if l2 else None
+
+    images = keras.Input(input_shape, dtype="float32", name="images")
+    x = common.preprocess(images, mean, std)
+    for block, (width, rate) in enumerate(zip(filters, rates[:-1], strict=True), start=1):
+        for number in (1, 2):
+            x = layers.Conv2D(
+                width,
+                3,
+                padding="same",
+                kernel_initializer="he_uniform",
+                kernel_regularizer=regularizer,
+                name=f"block{block}_conv{number}",
+            )(x)
+            x = layers.ReLU(name=f"block{block}_relu{number}")(x)
+            if batch_norm:
+                x = layers.BatchNormalization(name=f"block{block}_norm{number}")(x)
+        x = common.pool(x, f"block{block}_pool")
+        x = common.dropout(x, rate, f"block{block}_dropout")
+    x = common.flatten(x)
+    x = layers.Dense(
+        dense, kernel_initializer="he_uniform", kernel_regularizer=regularizer, name="head_dense1"
+    )(x)
+    x = layers.ReLU(name="head_relu1")(x)
+    if batch_norm:
+        x = layers.BatchNormalization(name="head_norm1")(x)
+    x = common.dropout(x, rates[-1], "head_dropout1")
+    return keras.Model(images, common.finish(x, num_classes, regularizer), name="vgg")

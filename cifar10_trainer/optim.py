@@ -1,0 +1,134 @@
+"""Learning-rate schedules and optimizers, as Keras classes built from a Config."""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+
+from .config import Optimizer, Schedule
+
+
+@keras.saving.register_keras_serializable("cifar10_trainer")
+class Course(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate over a whole run of `steps` steps: `peak` times what `Schedule` says at step / steps.
+
+    The last step is `steps - 1`; a linear or cosine course would reach `end` one step later.
+    """
+
+    def __init__(self, peak: float, steps: int, schedule: Schedule | dict):
+        self.peak = peak
+        self.steps = steps
+        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule(**schedule)
+
+    def __call__(self, step):
+        s = self.schedule
+        t = tf.cast(step, tf.float32) / self.steps
+        after = tf.clip_by_value((t - s.warmup) / (1 - s.warmup), 0.0, 1.0)
+        if s.name == "linear":
+            value = 1 + (s.end - 1) * after
+        elif s.name == "cosine":
+            value = s.end + (1 - s.end) * 0.5 * (1 + tf.cos(3.14159265 * after))
+        elif s.name == "step":
+            value = s.drop ** tf.reduce_sum(tf.cast(t >= tf.constant(s.drops, tf.float32), tf.float32))
+        elif s.name == "cyclic":
+            # Triangles from `end` up to 1 and back: Smith 2017, arXiv:1506.01186.
+            phase = tf.math.floormod(after * s.cycles, 1.0)
+            value = s.end + (1 - s.end) * (1 - tf.abs(2 * phase - 1))
+        else:
+            value = tf.ones_like(t)
+        if s.warmup:
+            value = tf.where(t < s.warmup, s.start + (1 - s.start) * t / s.warmup, value)
+        return self.peak * value
+
+    def get_config(self):
+        import dataclasses
+
+        return {"peak": self.peak, "steps": self.steps, "schedule": dataclasses.asdict(self.schedule)}
+
+
+@keras.saving.register_keras_serializable("cifar10_trainer")
+class SGD(keras.optimizers.SGD):
+    """Keras's SGD with L2 in the gradient, and a learning rate of their own for batch-norm offsets.
+
+    The gradient becomes multiplier * gradient + l2 * variable: the multiplier is 1 but for the offsets, whose
+    decay thus stays that of the other weights. (airbench's rule; Jordan 2024, arXiv:2404.00498.)
+    """
+
+    def __init__(self, learning_rate=0.01, l2=0.0, bias_multiplier=1.0, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.l2 = l2
+        self.bias_multiplier = bias_multiplier
+
+    def update_step(self, gradient, variable, learning_rate):
+        place = self._trainable_variables[self._get_variable_index(variable)]
+        if self.bias_multiplier != 1 and place.path.endswith("/beta"):
+            gradient = gradient * self.bias_multiplier
+        if self.l2:
+            gradient = gradient + self.l2 * tf.convert_to_tensor(variable)
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        return {**super().get_config(), "l2": self.l2, "bias_multiplier": self.bias_multiplier}
+
+
+@keras.saving.register_keras_serializable("cifar10_trainer")
+class Muon(SGD):
+    """Momentum whose update of each convolution kernel is made orthogonal; SGD for everything else.
+
+    A kernel [h, w, in, out] is taken as a matrix [h * w * in, out]; its norm is held at the square root of its
+    size. Keras's own `Muon` leaves convolutions to AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+    """
+
+    def __init__(self, learning_rate=0.24, kernel_momentum=0.6, sgd_ratio=6.0, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.kernel_momentum = kernel_momentum
+        self.sgd_ratio = sgd_ratio
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        if len(variable.shape) != 4:
+            super().update_step(gradient, variable, learning_rate * self.sgd_ratio)
+            return
+        momentum = self.momentums[index]
+        rate = tf.cast(learning_rate, variable.dtype)
+        velocity = self.kernel_momentum * momentum.value + gradient
+        momentum.value.assign(velocity)
+        update = orthogonal(tf.reshape(gradient + self.kernel_momentum * velocity, [-1, variable.shape[-1]]))
+        weights = tf.convert_to_tensor(variable)
+        weights = weights * (tf.sqrt(tf.cast(tf.size(weights), weights.dtype)) / tf.norm(weights))
+        variable.assign(weights - rate * tf.reshape(update, variable.shape))
+
+    def get_config(self):
+        return {**super().get_config(), "kernel_momentum": self.kernel_momentum, "sgd_ratio": self.sgd_ratio}
+
+
+def orthogonal(matrix, steps: int = 3):
+    """Roughly the nearest matrix [m, n] with singular values of one: a quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = tf.transpose(matrix) if tall else matrix
+    x = x / (tf.norm(x) + 1e-7)
+    for _ in range(steps):
+        square = tf.matmul(x, x, transpose_b=True)
+        x = a * x + tf.matmul(b * square + c * tf.matmul(square, square), x)
+    return tf.transpose(x) if tall else x
+
+
+def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> keras.optimizers.Optimizer:
+    """The Keras optimizer of a run of `steps` steps. The plateau schedule leaves its rate to a callback."""
+    o = optimizer
+    constant = schedule.name in ("constant", "plateau") and not schedule.warmup
+    rate = o.learning_rate if constant else Course(o.learning_rate, steps, schedule)
+    if o.name == "adam":
+        return keras.optimizers.Adam(rate, clipnorm=None, global_clipnorm=o.clip_norm)
+    if o.name == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=o.weight_decay, global_clipnorm=o.clip_norm)
+    kind = SGD if o.name == "sgd" else Muon
+    return kind(
+        rate,
+        momentum=o.momentum,
+        nesterov=o.nesterov,
+        l2=o.weight_decay,
+        bias_multiplier=o.bias_multiplier,
+        global_clipnorm=o.clip_norm,
+    )

@@ -1,0 +1,131 @@
+"""From uint8 arrays in memory to batches for the training step.
+
+Two pieces, so that the same batch can be made on either side:
+
+- `Order` says which images, in which order, with which random numbers: a tf.data pipeline of a few bytes an image.
+- `Fetcher` turns that into the images and labels of a batch: a pure function, mapped by tf.data on a CPU
+  (with prefetch) or called inside the training step on a GPU, where the images then live.
+
+The order of epoch e and its random numbers are a function of (seed, e) alone. So a run started at step n sees
+what an uninterrupted one sees, and what an image becomes does not depend on batch size or replicas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from . import augment
+from .config import Augmentation
+
+
+@dataclass(frozen=True)
+class Order:
+    """The steps of a run: batches of (index int32 [batch], numbers float32 [batch, draws])."""
+
+    n: int  # images
+    batch_size: int  # over all replicas
+    seed: int
+    augmentation: Augmentation
+    replicas: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches only: the images left over differ from epoch to epoch."""
+        return self.n // self.batch_size
+
+    @property
+    def draws(self) -> int:
+        mixing = self.augmentation.mixup or self.augmentation.cutmix
+        layers = augment.layers_of(self.augmentation)
+        return sum(layer.draws for layer in layers) + (augment.MIX_DRAWS if mixing else 0)
+
+    def epoch(self, epoch):
+        """(index int32 [n], numbers float32 [n, draws]) of one epoch; image i has row i of numbers in every order."""
+        epoch = tf.cast(epoch, tf.int32)
+        index = tf.random.experimental.stateless_shuffle(tf.range(self.n), seed=tf.stack([self.seed, 2 * epoch]))
+        numbers = tf.random.stateless_uniform([self.n, self.draws], seed=tf.stack([self.seed, 2 * epoch + 1]))
+        if self.augmentation.flip == "alternating":
+            # One draw for the whole run, mirrored in every other epoch: adding a half changes sides.
+            once = tf.random.stateless_uniform([self.n, 1], seed=[self.seed, 1])
+            once = tf.math.floormod(once + 0.5 * tf.cast(epoch, tf.float32), 1.0)
+            numbers = tf.concat([once, numbers[:, 1:]], axis=1)
+        return index, tf.gather(numbers, index)
+
+    def dataset(self, start: int, stop: int, first_replica: int = 0, replicas: int | None = None) -> tf.data.Dataset:
+        """Steps start to stop, for the replicas from `first_replica` on: one element a replica, in turn."""
+        replicas = self.replicas if replicas is None else replicas
+        steps, part = self.steps_per_epoch, self.batch_size // self.replicas
+
+        def one_epoch(epoch):
+            def cut(x):
+                x = tf.reshape(x[: steps * self.batch_size], [steps, self.replicas, part, *x.shape[1:]])
+                return tf.reshape(x[:, first_replica : first_replica + replicas], [-1, part, *x.shape[3:]])
+
+            return tf.data.Dataset.from_tensor_slices(tuple(cut(x) for x in self.epoch(epoch)))
+
+        first = start // steps
+        data = tf.data.Dataset.range(first, -(-stop // steps)).flat_map(one_epoch)
+        return data.skip((start - first * steps) * replicas).take((stop - start) * replicas)
+
+
+@dataclass(frozen=True, eq=False)
+class Fetcher:
+    """index, numbers -> images [batch, size, size, 3], labels float32 [batch, classes]."""
+
+    augmentation: Augmentation
+    num_classes: int
+    shape: tuple[int, int]  # height, width
+    size: int | None = None  # side that the images are resized to after augmentation; None: as they are
+
+    def __call__(self, table, labels, index, numbers):
+        """table (`augment.pixel_table` of the images) and labels int32 [n] are the whole data set.
+
+        Returns uint8 images, or float32 in 0-255 where they were mixed or resized.
+        """
+        a = self.augmentation
+        layers = augment.layers_of(a)
+        drawn = sum(layer.draws for layer in layers)
+        batch = augment.fetch(table, self.shape, index, layers, numbers[:, :drawn])
+        targets = tf.one_hot(tf.gather(labels, index), self.num_classes)
+        if a.mixup or a.cutmix:
+            batch, targets = augment.mix(batch, targets, numbers[:, drawn:], mixup=a.mixup, cutmix=a.cutmix)
+        if self.size and self.size != self.shape[0]:
+            batch = resize(batch, self.size)
+        return batch, targets
+
+
+def resize(images, size: int):
+    """Square images made smaller, antialiased: two matrix products, so it is fast on every device and under XLA.
+
+    The weights are a triangle as wide as two output pixels (`tf.image.resize` with antialias=True computes
+    the same). Returns float32 in 0-255.
+    """
+    side = images.shape[1]
+    scale = side / size
+    centre = (np.arange(size) + 0.5) * scale - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(side)[None] - centre[:, None]) / max(scale, 1.0))
+    weights = tf.constant(weights / weights.sum(1, keepdims=True), tf.float32)
+    rows = tf.einsum("oh,bhwc->bowc", weights, tf.cast(images, tf.float32))
+    return tf.einsum("ow,bhwc->bhoc", weights, rows)
+
+
+def training_data(order: Order, start: int, stop: int, *, table, labels, fetcher: Fetcher, context=None):
+    """A prefetched tf.data pipeline of finished batches: the CPU's way."""
+    parallel = tf.data.Options()
+    parallel.deterministic = True
+    return (
+        index_data(order, start, stop, context)
+        .map(lambda index, numbers: fetcher(table, labels, index, numbers), num_parallel_calls=tf.data.AUTOTUNE)
+        .prefetch(tf.data.AUTOTUNE)
+        .with_options(parallel)
+    )
+
+
+def index_data(order: Order, start: int, stop: int, context=None) -> tf.data.Dataset:
+    """A prefetched tf.data pipeline of `order` alone, for a step that fetches by itself."""
+    here, workers = (context.input_pipeline_id, context.num_input_pipelines) if context else (0, 1)
+    local = order.replicas // workers
+    return order.dataset(start, stop, here * local, local).prefetch(2)

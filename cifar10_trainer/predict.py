@@ -1,0 +1,130 @@
+"""Image files -> labels and probabilities (python -m cifar10_trainer.predict).
+
+    python -m cifar10_trainer.predict --model RUN/model.keras cat.jpg holiday/
+    python -m cifar10_trainer.predict --model RUN/model.keras --json cat.jpg
+
+Files of any size and common format are brought to the model's size; the model does all other preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
+
+from . import cli, datasets, evaluate
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import keras
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+
+FLAGS = flags.FlagValues()
+cli.define_common(FLAGS)
+flags.DEFINE_string("model", None, "a .keras or .h5 file, such as RUN/model.keras", flag_values=FLAGS)
+flags.DEFINE_list(
+    "class_names", None, "names of the classes, in order; default: the run's, else numbers", flag_values=FLAGS
+)
+flags.DEFINE_integer("top_k", 3, "how many labels to show for each image", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_boolean("json", False, "print one JSON object a line", flag_values=FLAGS)
+
+USAGE = (
+    "python -m cifar10_trainer.predict --model RUN/model.keras IMAGE... [flags]\n\n"
+    "Labels image files; a folder stands for the images in it."
+)
+
+
+def find_images(arguments: Sequence[str]) -> list[Path]:
+    """The files meant: each argument, or the images directly in it, by name, where it is a folder.
+
+    Raises ConfigError for what is not there and for a folder without images.
+    """
+    paths: list[Path] = []
+    for argument in map(Path, arguments):
+        if argument.is_dir():
+            inside = sorted(p for p in argument.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise ConfigError(
+                    f"no images in {argument}; allowed: files that end in {', '.join(SUFFIXES)}"
+                )
+            paths += inside
+        elif argument.exists():
+            paths.append(argument)
+        else:
+            raise ConfigError(f"no image at {argument}; allowed: image files and folders of them")
+    return paths
+
+
+def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
+    """The `class_names` in config.json beside the model; without that file or key, numbers from 0."""
+    config = Path(model_path).with_name("config.json")
+    names = evaluate.read_json(config).get("class_names") if config.is_file() else None
+    return tuple(names) if names else tuple(map(str, range(classes)))
+
+
+def predict(
+    model: keras.Model, paths: Sequence[str | Path], class_names: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """For each image file its {"file", "label", "probability", "probabilities": {class name: 0-1}}.
+
+    The likeliest class comes first in "probabilities". model: as from `evaluate.load_model`; class_names: one
+    for each of its outputs, None for numbers. All files are read before any is predicted. Raises RunError for
+    a file that is no image, ConfigError for class names that do not fit the model.
+    """
+    height, width, _ = model.input_shape[1:]
+    classes = model.output_shape[-1]
+    names = tuple(map(str, range(classes)) if class_names is None else class_names)
+    if len(names) != classes or len(set(names)) != classes:
+        raise ConfigError(
+            f"{len(names)} class names ({', '.join(names)}) for a model of {classes} classes;"
+            f" allowed: {classes} different ones (--class_names=a,b,...)"
+        )
+    images = np.zeros((len(paths), height, width, 3), np.uint8)
+    for image, path in zip(images, paths, strict=True):
+        image[:] = datasets.read_image(path, (height, width))
+    results = []
+    for path, row in zip(paths, evaluate.predict_probabilities(model, images), strict=True):
+        ranked = [(names[c], float(f"{row[c]:.6g}")) for c in np.argsort(-row, kind="stable")]
+        label, probability = ranked[0]
+        results.append(
+            {"file": str(path), "label": label, "probability": probability, "probabilities": dict(ranked)}
+        )
+    return results
+
+
+def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
+    """`results` as aligned text: file, label, probability, and the next labels up to `top_k` in all."""
+    rows = [("file", "label", "probability", "then" if top_k > 1 else "")]
+    for result in results:
+        following = list(result["probabilities"].items())[1:top_k]
+        then = ", ".join(f"{name} {p:.4f}" for name, p in following)
+        rows.append((result["file"], result["label"], f"{result['probability']:.4f}", then))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main(argv: list[str]) -> None:
+    if FLAGS.model is None:
+        raise ConfigError("no --model; allowed: a .keras or .h5 file, such as --model RUN/model.keras")
+    if not argv:
+        raise ConfigError("no IMAGE; allowed: image files and folders of them")
+    paths = find_images(argv)
+    model = evaluate.load_model(FLAGS.model)
+    names = FLAGS.class_names or find_class_names(FLAGS.model, model.output_shape[-1])
+    results = predict(model, paths, names)
+    if FLAGS.json:
+        for result in results:
+            print(json.dumps(result))
+    else:
+        print(table(results, FLAGS.top_k))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, USAGE))

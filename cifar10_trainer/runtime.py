@@ -1,0 +1,137 @@
+"""Where a run computes: devices, strategy, precision, seed. Each choice comes with its reason, for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from .errors import ConfigError, RunError
+
+_IMPORTED = time.time()
+
+
+def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
+    """The strategy for "auto", "none", "mirrored" or "multi_worker", and why.
+
+    mirrored takes every visible GPU, or every logical CPU device where there is no GPU (one, unless configured
+    otherwise). multi_worker reads the cluster from TF_CONFIG. Raises ConfigError where that is missing.
+    """
+    gpus = tf.config.list_logical_devices("GPU")
+    cpus = tf.config.list_logical_devices("CPU")
+    if requested == "auto":
+        if "cluster" in json.loads(os.environ.get("TF_CONFIG") or "{}"):
+            requested = "multi_worker"
+        else:
+            requested = "mirrored" if len(gpus) > 1 else "none"
+    if requested == "none":
+        return tf.distribute.get_strategy(), f"on one device: {(gpus or cpus)[0].name}"
+    if requested == "mirrored":
+        devices = [d.name for d in gpus or cpus]
+        return tf.distribute.MirroredStrategy(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
+    if "cluster" not in json.loads(os.environ.get("TF_CONFIG") or "{}"):
+        raise ConfigError(
+            "strategy multi_worker found no cluster; set TF_CONFIG to JSON with 'cluster' (worker addresses) and 'task' "
+            "(type and index) in every process, or use --strategy=mirrored for the GPUs of one machine"
+        )
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    return strategy, f"{strategy.num_replicas_in_sync} replica(s) on {_workers(strategy)} worker(s)"
+
+
+def _workers(strategy: tf.distribute.Strategy) -> int:
+    return len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process writes the run's files: true but for the further workers of a cluster."""
+    resolver = strategy.cluster_resolver
+    return resolver is None or resolver.task_type in (None, "", "chief") or resolver.task_id in (None, 0)
+
+
+def choose_precision(requested: str) -> tuple[str, str]:
+    """The Keras dtype policy for "auto" or a policy's name, and why.
+
+    auto: bfloat16 where the hardware multiplies it natively; float16 on GPUs that only have that; float32 elsewhere.
+    """
+    if requested != "auto":
+        return requested, "as asked"
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
+        text = ".".join(str(c) for c in capability)
+        if capability >= (8, 0):
+            return "mixed_bfloat16", f"the GPU's compute capability {text} has bfloat16"
+        if capability >= (7, 0):
+            return "mixed_float16", f"the GPU's compute capability {text} has float16, not bfloat16"
+        return "float32", f"the GPU's compute capability {text} has no fast 16-bit arithmetic"
+    native = cpu_flags() & {"avx512_bf16", "amx_bf16"}
+    if native:
+        return "mixed_bfloat16", f"the processor has {', '.join(sorted(native))}"
+    return "float32", "the processor has no native bfloat16"
+
+
+def cpu_flags() -> set[str]:
+    """The processor's feature flags, as Linux tells them; empty elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return set()
+
+
+def process_start() -> float:
+    """When this process began, in seconds since the epoch, so that imports count; a moment ago where unknown."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return _IMPORTED
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and TensorFlow: initial weights and dropout. The data's order has its own seeds."""
+    keras.utils.set_random_seed(seed)
+
+
+def describe() -> dict[str, str]:
+    """Versions and hardware, for a run's record."""
+    import numpy as np
+
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), processor)
+    except OSError:
+        pass
+    gpus = tf.config.list_physical_devices("GPU")
+    names = [tf.config.experimental.get_device_details(g).get("device_name", "GPU") for g in gpus]
+    return {
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": f"{processor}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
+        "gpus": ", ".join(names) or "none",
+    }
+
+
+def check_batch(batch_size: int, n: int, replicas: int) -> None:
+    """Raises ConfigError where a global batch cannot be cut from n images or shared by the replicas."""
+    if batch_size > n:
+        raise ConfigError(f"batch_size is {batch_size}; allowed: at most the {n} training images")
+    if batch_size % replicas:
+        raise ConfigError(f"batch_size is {batch_size}; allowed: a multiple of the {replicas} replicas")
+
+
+def out_of_memory(error: Exception) -> RunError:
+    """The one-line error for a TensorFlow ResourceExhaustedError."""
+    return RunError(f"out of memory: use a smaller --batch_size ({str(error).splitlines()[0][:200]})")

@@ -1,0 +1,396 @@
+"""One run, from a Config to a folder with the trained model, its numbers and its pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from . import datasets, models, report, runtime
+from . import evaluate as scoring
+from .config import Config
+from .datasets import Dataset
+from .engine import Engine, Progress
+from .errors import ConfigError, RunError
+from .models import fast
+
+WRITTEN = (  # what a run writes, and --overwrite removes
+    "config.json", "history.csv", "metrics.json", "model.keras", "state.npz", "classification_report.txt",
+    "report.html", "figures", "tensorboard",
+)  # fmt: skip
+SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one sooner
+CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
+
+
+def train_and_evaluate(
+    config: Config,
+    workdir: str | os.PathLike | None = None,
+    *,
+    data_dir: str | None = None,
+    dataset: Dataset | None = None,
+    overwrite: bool = False,
+    callbacks: Iterable[keras.callbacks.Callback] = (),
+    verbose: int = 1,
+    full_report: bool = True,
+) -> dict[str, Any]:
+    """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
+
+    The kept weights are those with the best validation accuracy, or the last where nothing is held out. An
+    unfinished run of the same config in `workdir` is resumed, exactly. SIGINT and SIGTERM end it after the step
+    in progress, with everything saved.
+
+    Args:
+        config: what to do.
+        workdir: the run folder; None: runs/<recipe>-<time>.
+        data_dir: where the images are; see `datasets.load`.
+        dataset: images already loaded, instead.
+        overwrite: whether an earlier run in `workdir` may be replaced.
+        callbacks: further Keras callbacks. Their `model` is the plain model, with its weights as of the last epoch.
+        verbose: 1: words and a progress bar; 0: nothing.
+        full_report: whether to draw figures and report.html, and to write TensorBoard logs.
+
+    Returns: the contents of metrics.json.
+    Raises: ConfigError for what cannot be; RunError for what failed, and for an interrupted run.
+    """
+    say = print if verbose else (lambda *_: None)
+    began = time.time()
+
+    # ---- where and how ------------------------------------------------------------------------------------------
+    models.check_options(config.architecture, config.options)
+    workdir = Path(workdir or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    strategy, why = runtime.choose_strategy(config.strategy)
+    chief = runtime.is_chief(strategy)
+    say(f"strategy: {why}")
+    policy, why = runtime.choose_precision(config.precision)
+    say(f"precision: {policy}: {why}")
+    saved = _prepare(workdir, config, overwrite, strategy)
+
+    # ---- data ---------------------------------------------------------------------------------------------------
+    data = dataset or datasets.load(config.dataset, data_dir)
+    split = datasets.split(data, config.validation_fraction, config.validation_split, config.seed)
+    train_images, train_labels, val_images, val_labels = split
+    replicas = strategy.num_replicas_in_sync
+    runtime.check_batch(config.batch_size, len(train_images), replicas)
+    say(
+        f"data: {data.name} from {data.source}: {len(train_images):,} images to train on, "
+        f"{len(val_images):,} to validate, {len(data.test_images):,} to test"
+    )
+
+    # ---- model --------------------------------------------------------------------------------------------------
+    runtime.seed_everything(config.seed)
+    mean, std = _pixel_statistics(config.pixels, train_images)
+    model = models.build(config, input_shape=data.input_shape, num_classes=data.num_classes, mean=mean, std=std)
+    if config.whitening:
+        fast.whiten(model, train_images, mean, std)
+    engine = Engine(
+        model, config, train_images, train_labels, strategy=strategy, policy=policy, num_classes=data.num_classes
+    )
+    say(f"model: {config.recipe}, {model.count_params():,} parameters; {engine.steps:,} steps of {config.batch_size}")
+    run = _Run(
+        engine, config, workdir, chief=chief, began=began, callbacks=callbacks, verbose=verbose, full_report=full_report
+    )
+    if saved:
+        run.restore(saved)
+        say(f"resumed at step {engine.step:,} of {engine.steps:,}")
+    record = {
+        **config.to_dict(), "class_names": list(data.class_names), "data_dir": data_dir and str(data_dir),
+        "data_source": data.source, "parameters": model.count_params(), "command": " ".join(sys.orig_argv),
+        "environment": runtime.describe(),
+    }  # fmt: skip
+    if chief:
+        report.write_atomic(workdir / "config.json", json.dumps(record, indent=2) + "\n")
+
+    # ---- train --------------------------------------------------------------------------------------------------
+    with _Signals() as signals:
+        run.loop(val_images, val_labels, signals)
+    say(f"trained: {run.history[-1]['epoch']} epochs in {run.seconds():,.1f} s; kept epoch {run.best_epoch}")
+
+    # ---- evaluate -----------------------------------------------------------------------------------------------
+    best = keras.models.load_model(workdir / "model.keras", compile=False) if chief else engine.export()
+    test = (data.test_images, data.test_labels) if len(data.test_images) else (val_images, val_labels)
+    scores: dict[int, dict[str, float]] = {}
+    probabilities = np.zeros((0, data.num_classes), np.float32)
+    if len(test[0]):
+        for views in sorted({1, config.views}):
+            probabilities = scoring.predict_probabilities(best, test[0], views=views)
+            scores[views] = scoring.score(test[1], probabilities)
+    target = run.target
+    metrics = {
+        "recipe": config.recipe, "dataset": data.name, "n_train": len(train_images),
+        "n_validation": len(val_images), "n_test": len(data.test_images), "params": model.count_params(),
+        "epochs": run.history[-1]["epoch"], "best_epoch": run.best_epoch, "best_val_accuracy": run.best,
+        "target": config.target, "epoch_at_target": target and target[0],
+        "seconds_to_target": target and round(target[1], 2), "train_seconds": round(run.seconds(), 2),
+        "images_per_second": round(run.images / run.step_seconds, 1) if run.step_seconds else None,
+        "test_loss": scores[1]["loss"] if len(data.test_images) else None,
+        "test_accuracy": scores[1]["accuracy"] if len(data.test_images) else None,
+        "views": config.views,
+        "test_accuracy_views": scores[config.views]["accuracy"] if len(data.test_images) else None,
+        "strategy": type(strategy).__name__, "replicas": replicas, "precision": policy, "seed": config.seed,
+        "total_seconds": round(run.elapsed(), 2),
+    }  # fmt: skip
+    if chief:
+        if full_report:
+            report.write_run(
+                workdir, config=record, metrics=metrics, history=run.history, dataset=data, split=split,
+                test_probabilities=probabilities,
+            )  # fmt: skip
+        # Last of all: a run is finished when it has its metrics.
+        report.write_atomic(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        (workdir / "state.npz").unlink(missing_ok=True)
+    _summarise(say, metrics, workdir)
+    return metrics
+
+
+def _prepare(workdir: Path, config: Config, overwrite: bool, strategy: tf.distribute.Strategy) -> dict | None:
+    """Makes the run folder, or finds the state to resume from in it. Raises ConfigError where it is taken."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / ".writable").touch()
+        (workdir / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir") from error
+    if overwrite and runtime.is_chief(strategy):
+        for name in WRITTEN:
+            path = workdir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not (workdir / "config.json").exists():
+        return None
+    way_out = "choose another --workdir, or replace it with --overwrite"
+    if (workdir / "metrics.json").exists():
+        raise ConfigError(f"{workdir} holds a finished run; {way_out}")
+    there = json.loads((workdir / "config.json").read_text())
+    ours = config.to_dict()
+    different = [key for key in ours if there.get(key) != ours[key]]
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"{workdir} holds an unfinished run of another configuration ({key} {there.get(key)!r}, now {ours[key]!r});"
+            f" {way_out}"
+        )
+    if not (workdir / "state.npz").exists():
+        return None
+    with np.load(workdir / "state.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _pixel_statistics(pixels: str, images: np.ndarray) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
+    if pixels == "unit":
+        return None, None
+    sample = images.reshape(-1, images.shape[-1])
+    # Sums of squares of 8-bit numbers are exact in 64 bits, and need no float copy of the images.
+    counts = [np.bincount(channel, minlength=256) for channel in sample.T]
+    levels = np.arange(256) / 255
+    mean = tuple(float(c @ levels / c.sum()) for c in counts)
+    if pixels == "centred":
+        return mean, None
+    std = tuple(max(float(np.sqrt(c @ (levels - m) ** 2 / c.sum())), 1e-3) for c, m in zip(counts, mean, strict=True))
+    return mean, std
+
+
+class _Signals:
+    """Catches SIGINT and SIGTERM: `caught` is the first one's name; a second SIGINT interrupts at once."""
+
+    caught = ""
+
+    def __enter__(self):
+        def note(number, frame):
+            if self.caught and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.caught = signal.Signals(number).name
+
+        try:
+            self.before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are somebody else's
+            self.before = {}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """The loop over epochs, and what it remembers."""
+
+    def __init__(self, engine, config, workdir, *, chief, began, callbacks, verbose, full_report):
+        self.engine, self.config, self.workdir = engine, config, workdir
+        self.chief, self.full_report = chief, full_report
+        self.history: list[dict[str, Any]] = []
+        self.best, self.best_epoch, self.target = None, None, None
+        self.images, self.step_seconds = 0, 0.0
+        self._began, self._before, self._saved = began, 0.0, time.time()
+        # The callbacks' model shares the plain model's layers, so that an optimizer attached to it is not saved.
+        self._face = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
+        self._face.optimizer = engine.optimizer
+        self._face.stop_training = False
+        self.callbacks = keras.callbacks.CallbackList(
+            [*self._recipe_callbacks(), *callbacks], add_history=False, add_progbar=chief and bool(verbose),
+            model=self._face, epochs=self.epochs, steps=engine.steps_per_epoch, verbose=verbose if chief else 0,
+        )  # fmt: skip
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.engine.steps // self.engine.steps_per_epoch)
+
+    def _recipe_callbacks(self) -> list[keras.callbacks.Callback]:
+        c, found = self.config, []
+        if c.early_stopping is not None:
+            found.append(keras.callbacks.EarlyStopping(monitor="val_loss", patience=c.early_stopping))
+        if c.schedule.name == "plateau":
+            found.append(
+                keras.callbacks.ReduceLROnPlateau(
+                    monitor="val_loss", factor=c.schedule.drop, patience=c.schedule.patience,
+                    min_lr=c.schedule.end * c.optimizer.learning_rate,
+                )  # fmt: skip
+            )
+        if self.chief and self.full_report:
+            found.append(keras.callbacks.TensorBoard(self.workdir / "tensorboard", write_graph=False))
+        return found
+
+    def seconds(self) -> float:
+        """Spent in this run by all processes since their training began."""
+        return self._before + time.time() - self._began
+
+    def elapsed(self) -> float:
+        """Spent in this run by all processes, from the start of the first."""
+        return self.seconds() + self._began - runtime.process_start()
+
+    def loop(self, val_images, val_labels, signals) -> None:
+        """Trains from where the engine stands to the end, or until a callback or a signal stops it."""
+        engine, per_epoch = self.engine, self.engine.steps_per_epoch
+        count = 1
+        self.callbacks.on_train_begin()
+        while engine.step < engine.steps and not self._face.stop_training:
+            epoch = engine.step // per_epoch
+            end = min((epoch + 1) * per_epoch, engine.steps)
+            began = time.time()
+            self.callbacks.on_epoch_begin(epoch)
+            while engine.step < end:
+                before, start = engine.step, time.time()
+                self.callbacks.on_train_batch_begin(before - epoch * per_epoch)
+                logs = engine.train(min(count, end - before))
+                self.callbacks.on_train_batch_end(engine.step - 1 - epoch * per_epoch, logs)
+                done, spent = engine.step - before, time.time() - start
+                self.images += done * self.config.batch_size
+                self.step_seconds += spent
+                # As many steps a call as fit the time: the results do not depend on it.
+                count = int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * count, 1024)))
+                if signals.caught:
+                    self._interrupted(signals.caught)
+            self._end_epoch(epoch, val_images, val_labels, began)
+            if signals.caught and engine.step < engine.steps:
+                self._interrupted(signals.caught)
+        self.callbacks.on_train_end()
+        if self.best_epoch is None:
+            self.best_epoch = self.history[-1]["epoch"]
+            self._save_model()
+
+    def _end_epoch(self, epoch, val_images, val_labels, began) -> None:
+        engine, logs = self.engine, dict(self.engine.progress.logs())
+        last = engine.step >= engine.steps
+        rate = float(np.asarray(engine.optimizer.learning_rate))
+        if len(val_images) and (last or (epoch + 1) % self.config.validation_interval == 0):
+            self.callbacks.on_test_begin()
+            scores = engine.evaluate(val_images, val_labels)
+            logs.update({f"val_{k}": v for k, v in scores.items()})
+            self.callbacks.on_test_end(scores)
+        row = {"epoch": epoch + 1, **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")}}
+        self.history.append({**row, "learning_rate": rate, "seconds": round(time.time() - began, 3)})
+        engine.export()
+        reached = logs.get("val_accuracy")
+        if reached is not None:
+            if self.best is None or reached > self.best:
+                self.best, self.best_epoch = reached, epoch + 1
+                self._save_model()
+            if self.target is None and reached >= self.config.target:
+                self.target = (epoch + 1, self.elapsed())
+        self.callbacks.on_epoch_end(epoch, {**logs, "learning_rate": rate})
+        engine.progress = Progress()
+        if self.chief:
+            report.write_history(self.workdir / "history.csv", self.history)
+            if not last and time.time() - self._saved > SAVE_SECONDS:
+                self.save()
+
+    def _interrupted(self, by: str) -> None:
+        self.callbacks.on_train_end()
+        if self.best_epoch is None:
+            self.engine.export()
+            self._save_model()
+        if self.chief:
+            self.save()
+        raise RunError(
+            f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}; everything is saved in"
+            f" {self.workdir}; the same command with --workdir={self.workdir} goes on from there"
+        )
+
+    def _save_model(self) -> None:
+        if self.chief:
+            temporary = self.workdir / ".model.keras"
+            self.engine.model.save(temporary)
+            os.replace(temporary, self.workdir / "model.keras")
+
+    # -- resuming ----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes all that the rest of the run depends on: variables, step, callbacks, history."""
+        plain = (bool, int, float, str, type(None))
+        meta = {
+            "history": self.history, "best": self.best, "best_epoch": self.best_epoch, "target": self.target,
+            "images": self.images, "step_seconds": self.step_seconds, "elapsed": self.elapsed(),
+            "callbacks": [
+                {k: v for k, v in vars(c).items() if isinstance(v, plain)} for c in self._recipe_callbacks_live()
+            ],
+        }  # fmt: skip
+        content = io.BytesIO()
+        np.savez(content, meta=np.array(json.dumps(meta)), **self.engine.state())
+        report.write_atomic(self.workdir / "state.npz", content.getvalue())
+        self._saved = time.time()
+
+    def _recipe_callbacks_live(self) -> list[keras.callbacks.Callback]:
+        kinds = (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau)
+        return [c for c in self.callbacks.callbacks if isinstance(c, kinds)]
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes up what `save` wrote."""
+        meta = json.loads(str(arrays["meta"]))
+        self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
+        self.target = meta["target"] and tuple(meta["target"])
+        self.images, self.step_seconds = meta["images"], meta["step_seconds"]
+        self._before = meta["elapsed"]
+        self.engine.restore(arrays)
+        # Keras's callbacks forget on on_train_begin, so they get their memory back after it.
+        memories = meta["callbacks"]
+
+        class Remember(keras.callbacks.Callback):
+            def on_train_begin(self, logs=None):
+                for callback, memory in zip(live, memories, strict=True):
+                    vars(callback).update(memory)
+
+        live = self._recipe_callbacks_live()
+        self.callbacks.append(Remember())
+
+
+def _summarise(say, metrics: dict[str, Any], workdir: Path) -> None:
+    percent = lambda x: "-" if x is None else f"{100 * x:.2f}%"  # noqa: E731
+    say(f"\n{metrics['recipe']}, {metrics['epochs']} epochs, {metrics['train_seconds']:,.1f} s")
+    say(f"  validation accuracy  {percent(metrics['best_val_accuracy'])} (epoch {metrics['best_epoch']})")
+    say(f"  test accuracy        {percent(metrics['test_accuracy'])}", end="")
+    more = f", {percent(metrics['test_accuracy_views'])} averaged over {metrics['views']} views"
+    say(more if metrics["views"] > 1 else "")
+    goal, at = percent(metrics["target"]), metrics["seconds_to_target"]
+    reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
+    say(f"  target {goal:<13} {reached}")
+    say(f"  files                {workdir}/  (report.html, model.keras, metrics.json)")
