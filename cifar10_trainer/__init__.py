@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = ["DEFAULT_RECIPE", "RECIPES", "Config", "ConfigError", "RunError", "build_model", "load", "train"]
 
-_LATE = {"build_model": ("models.fast", "build"), "load": ("datasets", "load"), "train": ("train", "train_and_evaluate")}
+_LATE = {
+    "build_model": ("models.fast", "build"),
+    "load": ("datasets", "load"),
+    "train": ("train", "train_and_evaluate"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from absl import flags
 from . import cli
 from .config import DATASETS, PRECISIONS, STRATEGIES, Config
 from .errors import ConfigError, unknown
-from .recipes import DEFAULT_RECIPE, RECIPES
+from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES
 
 USAGE = """usage: python -m cifar10_trainer [flags]
 
@@ -30,7 +30,11 @@ def _define(kind, name, text, default=None, **more):
     kind(name, default, text, flag_values=FLAGS, module_name="python -m cifar10_trainer", **more)
 
 
-_define(flags.DEFINE_string, "recipe", "a name of --list_recipes", DEFAULT_RECIPE)
+_define(
+    flags.DEFINE_string,
+    "recipe",
+    f"a name of --list_recipes; default: {DEFAULT_RECIPE}, for digits fast.digits",
+)
 _define(flags.DEFINE_string, "config", "a JSON file written by a run or by the search, instead of --recipe")
 _define(flags.DEFINE_boolean, "list_recipes", "print the recipes and exit", False)
 _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's")
@@ -44,7 +48,9 @@ _define(flags.DEFINE_float, "epochs", "passes over the training images; default:
 _define(flags.DEFINE_integer, "batch_size", "images a step, over all replicas; default: the recipe's")
 _define(flags.DEFINE_float, "learning_rate", "peak learning rate; default: the recipe's")
 _define(flags.DEFINE_integer, "seed", "of weights, order and augmentation; default: the recipe's")
-_define(flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's")
+_define(
+    flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
+)
 _define(flags.DEFINE_boolean, "final_fit", "train on all training images and keep the last weights", False)
 _define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to", 32)
 _define(flags.DEFINE_string, "strategy", f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto")
@@ -80,23 +86,27 @@ def read_config(path: str) -> Config:
 
 def config_from_flags() -> Config:
     """The recipe or the file, with what the flags override."""
-    if FLAGS["recipe"].present and FLAGS.config:
+    if FLAGS.recipe and FLAGS.config:
         raise ConfigError(f"--recipe={FLAGS.recipe} and --config={FLAGS.config}; allowed: one of the two")
-    if FLAGS.config:
-        config = read_config(FLAGS.config)
-    elif FLAGS.recipe in RECIPES:
-        config = RECIPES[FLAGS.recipe]
-    else:
-        raise unknown("recipe", FLAGS.recipe, RECIPES)
+    recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
+    if recipe not in RECIPES:
+        raise unknown("recipe", recipe, RECIPES)
+    config = read_config(FLAGS.config) if FLAGS.config else RECIPES[recipe]
     changes: dict[str, Any] = {
         name: FLAGS[flag].value
         for flag, name in {
-            "dataset": "dataset", "epochs": "epochs", "batch_size": "batch_size", "seed": "seed",
-            "learning_rate": "optimizer__learning_rate", "validation_fraction": "validation_fraction",
-            "strategy": "strategy", "precision": "precision", "sync_batch_norm": "synchronize_batch_norm",
+            "dataset": "dataset",
+            "epochs": "epochs",
+            "batch_size": "batch_size",
+            "seed": "seed",
+            "learning_rate": "optimizer__learning_rate",
+            "validation_fraction": "validation_fraction",
+            "strategy": "strategy",
+            "precision": "precision",
+            "sync_batch_norm": "synchronize_batch_norm",
         }.items()
         if FLAGS[flag].value is not None
-    }  # fmt: skip
+    }
     if FLAGS.final_fit:
         if "validation_fraction" in changes:
             raise ConfigError("--final_fit and --validation_fraction; allowed: one of the two")
@@ -130,7 +140,9 @@ def list_recipes() -> None:
 
 def main(argv: list[str]) -> None:
     if argv:
-        raise ConfigError(f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)")
+        raise ConfigError(
+            f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)"
+        )
     if FLAGS.list_recipes:
         list_recipes()
         return
@@ -148,5 +160,9 @@ def main(argv: list[str]) -> None:
     )
 
 
+def command() -> int:
+    return cli.run(main, FLAGS, USAGE)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, USAGE))
+    sys.exit(command())

@@ -172,7 +172,8 @@ class RandomCutout(RandomLayer):
         self.size = size
 
     def transform(self, images, numbers):
-        inside = self.covered(*images.shape[1:3], numbers)[..., None]
+        _, height, width, _ = images.shape
+        inside = self.covered(height, width, numbers)[..., None]
         return tf.where(inside, tf.constant(GREY, images.dtype), images)
 
     def covered(self, height, width, numbers):
@@ -220,7 +221,9 @@ def fetch(table, shape, index, layers, numbers):
     for layer, part in list(zip(layers, parts, strict=True))[:moves][::-1]:
         rows, columns = layer.reindex(rows, columns, height, width, part)
     rows, columns = tf.cast(rows, kind), tf.cast(columns, kind)
-    pixel = ((tf.cast(index, kind) * (height * width))[:, None] + rows * width)[:, :, None] + columns[:, None, :]
+    pixel = ((tf.cast(index, kind) * (height * width))[:, None] + rows * width)[:, :, None] + columns[
+        :, None, :
+    ]
     pixels = tf.cast(tf.shape(table, tf.int64)[0], kind)
     if any(getattr(layer, "fill", None) == "constant" for layer in layers[:moves]):
         pixel = tf.where((rows < 0)[:, :, None] | (columns < 0)[:, None, :], pixels - 2, pixel)

@@ -74,5 +74,3 @@ def run(
             text = f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"
         print(f"error: {text}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-
-

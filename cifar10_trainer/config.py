@@ -25,7 +25,14 @@ SPLITS = ("stratified", "last")
 FLIPS = ("none", "random", "alternating")
 FILLS = ("reflect", "nearest", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
-RECORDED = ("class_names", "data_dir", "data_source", "parameters", "command", "environment")  # beside a Config in config.json
+RECORDED = (
+    "class_names",
+    "data_dir",
+    "data_source",
+    "parameters",
+    "command",
+    "environment",
+)  # beside a Config in config.json
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
 
 
@@ -99,7 +106,9 @@ class Augmentation(_Section):
     36 degrees), zoom is a fraction of the image's side.
     """
 
-    flip: str = "none"  # horizontal: "random", or "alternating": once at random, then mirrored every other epoch
+    flip: str = (
+        "none"  # horizontal: "random", or "alternating": once at random, then mirrored every other epoch
+    )
     shift: int = 0  # up to this many pixels both ways, up, down, left and right
     rotation: float = 0.0
     zoom: float = 0.0
@@ -204,20 +213,26 @@ class Config(_Section):
 
     # data
     dataset: str = "cifar10"
-    validation_fraction: float | None = 0.1  # of the training images; None: train on all, keep the last weights
+    validation_fraction: float | None = (
+        0.1  # of the training images; None: train on all, keep the last weights
+    )
     validation_split: str = "stratified"  # "last": the last ones, as tutorials do
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     # model
     architecture: str = "fast"
     options: Mapping[str, Any] = field(default_factory=dict)  # of the architecture's build function
-    pixels: str = "standardised"  # "unit": 0-1; "centred": minus the mean; "standardised": and by the deviation
+    pixels: str = (
+        "standardised"  # "unit": 0-1; "centred": minus the mean; "standardised": and by the deviation
+    )
     whitening: bool = False  # set the layer "whitening" to the data's patch whitening, and freeze it
 
     # optimisation
     epochs: float = 40.0
     batch_size: int = 512  # over all replicas
-    sizes: tuple[int, ...] = ()  # sides of the training images, each for an equal share of the steps; empty: as they are
+    sizes: tuple[
+        int, ...
+    ] = ()  # sides of the training images, each for an equal share of the steps; empty: as they are
     label_smoothing: float = 0.0
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)

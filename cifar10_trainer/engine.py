@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import augment, optim
+from . import augment, models, optim
 from .config import Config
 from .errors import RunError
 from .pipeline import Fetcher, Order, index_data, training_data
@@ -40,7 +40,10 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         offset = zeros if self.beta is None else tf.convert_to_tensor(self.beta)
         epsilon = max(self.epsilon, 1.001e-5)
         if not (training and self.trainable):
-            mean, variance = tf.convert_to_tensor(self.moving_mean), tf.convert_to_tensor(self.moving_variance)
+            mean, variance = (
+                tf.convert_to_tensor(self.moving_mean),
+                tf.convert_to_tensor(self.moving_variance),
+            )
             output, *_ = tf.compat.v1.nn.fused_batch_norm(
                 flat, scale, offset, mean, variance, epsilon=epsilon, is_training=False
             )
@@ -55,7 +58,9 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
 
 
-def accelerate(model: keras.Model, policy: str, *, any_size: bool = False, synchronize: bool = False) -> keras.Model:
+def accelerate(
+    model: keras.Model, policy: str, *, any_size: bool = False, synchronize: bool = False
+) -> keras.Model:
     """A twin of `model` up to its logits, faster to train: the same variables in the same order, and their values.
 
     The twin computes in `policy`; preprocessing and everything from the logits on stay in float32.
@@ -73,7 +78,10 @@ def accelerate(model: keras.Model, policy: str, *, any_size: bool = False, synch
         config = layer.get_config()
         if layer.name not in head:
             config["dtype"] = policy
-        if type(layer) is keras.layers.BatchNormalization and config["axis"] in (-1, len(layer.output.shape) - 1):
+        if type(layer) is keras.layers.BatchNormalization and config["axis"] in (
+            -1,
+            len(layer.output.shape) - 1,
+        ):
             if synchronize:
                 return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
             return FusedBatchNormalization.from_config(config)
@@ -144,7 +152,9 @@ class Engine:
 
         with strategy.scope():
             self.twin = accelerate(
-                model, policy, any_size=bool(config.sizes),
+                model,
+                policy,
+                any_size=bool(config.sizes),
                 synchronize=config.synchronize_batch_norm and self.replicas > 1,
             )
             self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
@@ -173,8 +183,11 @@ class Engine:
 
     def _statistics(self) -> list:
         """The float variables that training changes without a gradient: batch-norm statistics."""
-        return [v for v in self.twin.non_trainable_variables if v.dtype.startswith("float") and v.path.endswith(
-            ("moving_mean", "moving_variance"))]
+        return [
+            v
+            for v in self.twin.non_trainable_variables
+            if v.dtype.startswith("float") and v.path.endswith(("moving_mean", "moving_variance"))
+        ]
 
     def _gradients(self, weights, others, images, targets):
         """The pure heart of a step: loss of this replica's part, gradients, and what changes without one."""
@@ -200,7 +213,10 @@ class Engine:
         weights = [v.value for v in self.twin.trainable_variables]
         others = [v.value for v in self.twin.non_trainable_variables]
         gradients, others, loss, hits = self._gradients_of(
-            [tf.convert_to_tensor(w) for w in weights], [tf.convert_to_tensor(o) for o in others], images, targets
+            [tf.convert_to_tensor(w) for w in weights],
+            [tf.convert_to_tensor(o) for o in others],
+            images,
+            targets,
         )
         self.optimizer.apply(gradients, self.twin.trainable_variables)
         return others, loss, hits
@@ -269,12 +285,18 @@ class Engine:
         """Batches from the present step to `end`; made once for a stretch of steps without a break."""
         key = (end, size)
         if self._iterator is None or self._iterator[0] != key:
+
             def data(context):
                 if self.on_device:
                     return index_data(self.order, self.step, end, context)
                 return training_data(
-                    self.order, self.step, end,
-                    table=self.table, labels=self.labels, fetcher=self._fetcher(size), context=context,
+                    self.order,
+                    self.step,
+                    end,
+                    table=self.table,
+                    labels=self.labels,
+                    fetcher=self._fetcher(size),
+                    context=context,
                 )
 
             self._iterator = key, iter(self.strategy.distribute_datasets_from_function(data))
@@ -298,12 +320,21 @@ class Engine:
             )
         return self.progress.logs()
 
+    def pflop(self) -> float:
+        """Arithmetic of the steps so far, in PFLOP: three forward passes an image, as the speed records count it."""
+        total, step = 0, 0
+        while step < self.step:
+            _, end, size = self._phase(step)
+            end = min(end, self.step)
+            total += (end - step) * 3 * self.config.batch_size * models.forward_flops(self.model, size)
+            step = end
+        return total / 1e15
+
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Mean loss and accuracy over all of the images, computed by the twin on all replicas, plain (one view)."""
         if not hasattr(self, "_evaluate"):
-            self._evaluation = {}
 
             @tf.function(reduce_retracing=True)
             def run(data, count):
@@ -322,7 +353,9 @@ class Engine:
             workers = context.num_input_pipelines
             local = self.replicas // workers
             mine = [
-                r * self.replicas + context.input_pipeline_id * local + i for r in range(rounds) for i in range(local)
+                r * self.replicas + context.input_pipeline_id * local + i
+                for r in range(rounds)
+                for i in range(local)
             ]
             starts = tf.data.Dataset.from_tensor_slices(tf.constant(mine) * part)
             return starts.map(lambda s: padded_slice(images_t, labels_t, s, part)).prefetch(2)
@@ -352,7 +385,9 @@ class Engine:
     def state(self) -> dict[str, np.ndarray]:
         """Everything that a step reads and changes, as arrays by name."""
         arrays = {
-            f"{kind}/{i}": np.array(v) for kind, variables in self._variables().items() for i, v in enumerate(variables)
+            f"{kind}/{i}": np.array(v)
+            for kind, variables in self._variables().items()
+            for i, v in enumerate(variables)
         }
         p = self.progress
         arrays["engine"] = np.array([self.step, p.loss, p.correct, p.images], np.float64)

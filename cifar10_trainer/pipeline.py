@@ -45,7 +45,9 @@ class Order:
     def epoch(self, epoch):
         """(index int32 [n], numbers float32 [n, draws]) of one epoch; image i has row i of numbers in every order."""
         epoch = tf.cast(epoch, tf.int32)
-        index = tf.random.experimental.stateless_shuffle(tf.range(self.n), seed=tf.stack([self.seed, 2 * epoch]))
+        index = tf.random.experimental.stateless_shuffle(
+            tf.range(self.n), seed=tf.stack([self.seed, 2 * epoch])
+        )
         numbers = tf.random.stateless_uniform([self.n, self.draws], seed=tf.stack([self.seed, 2 * epoch + 1]))
         if self.augmentation.flip == "alternating":
             # One draw for the whole run, mirrored in every other epoch: adding a half changes sides.
@@ -54,7 +56,9 @@ class Order:
             numbers = tf.concat([once, numbers[:, 1:]], axis=1)
         return index, tf.gather(numbers, index)
 
-    def dataset(self, start: int, stop: int, first_replica: int = 0, replicas: int | None = None) -> tf.data.Dataset:
+    def dataset(
+        self, start: int, stop: int, first_replica: int = 0, replicas: int | None = None
+    ) -> tf.data.Dataset:
         """Steps start to stop, for the replicas from `first_replica` on: one element a replica, in turn."""
         replicas = self.replicas if replicas is None else replicas
         steps, part = self.steps_per_epoch, self.batch_size // self.replicas
@@ -118,7 +122,9 @@ def training_data(order: Order, start: int, stop: int, *, table, labels, fetcher
     parallel.deterministic = True
     return (
         index_data(order, start, stop, context)
-        .map(lambda index, numbers: fetcher(table, labels, index, numbers), num_parallel_calls=tf.data.AUTOTUNE)
+        .map(
+            lambda index, numbers: fetcher(table, labels, index, numbers), num_parallel_calls=tf.data.AUTOTUNE
+        )
         .prefetch(tf.data.AUTOTUNE)
         .with_options(parallel)
     )

@@ -173,7 +173,7 @@ def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: st
     axes.set_axis_off()
     for i, caption in enumerate(captions):
         x = i % columns * (width + right) + width / 2
-        y = i // columns * (height + below) + height * 1.1
+        y = i // columns * (height + below) + height * (1 + 0.1 * lines)  # of the last line
         size = min(8.5, 170 / longest)
         style: dict[str, Any] = {"fontsize": size, "color": INK, "linespacing": 1.15, "parse_math": False}
         axes.text(x, y, caption, ha="center", va="baseline", **style)
@@ -290,6 +290,10 @@ def training_curves(
                 style = {"color": colour, "markeredgecolor": INK, "zorder": 3, "linestyle": "none"}
                 label = f"best epoch, {best_epoch:g}: {text}"
                 axes.plot([best_epoch], [value], marker="*", markersize=13, label=label, **style)
+        drawn = [y for line in axes.lines for y in line.get_ydata() if y > 0 and math.isfinite(y)]
+        if quantity == "loss" and drawn and max(drawn) > 100 * min(drawn):
+            axes.set_yscale("log")
+            axes.minorticks_off()
         if quantity == "accuracy":
             if target is not None:
                 label = f"target: {100 * target:.4g}%"
@@ -398,14 +402,14 @@ def write_run(
     history: Sequence[Mapping[str, Any]],
     dataset: Dataset,
     split: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-    test_probabilities: np.ndarray | None,
+    test_probabilities: np.ndarray,
 ) -> None:
     """Writes classification_report.txt, figures/*.png and, last, report.html into `workdir`.
 
     config, metrics: as in config.json and metrics.json; history: rows as in history.csv; split: training
     images and labels, validation images and labels, as from `datasets.split`. test_probabilities:
     [n, classes] of `dataset.test_images`, or of the validation images where the data set has no test images;
-    the report then says so. None where there are neither: the parts that need them are left out.
+    the report then says so. Empty where there are neither: what needs them is left out.
     """
     workdir, names = Path(workdir), dataset.class_names
     train_images, train_labels, val_images, val_labels = split
@@ -423,12 +427,12 @@ def write_run(
     images, labels = dataset.test_images, dataset.test_labels
     if len(labels) == 0:
         scored, note, images, labels = "validation", NO_TEST_IMAGES, val_images, val_labels
-    if test_probabilities is None:
+    n = len(test_probabilities)
+    assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
+    if n == 0:
         note = "This run has no test score: there are neither test nor validation images."
         drawn = {name: path for name, path in drawn.items() if name not in SCORED_FIGURES}
     else:
-        n = len(test_probabilities)
-        assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
         predicted = test_probabilities.argmax(axis=1)
         accuracy = float((predicted == labels).mean())
         text = classification_report(labels, predicted, names)
@@ -439,7 +443,7 @@ def write_run(
     # ---- the two texts
     text = "\n\n".join(filter(None, (note, text.rstrip()))) + "\n"
     write_atomic(workdir / "classification_report.txt", text)
-    tiles = _tiles(metrics, scored, len(labels), accuracy)
+    tiles = _tiles(metrics, scored, n, accuracy)
     page = _page(tiles, note, drawn, text, config=config, metrics=metrics, history=history)
     write_atomic(workdir / "report.html", page)
 
@@ -452,7 +456,11 @@ def _tiles(metrics: Mapping[str, Any], scored: str, n: int, accuracy: float | No
     get = metrics.get
     tiles: list[Tile] = []
     if accuracy is not None:
-        tiles.append((f"{accuracy:.2%}", f"{scored} accuracy", f"{n:,} images"))
+        averaged = get("views") not in (None, 1)
+        views = f", {get('views')} views" if averaged else ""
+        tiles.append((f"{accuracy:.2%}", f"{scored} accuracy", f"{n:,} images{views}"))
+        if averaged and get("test_accuracy") is not None:
+            tiles.append((f"{get('test_accuracy'):.2%}", "test accuracy", "one view"))
     best, target, seconds = get("best_val_accuracy"), get("target"), get("seconds_to_target")
     if best is not None:
         tiles.append((f"{best:.2%}", "best validation accuracy", f"epoch {_text(get('best_epoch'))}"))

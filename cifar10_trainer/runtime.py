@@ -108,7 +108,9 @@ def describe() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), processor)
+        processor = next(
+            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), processor
+        )
     except OSError:
         pass
     gpus = tf.config.list_physical_devices("GPU")

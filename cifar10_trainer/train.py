@@ -17,8 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import datasets, models, report, runtime
-from . import evaluate as scoring
+from . import datasets, models, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, Progress
@@ -26,9 +25,16 @@ from .errors import ConfigError, RunError
 from .models import fast
 
 WRITTEN = (  # what a run writes, and --overwrite removes
-    "config.json", "history.csv", "metrics.json", "model.keras", "state.npz", "classification_report.txt",
-    "report.html", "figures", "tensorboard",
-)  # fmt: skip
+    "config.json",
+    "history.csv",
+    "metrics.json",
+    "model.keras",
+    "state.npz",
+    "classification_report.txt",
+    "report.html",
+    "figures",
+    "tensorboard",
+)
 SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one sooner
 CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
 
@@ -43,6 +49,7 @@ def train_and_evaluate(
     callbacks: Iterable[keras.callbacks.Callback] = (),
     verbose: int = 1,
     full_report: bool = True,
+    score_test: bool = True,
 ) -> dict[str, Any]:
     """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
 
@@ -59,6 +66,7 @@ def train_and_evaluate(
         callbacks: further Keras callbacks. Their `model` is the plain model, with its weights as of the last epoch.
         verbose: 1: words and a progress bar; 0: nothing.
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
+        score_test: whether to score the test images; a search does not.
 
     Returns: the contents of metrics.json.
     Raises: ConfigError for what cannot be; RunError for what failed, and for an interrupted run.
@@ -90,24 +98,45 @@ def train_and_evaluate(
     # ---- model --------------------------------------------------------------------------------------------------
     runtime.seed_everything(config.seed)
     mean, std = _pixel_statistics(config.pixels, train_images)
-    model = models.build(config, input_shape=data.input_shape, num_classes=data.num_classes, mean=mean, std=std)
+    model = models.build(
+        config, input_shape=data.input_shape, num_classes=data.num_classes, mean=mean, std=std
+    )
     if config.whitening:
         fast.whiten(model, train_images, mean, std)
     engine = Engine(
-        model, config, train_images, train_labels, strategy=strategy, policy=policy, num_classes=data.num_classes
+        model,
+        config,
+        train_images,
+        train_labels,
+        strategy=strategy,
+        policy=policy,
+        num_classes=data.num_classes,
     )
-    say(f"model: {config.recipe}, {model.count_params():,} parameters; {engine.steps:,} steps of {config.batch_size}")
+    say(
+        f"model: {config.recipe}, {model.count_params():,} parameters; {engine.steps:,} steps of {config.batch_size}"
+    )
     run = _Run(
-        engine, config, workdir, chief=chief, began=began, callbacks=callbacks, verbose=verbose, full_report=full_report
+        engine,
+        config,
+        workdir,
+        chief=chief,
+        began=began,
+        callbacks=callbacks,
+        verbose=verbose,
+        full_report=full_report,
     )
     if saved:
         run.restore(saved)
         say(f"resumed at step {engine.step:,} of {engine.steps:,}")
     record = {
-        **config.to_dict(), "class_names": list(data.class_names), "data_dir": data_dir and str(data_dir),
-        "data_source": data.source, "parameters": model.count_params(), "command": " ".join(sys.orig_argv),
+        **config.to_dict(),
+        "class_names": list(data.class_names),
+        "data_dir": data_dir and str(data_dir),
+        "data_source": data.source,
+        "parameters": model.count_params(),
+        "command": " ".join(sys.orig_argv),
         "environment": runtime.describe(),
-    }  # fmt: skip
+    }
     if chief:
         report.write_atomic(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
@@ -116,36 +145,47 @@ def train_and_evaluate(
         run.loop(val_images, val_labels, signals)
     say(f"trained: {run.history[-1]['epoch']} epochs in {run.seconds():,.1f} s; kept epoch {run.best_epoch}")
 
-    # ---- evaluate -----------------------------------------------------------------------------------------------
+    # ---- evaluate -----------------------------------------------------------------------------------------
     best = keras.models.load_model(workdir / "model.keras", compile=False) if chief else engine.export()
-    test = (data.test_images, data.test_labels) if len(data.test_images) else (val_images, val_labels)
+    images, labels = (
+        (data.test_images, data.test_labels) if len(data.test_labels) else (val_images, val_labels)
+    )
     scores: dict[int, dict[str, float]] = {}
     probabilities = np.zeros((0, data.num_classes), np.float32)
-    if len(test[0]):
-        for views in sorted({1, config.views}):
-            probabilities = scoring.predict_probabilities(best, test[0], views=views)
-            scores[views] = scoring.score(test[1], probabilities)
-    target = run.target
+    for views in sorted({1, config.views}) if score_test and len(labels) else ():
+        probabilities = scoring.predict_probabilities(best, images, views=views)
+        scores[views] = scoring.score(labels, probabilities)
+    tested = scores if len(data.test_labels) else {}
     metrics = {
-        "recipe": config.recipe, "dataset": data.name, "n_train": len(train_images),
-        "n_validation": len(val_images), "n_test": len(data.test_images), "params": model.count_params(),
-        "epochs": run.history[-1]["epoch"], "best_epoch": run.best_epoch, "best_val_accuracy": run.best,
-        "target": config.target, "epoch_at_target": target and target[0],
-        "seconds_to_target": target and round(target[1], 2), "train_seconds": round(run.seconds(), 2),
-        "images_per_second": round(run.images / run.step_seconds, 1) if run.step_seconds else None,
-        "test_loss": scores[1]["loss"] if len(data.test_images) else None,
-        "test_accuracy": scores[1]["accuracy"] if len(data.test_images) else None,
+        "recipe": config.recipe,
+        "dataset": data.name,
+        "n_train": len(train_images),
+        "n_validation": len(val_images),
+        "n_test": len(data.test_images),
+        "params": model.count_params(),
+        **run.metrics(),
+        "test_loss": tested[1]["loss"] if tested else None,
+        "test_accuracy": tested[1]["accuracy"] if tested else None,
         "views": config.views,
-        "test_accuracy_views": scores[config.views]["accuracy"] if len(data.test_images) else None,
-        "strategy": type(strategy).__name__, "replicas": replicas, "precision": policy, "seed": config.seed,
+        "test_accuracy_views": tested[config.views]["accuracy"] if tested else None,
+        "pflop": engine.pflop(),
+        "strategy": type(strategy).__name__,
+        "replicas": replicas,
+        "precision": policy,
+        "seed": config.seed,
         "total_seconds": round(run.elapsed(), 2),
-    }  # fmt: skip
+    }
     if chief:
         if full_report:
             report.write_run(
-                workdir, config=record, metrics=metrics, history=run.history, dataset=data, split=split,
+                workdir,
+                config=record,
+                metrics=metrics,
+                history=run.history,
+                dataset=data,
+                split=split,
                 test_probabilities=probabilities,
-            )  # fmt: skip
+            )
         # Last of all: a run is finished when it has its metrics.
         report.write_atomic(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
         (workdir / "state.npz").unlink(missing_ok=True)
@@ -160,7 +200,9 @@ def _prepare(workdir: Path, config: Config, overwrite: bool, strategy: tf.distri
         (workdir / ".writable").touch()
         (workdir / ".writable").unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir") from error
+        raise RunError(
+            f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir"
+        ) from error
     if overwrite and runtime.is_chief(strategy):
         for name in WRITTEN:
             path = workdir / name
@@ -185,7 +227,9 @@ def _prepare(workdir: Path, config: Config, overwrite: bool, strategy: tf.distri
         return dict(arrays)
 
 
-def _pixel_statistics(pixels: str, images: np.ndarray) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+def _pixel_statistics(
+    pixels: str, images: np.ndarray
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
     if pixels == "unit":
         return None, None
@@ -196,7 +240,9 @@ def _pixel_statistics(pixels: str, images: np.ndarray) -> tuple[tuple[float, ...
     mean = tuple(float(c @ levels / c.sum()) for c in counts)
     if pixels == "centred":
         return mean, None
-    std = tuple(max(float(np.sqrt(c @ (levels - m) ** 2 / c.sum())), 1e-3) for c, m in zip(counts, mean, strict=True))
+    std = tuple(
+        max(float(np.sqrt(c @ (levels - m) ** 2 / c.sum())), 1e-3) for c, m in zip(counts, mean, strict=True)
+    )
     return mean, std
 
 
@@ -237,9 +283,28 @@ class _Run:
         self._face.optimizer = engine.optimizer
         self._face.stop_training = False
         self.callbacks = keras.callbacks.CallbackList(
-            [*self._recipe_callbacks(), *callbacks], add_history=False, add_progbar=chief and bool(verbose),
-            model=self._face, epochs=self.epochs, steps=engine.steps_per_epoch, verbose=verbose if chief else 0,
-        )  # fmt: skip
+            [*self._recipe_callbacks(), *callbacks],
+            add_history=False,
+            add_progbar=chief and bool(verbose),
+            model=self._face,
+            epochs=self.epochs,
+            steps=engine.steps_per_epoch,
+            verbose=verbose if chief else 0,
+        )
+
+    def metrics(self) -> dict[str, Any]:
+        """What the loop knows of metrics.json."""
+        epoch, seconds = self.target or (None, None)
+        return {
+            "epochs": self.history[-1]["epoch"],
+            "best_epoch": self.best_epoch,
+            "best_val_accuracy": self.best,
+            "target": self.config.target,
+            "epoch_at_target": epoch,
+            "seconds_to_target": seconds and round(seconds, 2),
+            "train_seconds": round(self.seconds(), 2),
+            "images_per_second": round(self.images / self.step_seconds, 1) if self.step_seconds else None,
+        }
 
     @property
     def epochs(self) -> int:
@@ -252,9 +317,11 @@ class _Run:
         if c.schedule.name == "plateau":
             found.append(
                 keras.callbacks.ReduceLROnPlateau(
-                    monitor="val_loss", factor=c.schedule.drop, patience=c.schedule.patience,
+                    monitor="val_loss",
+                    factor=c.schedule.drop,
+                    patience=c.schedule.patience,
                     min_lr=c.schedule.end * c.optimizer.learning_rate,
-                )  # fmt: skip
+                )
             )
         if self.chief and self.full_report:
             found.append(keras.callbacks.TensorBoard(self.workdir / "tensorboard", write_graph=False))
@@ -307,7 +374,10 @@ class _Run:
             scores = engine.evaluate(val_images, val_labels)
             logs.update({f"val_{k}": v for k, v in scores.items()})
             self.callbacks.on_test_end(scores)
-        row = {"epoch": epoch + 1, **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")}}
+        row = {
+            "epoch": epoch + 1,
+            **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")},
+        }
         self.history.append({**row, "learning_rate": rate, "seconds": round(time.time() - began, 3)})
         engine.export()
         reached = logs.get("val_accuracy")
@@ -348,12 +418,18 @@ class _Run:
         """Writes all that the rest of the run depends on: variables, step, callbacks, history."""
         plain = (bool, int, float, str, type(None))
         meta = {
-            "history": self.history, "best": self.best, "best_epoch": self.best_epoch, "target": self.target,
-            "images": self.images, "step_seconds": self.step_seconds, "elapsed": self.elapsed(),
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "target": self.target,
+            "images": self.images,
+            "step_seconds": self.step_seconds,
+            "elapsed": self.elapsed(),
             "callbacks": [
-                {k: v for k, v in vars(c).items() if isinstance(v, plain)} for c in self._recipe_callbacks_live()
+                {k: v for k, v in vars(c).items() if isinstance(v, plain)}
+                for c in self._recipe_callbacks_live()
             ],
-        }  # fmt: skip
+        }
         content = io.BytesIO()
         np.savez(content, meta=np.array(json.dumps(meta)), **self.engine.state())
         report.write_atomic(self.workdir / "state.npz", content.getvalue())
@@ -384,12 +460,14 @@ class _Run:
 
 
 def _summarise(say, metrics: dict[str, Any], workdir: Path) -> None:
-    percent = lambda x: "-" if x is None else f"{100 * x:.2f}%"  # noqa: E731
+    def percent(x: float | None) -> str:
+        return "-" if x is None else f"{100 * x:.2f}%"
+
     say(f"\n{metrics['recipe']}, {metrics['epochs']} epochs, {metrics['train_seconds']:,.1f} s")
     say(f"  validation accuracy  {percent(metrics['best_val_accuracy'])} (epoch {metrics['best_epoch']})")
-    say(f"  test accuracy        {percent(metrics['test_accuracy'])}", end="")
-    more = f", {percent(metrics['test_accuracy_views'])} averaged over {metrics['views']} views"
-    say(more if metrics["views"] > 1 else "")
+    views = metrics["views"]
+    more = f", {percent(metrics['test_accuracy_views'])} averaged over {views} views" if views > 1 else ""
+    say(f"  test accuracy        {percent(metrics['test_accuracy'])}{more}")
     goal, at = percent(metrics["target"]), metrics["seconds_to_target"]
     reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
     say(f"  target {goal:<13} {reached}")

@@ -179,7 +179,7 @@ def test_tfds_form_gives_the_same_arrays_in_the_official_order(tiny, tmp_path, m
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(datasets, "_tfrecords", refuse)
-    with pytest.raises(RunError, match="cannot read .*cifar10-train.tfrecord.*: Permission denied"):
+    with pytest.raises(RunError, match=r"cannot read .*cifar10-train.tfrecord.*: Permission denied"):
         datasets.load(data_dir=tmp_path)
 
 

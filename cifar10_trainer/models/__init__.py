@@ -64,6 +64,26 @@ def build(
         ) from error
 
 
+def forward_flops(model: keras.Model, side: int | None = None) -> int:
+    """Floating-point operations of the convolutions and dense layers for one image: two a multiply-add.
+
+    side: of a square image, where it is not the model's own input.
+    """
+    import keras
+
+    if side is not None:
+        shape = (side, side, model.input_shape[-1])
+        model = keras.models.clone_model(model, input_tensors=keras.Input(shape))
+    total = 0
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+            places = 1
+            for length in layer.output.shape[1:-1]:
+                places *= length
+            total += 2 * places * int(layer.kernel.shape.num_elements())
+    return total
+
+
 def check_options(architecture: str, options: Mapping[str, Any]) -> None:
     """Raises ConfigError on an unknown architecture, or an option that its build function does not take."""
     parameters = inspect.signature(_build_function(architecture)).parameters

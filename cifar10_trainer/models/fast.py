@@ -47,7 +47,9 @@ def build(
         raise ConfigError(f"dropout is {dropout}; allowed: 0 to less than 1")
     smallest = 2 ** len(filters) + 1
     if min(input_shape[:2]) < smallest:
-        raise ConfigError(f"{len(filters)} blocks need images of {smallest}x{smallest}, not {input_shape[:2]}")
+        raise ConfigError(
+            f"{len(filters)} blocks need images of {smallest}x{smallest}, not {input_shape[:2]}"
+        )
 
     def convolution(x, width, name):
         # Uniform within 1 / sqrt(fan in), the default of the networks this one descends from.

@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar10_trainer import cli, datasets, evaluate
+from cifar10_trainer.errors import ConfigError, RunError
+
+SIZE, CLASSES = 5, 3
+
+
+def linear_model(size=SIZE, classes=CLASSES, logits=True, seed=0):
+    """probabilities = softmax(flat pixels @ kernel + bias), with random weights; the kernel and the bias."""
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=(size * size * 3, classes)).astype(np.float32) / 500
+    bias = rng.normal(size=classes).astype(np.float32)
+    inputs = keras.Input((size, size, 3), name="images")
+    flat = keras.layers.Flatten()(inputs)
+    if logits:
+        x = keras.layers.Dense(classes, name="logits")(flat)
+        outputs = keras.layers.Activation("softmax", name="probabilities")(x)
+    else:
+        outputs = keras.layers.Dense(classes, activation="softmax")(flat)
+    model = keras.Model(inputs, outputs)
+    model.set_weights([kernel, bias])
+    return model, kernel.astype(np.float64), bias.astype(np.float64)
+
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def some_images(n, size=SIZE, seed=1):
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3)).astype(np.uint8)
+
+
+def run(argv):
+    """The exit status of the command with `argv`, its flags at their defaults before."""
+    evaluate.FLAGS.unparse_flags()
+    for name in evaluate.FLAGS:
+        evaluate.FLAGS[name].unparse()
+    return cli.run(evaluate.main, evaluate.FLAGS, evaluate.USAGE, ["evaluate", *map(str, argv)])
+
+
+# ---- predict_probabilities
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_probabilities_of_a_linear_model(logits):
+    model, kernel, bias = linear_model(logits=logits)
+    images = some_images(7)
+    expected = softmax(images.reshape(7, -1) @ kernel + bias)
+    found = evaluate.predict_probabilities(model, images)
+    assert found.dtype == np.float32 and found.shape == (7, CLASSES)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)  # float32 sums of 75 products
+    np.testing.assert_allclose(found, model(images.astype(np.float32)), rtol=1e-5)
+
+
+def twin_views(image):
+    """(weight, view) of one image, pixel by pixel: what the sixfold average is, written out."""
+    n = len(image)
+
+    def reflected(i):
+        return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+
+    def shift(by):
+        return np.array([[image[reflected(i + by), reflected(j + by)] for j in range(n)] for i in range(n)])
+
+    def mirror(view):
+        return np.array([row[::-1] for row in view])
+
+    whole = [(0.25, image), (0.25, mirror(image))]
+    return whole + [(0.125, view) for by in (-1, 1) for view in (shift(by), mirror(shift(by)))]
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("views", [2, 6])
+def test_views_against_a_pixelwise_twin(views, logits):
+    model, kernel, bias = linear_model(logits=logits)
+    images = some_images(4)
+    expected = []
+    for image in images:
+        weighted = twin_views(image) if views == 6 else [(0.5, v) for _, v in twin_views(image)[:2]]
+        expected.append(sum(weight * (view.reshape(-1) @ kernel + bias) for weight, view in weighted))
+    found = evaluate.predict_probabilities(model, images, views=views)
+    np.testing.assert_allclose(found, softmax(np.array(expected)), rtol=1e-4)  # float32 sums of 75 products
+    plain = evaluate.predict_probabilities(model, images)
+    assert abs(found - plain).max() > 0.01, "the views of these images make a difference"
+
+
+def test_the_batch_size_does_not_matter():
+    model, _, _ = linear_model()
+    images = some_images(23)
+    reference = evaluate.predict_probabilities(model, images, batch_size=23)
+    for batch_size in (1, 7, 22, 500):
+        found = evaluate.predict_probabilities(model, images, batch_size, views=2)
+        np.testing.assert_allclose(
+            found, evaluate.predict_probabilities(model, images, 23, views=2), rtol=1e-5
+        )  # sums in another order
+        found = evaluate.predict_probabilities(model, images, batch_size)
+        np.testing.assert_allclose(found, reference, rtol=1e-5)
+        assert evaluate.score(np.arange(23) % 3, found)["n"] == 23
+
+
+def test_no_images_give_no_rows():
+    model, _, _ = linear_model()
+    assert evaluate.predict_probabilities(model, some_images(0)).shape == (0, CLASSES)
+
+
+def test_batch_norm_and_dropout_are_at_rest():
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.BatchNormalization()(keras.layers.Rescaling(1 / 255)(inputs))
+    x = keras.layers.Dropout(0.9)(keras.layers.Flatten()(x))
+    model = keras.Model(inputs, keras.layers.Activation("softmax")(keras.layers.Dense(3, name="logits")(x)))
+    images = some_images(6)
+    before = model.get_weights()
+    found = evaluate.predict_probabilities(model, images)
+    np.testing.assert_array_equal(found, evaluate.predict_probabilities(model, images))
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_no_probability_is_reported():
+    model, kernel, bias = linear_model()
+    model.set_weights([kernel * np.nan, bias])
+    with pytest.raises(RunError, match="diverged"):
+        evaluate.predict_probabilities(model, some_images(2))
+    inputs = keras.Input((SIZE, SIZE, 3))
+    outputs = keras.layers.Dense(2)(keras.layers.Flatten()(inputs))
+    no_softmax = keras.Model(inputs, outputs)
+    no_softmax.set_weights([np.full((75, 2), -1.0), np.zeros(2)])
+    with pytest.raises(RunError, match="softmax"):
+        evaluate.predict_probabilities(no_softmax, some_images(2))
+
+
+def test_views_must_be_one_of_three():
+    with pytest.raises(ConfigError, match="views is 3; allowed: 1, 2, 6"):
+        evaluate.predict_probabilities(linear_model()[0], some_images(1), views=3)
+
+
+# ---- score
+
+
+def test_score_by_hand():
+    p = np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], np.float32)
+    numbers = evaluate.score(np.array([0, 1, 2, 1]), p)
+    # The last is certain and wrong: its probability of 0 counts as 1e-7.
+    loss = (np.log(2) - np.log(0.8) + 0 - np.log(1e-7)) / 4
+    assert numbers == {"accuracy": 0.75, "loss": pytest.approx(loss, rel=1e-7), "n": 4}
+
+
+def test_score_agrees_with_keras():
+    rng = np.random.default_rng(0)
+    p, labels = rng.dirichlet(np.ones(10), 100).astype(np.float32), rng.integers(0, 10, 100)
+    expected = float(np.mean(keras.losses.sparse_categorical_crossentropy(labels, p)))
+    assert evaluate.score(labels, p)["loss"] == pytest.approx(expected, rel=1e-5)  # Keras sums in float32
+
+
+def test_score_counts_every_image():
+    p = np.full((3, 2), 0.5, np.float32)
+    for labels in (np.zeros(4, int), np.zeros(2, int)):
+        with pytest.raises(AssertionError, match="labels for 3 rows"):
+            evaluate.score(labels, p)
+    with pytest.raises(AssertionError):
+        evaluate.score(np.zeros(0, int), p[:0])
+
+
+# ---- load_model
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_load_model(tmp_path, suffix):
+    model, _, _ = linear_model()
+    model.save(tmp_path / f"model{suffix}")
+    loaded = evaluate.load_model(tmp_path / f"model{suffix}")
+    images = some_images(3)
+    np.testing.assert_array_equal(
+        evaluate.predict_probabilities(loaded, images), evaluate.predict_probabilities(model, images)
+    )
+
+
+def test_load_model_refuses(tmp_path):
+    with pytest.raises(ConfigError, match="no model file"):
+        evaluate.load_model(tmp_path / "none.keras")
+    with pytest.raises(ConfigError, match="no model file"):
+        evaluate.load_model(tmp_path)
+    for name in ("text.keras", "text.h5"):
+        (tmp_path / name).write_text("not a model")
+        with pytest.raises(RunError, match="does not open as a Keras model"):
+            evaluate.load_model(tmp_path / name)
+    (tmp_path / "model.onnx").write_text("another kind")
+    with pytest.raises(ConfigError, match=r"ends in \.keras"):
+        evaluate.load_model(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 1), (75,), (None, None, 3)])
+def test_load_model_refuses_other_inputs(tmp_path, shape):
+    inputs = keras.Input(shape)
+    x = keras.layers.GlobalAveragePooling2D()(inputs) if len(shape) == 3 else inputs
+    keras.Model(inputs, keras.layers.Dense(2)(x)).save(tmp_path / "model.keras")
+    with pytest.raises(ConfigError, match=r"allowed: one that maps \(batch, height, width, 3\)"):
+        evaluate.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_safe_mode_stays_on(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.Lambda(lambda x: x * 2.0, output_shape=(SIZE, SIZE, 3))(inputs)
+    keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x))).save(path)
+    keras.models.load_model(path, compile=False, safe_mode=False)  # opens for those who ask for it
+    with pytest.raises(RunError, match="does not open"):
+        evaluate.load_model(path)
+
+
+# ---- the command
+
+
+COLOURS = {
+    "blue": (0, 0, 250),
+    "green": (0, 250, 0),
+    "red": (250, 0, 0),
+}  # classes in the order of their names
+
+
+def colour_model(size=8):
+    """Its logits are the mean blue, green and red of an image, over 50: 5 for the colour itself, else 0."""
+    inputs = keras.Input((size, size, 3), name="images")
+    x = keras.layers.GlobalAveragePooling2D()(inputs)
+    x = keras.layers.Dense(3, use_bias=False, name="logits")(x)
+    model = keras.Model(inputs, keras.layers.Activation("softmax", name="probabilities")(x))
+    model.set_weights([np.eye(3)[::-1] / 50])
+    return model
+
+
+SURE = np.exp(5) / (np.exp(5) + 2)  # the probability of the colour that is there
+
+
+def paint(folder, colour, count):
+    """The first image has the colour itself, the others are a little darker each."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        shade = tuple(max(0, value - i) for value in COLOURS[colour])
+        Image.new("RGB", (12, 12), shade).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run on a folder of colours: 20 training images a class; 4 test images, one red called green."""
+    data = tmp_path / "data"
+    for name in COLOURS:
+        paint(data / "train" / name, name, 20)
+    paint(data / "test" / "blue", "blue", 1)
+    paint(data / "test" / "green", "green", 1)
+    paint(data / "test" / "red", "red", 1)
+    Image.new("RGB", (12, 12), COLOURS["red"]).save(data / "test" / "green" / "wrong.png")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    colour_model().save(workdir / "model.keras")
+    config = {
+        "dataset": "folder",
+        "data_dir": str(data),
+        "validation_fraction": 0.25,
+        "validation_split": "stratified",
+    }
+    config |= {"seed": 3, "views": 1, "class_names": list(COLOURS)}
+    (workdir / "config.json").write_text(json.dumps(config))
+    return workdir
+
+
+def change_config(workdir, **values):
+    path = workdir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_evaluate_a_run(run_folder, capsys):
+    assert run(["--workdir", run_folder]) == 0
+    out = capsys.readouterr().out
+    loss = (-3 * np.log(SURE) - np.log((1 - SURE) / 2)) / 4
+    assert "4 test images" in out and f"accuracy 0.7500   loss {loss:.4f}" in out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()}
+    assert rows["blue"] == ["1.0000", "1.0000", "1.0000", "1"]
+    assert rows["green"] == ["1.0000", "0.5000", "0.6667", "2"]  # 1 of 2 found; F1 = 2 * 1 * 0.5 / (1 + 0.5)
+    assert rows["red"] == ["0.5000", "1.0000", "0.6667", "1"]  # 1 of 2 right
+
+
+def test_evaluate_as_json(run_folder, capsys):
+    assert run(["--workdir", run_folder, "--json", "--views=6", "--batch_size=2"]) == 0
+    captured = capsys.readouterr()
+    numbers = json.loads(captured.out)
+    loss = (-3 * np.log(SURE) - np.log((1 - SURE) / 2)) / 4  # the views of one colour are all equal
+    assert numbers.pop("loss") == pytest.approx(loss, rel=1e-5)  # float32 logits
+    assert numbers == {
+        "model": str(run_folder / "model.keras"), "dataset": "folder",
+        "source": str(run_folder.parent / "data"), "split": "test", "views": 6, "accuracy": 0.75, "n": 4,
+    }  # fmt: skip
+
+
+def test_evaluate_parts_the_training_images_as_the_run_did(run_folder, capsys, monkeypatch):
+    data = datasets.load("folder", run_folder.parent / "data", 8)
+    parts = datasets.split(data, 0.25, "stratified", 3)
+    seen = []
+
+    def look(model, images, batch_size, views):
+        seen.append((images, views))
+        return np.full((len(images), 3), 1 / 3)
+
+    monkeypatch.setattr(evaluate, "predict_probabilities", look)
+    change_config(run_folder, views=2)
+    for name, expected in (("train", parts[0]), ("validation", parts[2])):
+        assert run(["--workdir", run_folder, "--split", name, "--json"]) == 0
+        images, views = seen.pop()
+        np.testing.assert_array_equal(images, expected)
+        assert views == 2, "the run's own, unless a flag says otherwise"
+    assert len(parts[2]) == 15
+
+
+def test_evaluate_a_model_file(run_folder, capsys):
+    data = run_folder.parent / "data"
+    argv = ["--model", run_folder / "model.keras", "--dataset=folder", "--data_dir", data, "--json"]
+    assert run(argv) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 0.75
+    assert run([*argv, "--split=train"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 60
+    assert run([*argv, "--split=validation"]) == 2
+    assert "--workdir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        ([], 2, "exactly one of"),
+        (["--workdir=a", "--model=b"], 2, "exactly one of"),
+        (["--workdir=nowhere"], 2, "no run folder at nowhere"),
+        (["--model=nothing.keras"], 2, "no model file at nothing.keras"),
+        (["--model=x.keras", "stray"], 2, "unexpected argument 'stray'"),
+        (["--split=all"], 2, "split"),
+        (["--views=3"], 2, "views"),
+        (["--batch_size=0"], 2, "batch_size"),
+        (["--spilt=test"], 2, "spilt"),
+    ],
+)
+def test_wrong_usage_is_one_line(argv, status, message, capsys):
+    assert run(argv) == status
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
+def failure(argv, capsys):
+    status = run(argv)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1, captured.err
+    return status, captured.err
+
+
+def test_a_run_that_is_not_finished(run_folder, capsys):
+    (run_folder / "model.keras").rename(run_folder / "model.h5")
+    status, message = failure(["--workdir", run_folder], capsys)
+    assert status == 1 and "has no model.keras" in message and "finish the run" in message
+    (run_folder / "config.json").unlink()
+    assert "has no config.json" in failure(["--workdir", run_folder], capsys)[1]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
+def test_a_config_that_is_none(run_folder, capsys, content):
+    (run_folder / "config.json").write_text(content)
+    status, message = failure(["--workdir", run_folder], capsys)
+    assert status == 1 and "config.json" in message
+
+
+def test_a_model_that_does_not_fit(run_folder, capsys):
+    status, message = failure(["--workdir", run_folder, "--dataset=digits"], capsys)
+    assert status == 2 and "(8, 8, 3) of 3 classes" in message and "(32, 32, 3) of 10 classes" in message
+    change_config(run_folder, class_names=["blue", "red", "green"])
+    status, message = failure(["--workdir", run_folder], capsys)
+    assert status == 2 and "trained on blue, red, green" in message
+
+
+def test_a_split_without_images(run_folder, capsys):
+    change_config(run_folder, validation_fraction=None)
+    status, message = failure(["--workdir", run_folder, "--split=validation"], capsys)
+    assert status == 2 and "split is 'validation'" in message and "test, train" in message
+    for path in sorted((run_folder.parent / "data" / "test").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (run_folder.parent / "data" / "test").rmdir()
+    status, message = failure(["--workdir", run_folder], capsys)
+    assert status == 2 and "split is 'test'" in message and "validation, train" in message
+
+
+def test_help_needs_no_tensorflow():
+    code = """
+import sys
+from cifar10_trainer import cli, evaluate, predict
+for module in (evaluate, predict):
+    assert cli.run(module.main, module.FLAGS, module.USAGE, ["x", "--help"]) == 0
+print([m for m in ("tensorflow", "keras", "matplotlib", "sklearn") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--workdir" in done.stdout and "--class_names" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

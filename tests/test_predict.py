@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar10_trainer import cli, predict
+from cifar10_trainer.errors import ConfigError, RunError
+
+NAMES = ("blue", "green", "red")
+SURE = np.exp(5) / (np.exp(5) + 2)  # the model's probability of a pure colour, see below
+
+
+def colour_model():
+    """Its logits are the mean blue, green and red of an image, over 51: 5 for a full colour, else 0."""
+    inputs = keras.Input((6, 4, 3), name="images")  # higher than wide, so that a mix-up of the two shows
+    x = keras.layers.GlobalAveragePooling2D()(inputs)
+    x = keras.layers.Dense(3, use_bias=False, name="logits")(x)
+    model = keras.Model(inputs, keras.layers.Activation("softmax", name="probabilities")(x))
+    model.set_weights([np.eye(3)[::-1] / 51])
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """model.keras, config.json, and images/ with one picture of each colour, in three formats and sizes."""
+    colour_model().save(tmp_path / "model.keras")
+    (tmp_path / "config.json").write_text(json.dumps({"dataset": "folder", "class_names": NAMES}))
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (50, 20), (255, 0, 0)).save(images / "a.png")
+    Image.new("RGB", (4, 6), (0, 255, 0)).save(images / "b.BMP")
+    Image.new("RGB", (3, 90), (0, 0, 255)).save(images / "c.gif")
+    (images / "notes.txt").write_text("no image, and not asked for")
+    (images / "deeper").mkdir()
+    return tmp_path
+
+
+def run(argv):
+    """The exit status of the command with `argv`, its flags at their defaults before."""
+    predict.FLAGS.unparse_flags()
+    for name in predict.FLAGS:
+        predict.FLAGS[name].unparse()
+    return cli.run(predict.main, predict.FLAGS, predict.USAGE, ["predict", *map(str, argv)])
+
+
+def test_predict_as_a_function(folder):
+    paths = [folder / "images" / name for name in ("c.gif", "a.png")]
+    blue, red = predict.predict(colour_model(), paths, NAMES)
+    assert (blue["file"], blue["label"]) == (str(paths[0]), "blue")
+    assert (red["file"], red["label"]) == (str(paths[1]), "red")
+    assert (
+        red["probability"] == red["probabilities"]["red"] == pytest.approx(SURE, rel=1e-5)
+    )  # six digits are kept
+    assert list(red["probabilities"]) == ["red", "blue", "green"]  # likeliest first, equals in their order
+    assert red["probabilities"]["blue"] == pytest.approx((1 - SURE) / 2, rel=1e-4)  # six digits
+    assert predict.predict(colour_model(), paths[:1])[0]["label"] == "0"
+    assert predict.predict(colour_model(), []) == []
+
+
+def test_json_is_one_object_a_line(folder, capsys):
+    files = [folder / "images" / "b.BMP", folder / "images" / "a.png"]
+    assert run(["--model", folder / "model.keras", "--json", *files]) == 0
+    green, red = map(json.loads, capsys.readouterr().out.splitlines())
+    assert set(green) == {"file", "label", "probability", "probabilities"}
+    assert (green["file"], green["label"], red["label"]) == (str(files[0]), "green", "red")
+    assert set(red["probabilities"]) == set(NAMES)
+    assert sum(red["probabilities"].values()) == pytest.approx(1, abs=1e-5)  # of six digits each
+
+
+def test_table_is_aligned(folder, capsys):
+    images = folder / "images"
+    assert run(["--model", folder / "model.keras", images]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "file",
+        *(str(images / n) for n in ("a.png", "b.BMP", "c.gif")),
+    ]
+    head, red, green, _ = lines
+    assert head.index("label") == red.index("red ") == green.index("green ")
+    assert head.index("probability") == red.index(f"{SURE:.4f}")
+    rest = f"{(1 - SURE) / 2:.4f}"
+    assert red.endswith(f"blue {rest}, green {rest}") and red.index("blue ") == head.index("then")
+
+
+@pytest.mark.parametrize(("top_k", "shown"), [(1, 0), (2, 1), (3, 2), (9, 2)])
+def test_top_k(folder, capsys, top_k, shown):
+    assert run(["--model", folder / "model.keras", f"--top_k={top_k}", folder / "images" / "a.png"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert ("then" in head) == (top_k > 1)
+    assert len(row.split()) == 3 + 2 * shown
+
+
+def label(argv, capsys):
+    assert run([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["label"]
+
+
+def test_class_names(folder, capsys):
+    argv = ["--model", folder / "model.keras", folder / "images" / "a.png"]
+    assert label(argv, capsys) == "red"
+    assert label([*argv, "--class_names=x,y,z"], capsys) == "z"
+    (folder / "config.json").write_text("{}")
+    assert label(argv, capsys) == "2"
+    (folder / "config.json").unlink()
+    assert label(argv, capsys) == "2"
+
+
+@pytest.mark.parametrize("names", ["a,b", "a,b,b", "a,b,c,d"])
+def test_class_names_that_do_not_fit(folder, capsys, names):
+    assert run(["--model", folder / "model.keras", f"--class_names={names}", folder / "images"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "allowed: 3 different ones" in captured.err
+
+
+def test_an_unreadable_image_prints_nothing_else(folder, capsys):
+    broken = folder / "images" / "broken.png"
+    broken.write_bytes((folder / "images" / "a.png").read_bytes()[:40])
+    assert run(["--model", folder / "model.keras", folder / "images" / "a.png", broken]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and str(broken) in captured.err
+    with pytest.raises(RunError):
+        predict.predict(colour_model(), [broken])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["images"], "no --model"),
+        (["--model=model.keras"], "no IMAGE"),
+        (["--model=model.keras", "nothing.png"], "no image at nothing.png"),
+        (["--model=model.keras", "images/deeper"], "no images in"),
+        (["--model=other.keras", "images"], "no model file at other.keras"),
+        (["--model=model.keras", "--top_k=0", "images"], "top_k"),
+    ],
+)
+def test_wrong_usage_is_one_line(folder, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(folder)
+    assert run(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
+def test_a_file_that_is_no_model(folder, capsys):
+    (folder / "model.keras").write_text("torn")
+    assert run(["--model", folder / "model.keras", folder / "images"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "does not open" in captured.err
+
+
+def test_find_images_looks_into_folders(folder):
+    images = folder / "images"
+    assert predict.find_images([str(images / "c.gif"), str(images)]) == [
+        images / name for name in ("c.gif", "a.png", "b.BMP", "c.gif")
+    ]
+    with pytest.raises(ConfigError, match="no image at"):
+        predict.find_images([str(folder / "none.png")])
