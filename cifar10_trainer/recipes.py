@@ -96,7 +96,7 @@ _define(
     "fast.96",
     _fast,
     claim=0.96,
-    parameters=11_158_624,
+    parameters=9_921_824,
     options__filters=(128, 384, 512),
     options__depth=3,
     epochs=40,
@@ -110,7 +110,7 @@ _define(
 _define(
     "fast.digits",
     _fast,
-    parameters=35_008,
+    parameters=39_104,
     dataset="digits",
     whitening=False,
     options__filters=(16, 32, 32),

@@ -134,7 +134,7 @@ def train_and_evaluate(
         "data_dir": data_dir and str(data_dir),
         "data_source": data.source,
         "parameters": model.count_params(),
-        "command": " ".join(sys.orig_argv),
+        "command": "python " + " ".join(sys.orig_argv[1:]),
         "environment": runtime.describe(),
     }
     if chief:

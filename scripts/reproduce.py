@@ -1,0 +1,180 @@
+"""Trains recipes at their own settings, keeps a JSON record of each run, and rewrites the README's table of results.
+
+    python scripts/reproduce.py practical.baseline vgg.1      # these recipes
+    python scripts/reproduce.py --source=2 --epochs=20        # all of tutorial 2, its longer recipes cut to 20 epochs
+    python scripts/reproduce.py --all --seeds=3
+    python scripts/reproduce.py --record=runs/mine            # takes up a finished run of the main command
+    python scripts/reproduce.py --table                       # only the table, from the records
+
+A run that was cut is resumed, one that has its record is not run again. Records are results/<recipe>-<epochs>-<seed>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from cifar10_trainer import RECIPES, Config, ConfigError, RunError, cli
+from cifar10_trainer.errors import unknown
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+FLAGS = flags.FlagValues()
+cli.define_common(FLAGS)
+flags.DEFINE_boolean("all", False, "every recipe", flag_values=FLAGS)
+flags.DEFINE_integer("source", None, "every recipe of this tutorial, 1-5", flag_values=FLAGS)
+flags.DEFINE_integer("seeds", 1, "runs of each recipe, seeds 0 to n - 1", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_float("epochs", None, "at most this many epochs; the table says so", flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "where the images are", flag_values=FLAGS)
+flags.DEFINE_string("record", None, "a finished run folder to keep a record of", flag_values=FLAGS)
+flags.DEFINE_boolean("table", False, "only rewrite the table", flag_values=FLAGS)
+
+# What a record leaves out of config.json: where things are on one machine.
+PRIVATE = ("data_dir", "data_source", "class_names", "command")
+
+
+def chosen(names: list[str]) -> list[str]:
+    """The recipes that the command line names, in the order of RECIPES."""
+    for name in names:
+        if name not in RECIPES:
+            raise unknown("recipe", name, RECIPES)
+    if FLAGS.source is not None:
+        names = names + [n for n, c in RECIPES.items() if f"tutorial {FLAGS.source}," in c.origin.source]
+        if not names:
+            raise ConfigError(f"source is {FLAGS.source}; allowed: 1 to 5")
+    if FLAGS.all:
+        names = list(RECIPES)
+    if not names:
+        raise ConfigError("no recipe; allowed: names of recipes, --source=1..5, --all, --record=RUN or --table")
+    return [n for n in RECIPES if n in names]
+
+
+def keep(workdir: Path, command: str | None = None) -> Path:
+    """Writes the record of a finished run, and returns its path. Raises RunError where the run is not finished.
+
+    command: what makes such a run; None: the run's own command.
+    """
+    from cifar10_trainer import report
+
+    try:
+        config, metrics = (json.loads((workdir / f"{n}.json").read_text()) for n in ("config", "metrics"))
+    except OSError as error:
+        raise RunError(f"{workdir} holds no finished run: {error.strerror}: {error.filename}") from error
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    record = {
+        "date": time.strftime("%Y-%m-%d", time.localtime((workdir / "metrics.json").stat().st_mtime)),
+        "commit": commit,
+        "command": command or config["command"],
+        "environment": config.pop("environment"),
+        "metrics": metrics,
+        "config": {k: v for k, v in config.items() if k not in PRIVATE},
+        "history": report.read_history(workdir / "history.csv"),
+    }
+    path = RESULTS / f"{metrics['recipe']}-{config['epochs']:g}-{metrics['seed']}.json"
+    RESULTS.mkdir(exist_ok=True)
+    report.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def load_records() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The Markdown table: a row for each recipe and number of epochs, in the order of RECIPES."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[record["metrics"]["recipe"], record["config"]["epochs"]].append(record)
+    order = {name: i for i, name in enumerate(RECIPES)}
+    lines = [
+        "| recipe | parameters | epochs | claimed | validation | test | averaged views | time | command |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for (name, epochs), group in sorted(groups.items(), key=lambda g: (order.get(g[0][0], 999), g[0][1])):
+        claim = RECIPES[name].origin.claim if name in RECIPES else None
+        of = RECIPES[name].epochs if name in RECIPES else epochs
+        views = any(r["metrics"]["views"] > 1 for r in group)
+        cells = [
+            f"`{name}`",
+            f"{group[0]['metrics']['params']:,}",
+            f"{epochs:g}" if epochs >= of else f"{epochs:g} of {of:g}",
+            "" if claim is None else f"{100 * claim:.2f}",
+            spread([r["metrics"]["best_val_accuracy"] for r in group]),
+            spread([r["metrics"]["test_accuracy"] for r in group]),
+            spread([r["metrics"]["test_accuracy_views"] for r in group]) if views else "",
+            duration(statistics.median(r["metrics"]["total_seconds"] for r in group)),
+            f"`{group[0]['command']}`",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean and, where there are several, standard deviation and number of accuracies, in percent."""
+    known = [100 * v for v in values if v is not None]
+    if not known:
+        return ""
+    if len(known) == 1:
+        return f"{known[0]:.2f}"
+    return f"{statistics.mean(known):.2f} ± {statistics.stdev(known):.2f} ({len(known)})"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def rewrite(path: Path, name: str, content: str) -> None:
+    """Puts `content` between the lines <!-- name --> and <!-- /name --> of a Markdown file."""
+    from cifar10_trainer import report
+
+    text = path.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+    if not pattern.search(text):
+        raise RunError(f"{path} has no <!-- {name} --> ... <!-- /{name} -->")
+    report.write_atomic(path, pattern.sub(lambda m: m[1] + content + "\n" + m[2], text))
+
+
+def run(name: str, seed: int, epochs: float | None) -> None:
+    """Trains one recipe with one seed, or goes on where it was cut, and keeps the record."""
+    from cifar10_trainer.train import train_and_evaluate
+
+    config: Config = RECIPES[name].override(seed=seed)
+    if epochs is not None and epochs < config.epochs:
+        config = config.override(epochs=epochs)
+    if (RESULTS / f"{name}-{config.epochs:g}-{seed}.json").exists():
+        print(f"{name}, seed {seed}: has its record")
+        return
+    workdir = ROOT / "runs" / "reproduce" / f"{name}-{config.epochs:g}-{seed}"
+    if not (workdir / "metrics.json").exists():
+        train_and_evaluate(config, workdir, data_dir=FLAGS.data_dir, verbose=1)
+    command = f"python scripts/reproduce.py {name}" + (f" --epochs={epochs:g}" if config.epochs == epochs else "")
+    print(f"record: {keep(workdir, command).relative_to(ROOT)}")
+
+
+def main(argv: list[str]) -> None:
+    if FLAGS.record:
+        print(f"record: {keep(Path(FLAGS.record)).relative_to(ROOT)}")
+    elif not FLAGS.table:
+        names = chosen(argv)
+        cli.import_tensorflow()
+        for name in names:
+            for seed in range(FLAGS.seeds):
+                run(name, seed, FLAGS.epochs)
+                rewrite(ROOT / "README.md", "results", table(load_records()))
+    rewrite(ROOT / "README.md", "results", table(load_records()))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__ or ""))
