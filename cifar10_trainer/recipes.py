@@ -60,7 +60,7 @@ _fast = _define(
         augmentation=Augmentation(flip="alternating", shift=2),
         optimizer=Optimizer(
             name="sgd",
-            learning_rate=1.5,
+            learning_rate=1.2,
             momentum=0.85,
             nesterov=True,
             weight_decay=1.33e-3,
