@@ -6,7 +6,7 @@
     python scripts/reproduce.py --record=runs/mine            # takes up a finished run of the main command
     python scripts/reproduce.py --table                       # only the table, from the records
 
-A run that was cut is resumed, one that has its record is not run again. Records are results/<recipe>-<epochs>-<seed>.json.
+A run that was cut is resumed, one that has its record is not run again. Records are results/runs/<recipe>-<epochs>-<seed>.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cifar10_trainer import RECIPES, Config, ConfigError, RunError, cli
 from cifar10_trainer.errors import unknown
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"
+RESULTS = ROOT / "results" / "runs"
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
@@ -83,7 +83,7 @@ def keep(workdir: Path, command: str | None = None) -> Path:
         "history": report.read_history(workdir / "history.csv"),
     }
     path = RESULTS / f"{metrics['recipe']}-{config['epochs']:g}-{metrics['seed']}.json"
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     report.write_atomic(path, json.dumps(record, indent=1) + "\n")
     return path
 
