@@ -147,6 +147,8 @@ def main(argv: list[str]) -> None:
         list_recipes()
         return
     config = config_from_flags()
+    if FLAGS.image_size != 32 and config.dataset != "folder":
+        raise ConfigError(f"image_size is {FLAGS.image_size}; allowed with the dataset {config.dataset}: 32")
 
     cli.import_tensorflow()
     from . import datasets

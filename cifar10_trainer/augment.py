@@ -1,8 +1,8 @@
 """Random changes to batches of images, as Keras layers without state.
 
 Every layer is a pure function of a uint8 batch and of uniform numbers in [0, 1), `draws` of them for each image:
-`transform(images, numbers)`. Called as a layer it makes the numbers from a seed: `layer(images, seed=(7, step))`.
-So each image changes by itself, equal seeds give equal images, and the same layer runs eagerly, inside
+`transform(images, numbers)`. Called as a layer it makes the numbers from a seed of two integers:
+`layer(images, seed=(7, 0))`, or `seed=tf.stack([7, step])` where the step is a tensor. So each image changes by itself, equal seeds give equal images, and the same layer runs eagerly, inside
 `tf.data` and inside a compiled training step.
 
 Flips and shifts only say which row and column a pixel comes from, and a cutout which pixels are blank. `fetch`
@@ -41,8 +41,8 @@ class RandomLayer(keras.layers.Layer):
         """The pure function: images [batch, h, w, c], numbers float32 [batch, draws] in [0, 1)."""
         raise NotImplementedError
 
-    def compute_output_shape(self, input_shape, seed=None):
-        return input_shape
+    def compute_output_spec(self, images, seed):
+        return keras.KerasTensor(images.shape, images.dtype)
 
 
 class Reindex(RandomLayer):
@@ -87,12 +87,14 @@ class RandomShift(Reindex):
 
     def _moved(self, index, size, number):
         offset = tf.cast(tf.floor(number * (2 * self.pixels + 1)), tf.int32) - self.pixels
-        index = index + offset
+        moved = index + offset
         if self.fill == "reflect":
-            return (size - 1) - tf.abs((size - 1) - tf.abs(index))
-        if self.fill == "nearest":
-            return tf.clip_by_value(index, 0, size - 1)
-        return tf.where((index >= 0) & (index < size), index, -1)
+            moved = (size - 1) - tf.abs((size - 1) - tf.abs(moved))
+        elif self.fill == "nearest":
+            moved = tf.clip_by_value(moved, 0, size - 1)
+        else:
+            moved = tf.where((moved >= 0) & (moved < size), moved, -1)
+        return tf.where(index < 0, index, moved)
 
     def reindex(self, rows, columns, height, width, numbers):
         if self.fill == "reflect" and self.pixels >= min(height, width):

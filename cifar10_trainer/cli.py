@@ -29,7 +29,7 @@ def import_tensorflow() -> None:
         try:
             import tensorflow as tf
 
-            tf.config.list_logical_devices()
+            tf.config.list_physical_devices()
         except BaseException:
             said.seek(0)
             os.write(stderr, said.read())
@@ -51,7 +51,6 @@ def run(
     An error is one line on stderr; the traceback only with --debug.
     """
     argv = list(sys.argv if argv is None else argv)
-    debug = "--debug" in argv
     try:
         try:
             positional = flag_values(argv)[1:]
@@ -63,11 +62,15 @@ def run(
             return 0
         main(positional)
         return 0
+    except BrokenPipeError:
+        # Whoever read the output has had enough (`| head`): nothing to tell, and no second try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
+        if flag_values["debug"].value:
             traceback.print_exc()
         text = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ConfigError | RunError):

@@ -178,6 +178,8 @@ class Schedule(_Section):
         self._between("patience", 1, 1000)
         if list(self.drops) != sorted(self.drops) or not all(0 < d < 1 for d in self.drops):
             raise ConfigError(f"drops is {self.drops}; allowed: rising fractions of the run between 0 and 1")
+        if self.name == "plateau" and self.warmup:
+            raise ConfigError(f"warmup is {self.warmup}; allowed with the plateau schedule: 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,20 +296,27 @@ class Config(_Section):
         Raises ConfigError on an unknown name or a value out of range.
         """
         changes: dict[str, Any] = {}
+        parts: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             section, _, key = name.partition("__")
             if section not in (f.name for f in dataclasses.fields(self)):
                 raise unknown("setting", section, [f.name for f in dataclasses.fields(self)])
-            if not key:
+            if key:
+                parts.setdefault(section, {})[key] = value
+            else:
                 changes[section] = value
-                continue
+        # All of a section's at once: two values may only be right together.
+        for section, new in parts.items():
             current = changes.get(section, getattr(self, section))
             if isinstance(current, Mapping):
-                changes[section] = {**current, key: value}
-            elif dataclasses.is_dataclass(current):
-                if key not in (f.name for f in dataclasses.fields(current)):
-                    raise unknown(f"setting in {section}", key, [f.name for f in dataclasses.fields(current)])
-                changes[section] = dataclasses.replace(current, **{key: value})  # type: ignore[type-var]
-            else:
+                changes[section] = {**current, **new}
+                continue
+            if not dataclasses.is_dataclass(current):
+                name = f"{section}__{next(iter(new))}"
                 raise unknown("setting", name, [f.name for f in dataclasses.fields(self)])
+            allowed = [f.name for f in dataclasses.fields(current)]
+            for key in new:
+                if key not in allowed:
+                    raise unknown(f"setting in {section}", key, allowed)
+            changes[section] = dataclasses.replace(current, **new)  # type: ignore[type-var]
         return dataclasses.replace(self, **changes)

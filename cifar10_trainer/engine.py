@@ -17,9 +17,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import augment, models, optim
+from . import augment, models, optim, runtime
 from .config import Config
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .pipeline import Fetcher, Order, index_data, training_data
 
 EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
@@ -95,6 +95,24 @@ def accelerate(
     return result
 
 
+def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
+    """Raises ConfigError where the weights of `model` do not fit square images of these sides."""
+    for side in {min(sizes), max(sizes)}:
+        try:
+            twin = keras.models.clone_model(
+                model, input_tensors=keras.Input((side, side, model.input_shape[-1]))
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger ones"
+            ) from error
+        if [w.shape for w in twin.weights] != [w.shape for w in model.weights]:
+            raise ConfigError(
+                f"sizes is {sizes}, but {model.name} flattens its maps, so it takes images of one size;"
+                " allowed: () for them as they are"
+            )
+
+
 @dataclass
 class Progress:
     """What the steps since `clear` add up to."""
@@ -136,6 +154,8 @@ class Engine:
         compiled: bool | None = None,
     ):
         gpu = bool(tf.config.list_logical_devices("GPU"))
+        if config.sizes:
+            check_sizes(model, config.sizes)
         self.model = model
         self.config = config
         self.strategy = strategy
@@ -252,14 +272,18 @@ class Engine:
 
         @tf.function(reduce_retracing=True)
         def loop(iterator, count, data):
-            loss = hits = tf.constant(0.0)
+            # In float64 these sums are exact, so they do not depend on how many steps a call takes.
+            loss = hits = tf.constant(0.0, tf.float64)
             for _ in tf.range(count):
                 others, part, right = self.strategy.run(
                     lambda batch, data: self._replica_step(batch, data, fetcher), args=(next(iterator), data)
                 )
                 self._apply_others(others)
-                loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
-                hits += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
+                total, right = (
+                    self.strategy.reduce(tf.distribute.ReduceOp.SUM, x, axis=None) for x in (part, right)
+                )
+                loss += tf.cast(total, tf.float64)
+                hits += tf.cast(right, tf.float64)
                 if every and self.optimizer.iterations % every == 0:
                     self._average()
             return loss, hits
@@ -305,11 +329,15 @@ class Engine:
     def train(self, count: int) -> dict[str, float]:
         """Takes up to `count` steps, and returns the mean loss and accuracy since `progress` was cleared.
 
-        Stops before where the size of the images changes. Raises RunError where the loss is no number.
+        Stops before where the size of the images changes. Raises RunError where the loss is no number,
+        and where memory runs out.
         """
         _, end, size = self._phase(self.step)
         count = min(count, end - self.step)
-        loss, hits = self._graph(size)(self._batches(end, size), tf.constant(count))
+        try:
+            loss, hits = self._graph(size)(self._batches(end, size), tf.constant(count))
+        except tf.errors.ResourceExhaustedError as error:
+            raise runtime.out_of_memory(error) from error
         self.step += count
         self.progress.loss += float(loss)
         self.progress.correct += float(hits)

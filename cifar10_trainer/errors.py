@@ -14,6 +14,10 @@ class RunError(RuntimeError):
     """Right usage that could not be carried out: data, files, network, divergence. Exit status 1."""
 
 
+class Interrupted(RunError):
+    """A signal ended the run, with everything saved: the same command goes on from there."""
+
+
 def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigError:
     """The error for a name that is not one of `allowed`, with the nearest name where there is one."""
     near = difflib.get_close_matches(str(received), list(allowed), n=1)

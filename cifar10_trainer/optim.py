@@ -22,22 +22,25 @@ class Course(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step):
         s = self.schedule
-        t = tf.cast(step, tf.float32) / self.steps
-        after = tf.clip_by_value((t - s.warmup) / (1 - s.warmup), 0.0, 1.0)
+        step = tf.cast(step, tf.float32)
+        after = tf.clip_by_value((step / self.steps - s.warmup) / (1 - s.warmup), 0.0, 1.0)
         if s.name == "linear":
             value = 1 + (s.end - 1) * after
         elif s.name == "cosine":
             value = s.end + (1 - s.end) * 0.5 * (1 + tf.cos(3.14159265 * after))
         elif s.name == "step":
-            value = s.drop ** tf.reduce_sum(tf.cast(t >= tf.constant(s.drops, tf.float32), tf.float32))
+            # In whole steps: as fractions they would round differently inside a graph.
+            drops = tf.constant([drop * self.steps for drop in s.drops], tf.float32)
+            value = s.drop ** tf.reduce_sum(tf.cast(step >= drops, tf.float32))
         elif s.name == "cyclic":
             # Triangles from `end` up to 1 and back: Smith 2017, arXiv:1506.01186.
             phase = tf.math.floormod(after * s.cycles, 1.0)
             value = s.end + (1 - s.end) * (1 - tf.abs(2 * phase - 1))
         else:
-            value = tf.ones_like(t)
+            value = tf.ones_like(step)
         if s.warmup:
-            value = tf.where(t < s.warmup, s.start + (1 - s.start) * t / s.warmup, value)
+            end = s.warmup * self.steps
+            value = tf.where(step < end, s.start + (1 - s.start) * step / end, value)
         return self.peak * value
 
     def get_config(self):
@@ -75,14 +78,21 @@ class SGD(keras.optimizers.SGD):
 class Muon(SGD):
     """Momentum whose update of each convolution kernel is made orthogonal; SGD for everything else.
 
-    A kernel [h, w, in, out] is taken as a matrix [h * w * in, out]; its norm is held at the square root of its
-    size. Keras's own `Muon` leaves convolutions to AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+    A kernel [h, w, in, out] is taken as a matrix [h * w * in, out]; before each update its norm is set to the
+    square root of `out`. Keras's own `Muon` leaves convolutions to AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
+
+    momentums: list[keras.Variable]
 
     def __init__(self, learning_rate=0.24, kernel_momentum=0.6, sgd_ratio=6.0, **kwargs):
         super().__init__(learning_rate, **kwargs)
         self.kernel_momentum = kernel_momentum
         self.sgd_ratio = sgd_ratio
+
+    def build(self, variables):
+        super().build(variables)
+        if not self.momentums:  # SGD has none where its own momentum is 0
+            self.momentums = self.add_optimizer_variables(variables, "momentum")
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
@@ -95,7 +105,7 @@ class Muon(SGD):
         momentum.value.assign(velocity)
         update = orthogonal(tf.reshape(gradient + self.kernel_momentum * velocity, [-1, variable.shape[-1]]))
         weights = tf.convert_to_tensor(variable)
-        weights = weights * (tf.sqrt(tf.cast(tf.size(weights), weights.dtype)) / tf.norm(weights))
+        weights = weights * (variable.shape[-1] ** 0.5 / tf.norm(weights))
         variable.assign(weights - rate * tf.reshape(update, variable.shape))
 
     def get_config(self):

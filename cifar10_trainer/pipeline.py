@@ -51,8 +51,8 @@ class Order:
         numbers = tf.random.stateless_uniform([self.n, self.draws], seed=tf.stack([self.seed, 2 * epoch + 1]))
         if self.augmentation.flip == "alternating":
             # One draw for the whole run, mirrored in every other epoch: adding a half changes sides.
-            once = tf.random.stateless_uniform([self.n, 1], seed=[self.seed, 1])
-            once = tf.math.floormod(once + 0.5 * tf.cast(epoch, tf.float32), 1.0)
+            once = tf.random.stateless_uniform([self.n, 1], seed=[self.seed, -1])
+            once = tf.math.floormod(once + 0.5 * tf.cast(epoch % 2, tf.float32), 1.0)
             numbers = tf.concat([once, numbers[:, 1:]], axis=1)
         return index, tf.gather(numbers, index)
 

@@ -25,32 +25,50 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
     gpus = tf.config.list_logical_devices("GPU")
     cpus = tf.config.list_logical_devices("CPU")
     if requested == "auto":
-        if "cluster" in json.loads(os.environ.get("TF_CONFIG") or "{}"):
-            requested = "multi_worker"
-        else:
-            requested = "mirrored" if len(gpus) > 1 else "none"
+        requested = "multi_worker" if _cluster() else "mirrored" if len(gpus) > 1 else "none"
     if requested == "none":
         return tf.distribute.get_strategy(), f"on one device: {(gpus or cpus)[0].name}"
     if requested == "mirrored":
         devices = [d.name for d in gpus or cpus]
         return tf.distribute.MirroredStrategy(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
-    if "cluster" not in json.loads(os.environ.get("TF_CONFIG") or "{}"):
+    if not _cluster():
         raise ConfigError(
             "strategy multi_worker found no cluster; set TF_CONFIG to JSON with 'cluster' (worker addresses) and 'task' "
             "(type and index) in every process, or use --strategy=mirrored for the GPUs of one machine"
         )
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    return strategy, f"{strategy.num_replicas_in_sync} replica(s) on {_workers(strategy)} worker(s)"
+    workers = sum(len(addresses) for addresses in _cluster().values())
+    return strategy, f"{strategy.num_replicas_in_sync} replica(s) on {workers} worker(s)"
 
 
-def _workers(strategy: tf.distribute.Strategy) -> int:
-    return len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
+def _cluster() -> dict[str, list[str]]:
+    """The addresses in TF_CONFIG, by kind of task; empty where there are none. Raises ConfigError on what is no JSON."""
+    text = os.environ.get("TF_CONFIG") or "{}"
+    try:
+        return dict(json.loads(text).get("cluster") or {})
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"TF_CONFIG is {text[:200]!r}; allowed: JSON with 'cluster' and 'task', or nothing"
+        ) from error
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
     """Whether this process writes the run's files: true but for the further workers of a cluster."""
     resolver = strategy.cluster_resolver
-    return resolver is None or resolver.task_type in (None, "", "chief") or resolver.task_id in (None, 0)
+    if resolver is None or resolver.task_type in (None, "", "chief"):
+        return True
+    return resolver.task_id in (None, 0) and "chief" not in resolver.cluster_spec().jobs
+
+
+def mean_over_workers(strategy: tf.distribute.Strategy, *values: float) -> tuple[float, ...]:
+    """The mean of each number over the workers of a cluster, which wait here for one another.
+
+    Without a cluster, the numbers themselves.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return values
+    mine = strategy.run(lambda: tf.constant(values, tf.float64))
+    return tuple(strategy.reduce(tf.distribute.ReduceOp.MEAN, mine, axis=None).numpy().tolist())
 
 
 def choose_precision(requested: str) -> tuple[str, str]:

@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from . import datasets, models, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, Progress
-from .errors import ConfigError, RunError
+from .errors import ConfigError, Interrupted, RunError
 from .models import fast
 
 WRITTEN = (  # what a run writes, and --overwrite removes
@@ -82,7 +84,7 @@ def train_and_evaluate(
     say(f"strategy: {why}")
     policy, why = runtime.choose_precision(config.precision)
     say(f"precision: {policy}: {why}")
-    saved = _prepare(workdir, config, overwrite, strategy)
+    saved = _prepare(workdir, config, overwrite, chief)
 
     # ---- data ---------------------------------------------------------------------------------------------------
     data = dataset or datasets.load(config.dataset, data_dir)
@@ -146,13 +148,14 @@ def train_and_evaluate(
     say(f"trained: {run.history[-1]['epoch']} epochs in {run.seconds():,.1f} s; kept epoch {run.best_epoch}")
 
     # ---- evaluate -----------------------------------------------------------------------------------------
-    best = keras.models.load_model(workdir / "model.keras", compile=False) if chief else engine.export()
+    kept = workdir / "model.keras"  # a worker that does not share the chief's folder has none, and no scores
+    best = keras.models.load_model(kept, compile=False) if chief or kept.exists() else None
     images, labels = (
         (data.test_images, data.test_labels) if len(data.test_labels) else (val_images, val_labels)
     )
     scores: dict[int, dict[str, float]] = {}
     probabilities = np.zeros((0, data.num_classes), np.float32)
-    for views in sorted({1, config.views}) if score_test and len(labels) else ():
+    for views in sorted({1, config.views}) if score_test and best and len(labels) else ():
         probabilities = scoring.predict_probabilities(best, images, views=views)
         scores[views] = scoring.score(labels, probabilities)
     tested = scores if len(data.test_labels) else {}
@@ -193,26 +196,28 @@ def train_and_evaluate(
     return metrics
 
 
-def _prepare(workdir: Path, config: Config, overwrite: bool, strategy: tf.distribute.Strategy) -> dict | None:
+def _prepare(workdir: Path, config: Config, overwrite: bool, chief: bool) -> dict | None:
     """Makes the run folder, or finds the state to resume from in it. Raises ConfigError where it is taken."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir"
-        ) from error
-    if overwrite and runtime.is_chief(strategy):
-        for name in WRITTEN:
-            path = workdir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if not (workdir / "config.json").exists():
+    if chief:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / ".writable").touch()
+            (workdir / ".writable").unlink(missing_ok=True)
+            for path in (workdir / name for name in WRITTEN if overwrite):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir"
+            ) from error
+    if overwrite or not (workdir / "config.json").exists():
         return None
     way_out = "choose another --workdir, or replace it with --overwrite"
     if (workdir / "metrics.json").exists():
         raise ConfigError(f"{workdir} holds a finished run; {way_out}")
-    there = json.loads((workdir / "config.json").read_text())
+    try:
+        there = dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{workdir / 'config.json'} is damaged ({error}); {way_out}") from error
     ours = config.to_dict()
     different = [key for key in ours if there.get(key) != ours[key]]
     if different:
@@ -223,8 +228,15 @@ def _prepare(workdir: Path, config: Config, overwrite: bool, strategy: tf.distri
         )
     if not (workdir / "state.npz").exists():
         return None
-    with np.load(workdir / "state.npz", allow_pickle=False) as arrays:
-        return dict(arrays)
+    try:
+        with np.load(workdir / "state.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(_damaged(workdir, error)) from error
+
+
+def _damaged(workdir: Path, error: Exception) -> str:
+    return f"{workdir / 'state.npz'} is damaged ({error}); delete it to begin this run again"
 
 
 def _pixel_statistics(
@@ -277,7 +289,8 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.best, self.best_epoch, self.target = None, None, None
         self.images, self.step_seconds = 0, 0.0
-        self._began, self._before, self._saved = began, 0.0, time.time()
+        # When this process began to train, and what earlier ones spent: on it, and on starting.
+        self._began, self._before, self._starts, self._saved = began, 0.0, 0.0, time.time()
         # The callbacks' model shares the plain model's layers, so that an optimizer attached to it is not saved.
         self._face = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
         self._face.optimizer = engine.optimizer
@@ -333,11 +346,16 @@ class _Run:
 
     def elapsed(self) -> float:
         """Spent in this run by all processes, from the start of the first."""
-        return self.seconds() + self._began - runtime.process_start()
+        return self.seconds() + self._starts + self._began - runtime.process_start()
 
     def loop(self, val_images, val_labels, signals) -> None:
         """Trains from where the engine stands to the end, or until a callback or a signal stops it."""
         engine, per_epoch = self.engine, self.engine.steps_per_epoch
+        (mean_step,) = runtime.mean_over_workers(engine.strategy, engine.step)
+        if mean_step != engine.step:
+            raise RunError(
+                f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
+            )
         count = 1
         self.callbacks.on_train_begin()
         while engine.step < engine.steps and not self._face.stop_training:
@@ -346,6 +364,11 @@ class _Run:
             began = time.time()
             self.callbacks.on_epoch_begin(epoch)
             while engine.step < end:
+                # All workers of a cluster take as many steps a call, and stop together.
+                wanted, caught = runtime.mean_over_workers(engine.strategy, count, bool(signals.caught))
+                if caught:
+                    self._interrupted(signals.caught or "a signal to another worker")
+                count = int(wanted)
                 before, start = engine.step, time.time()
                 self.callbacks.on_train_batch_begin(before - epoch * per_epoch)
                 logs = engine.train(min(count, end - before))
@@ -355,15 +378,12 @@ class _Run:
                 self.step_seconds += spent
                 # As many steps a call as fit the time: the results do not depend on it.
                 count = int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * count, 1024)))
-                if signals.caught:
-                    self._interrupted(signals.caught)
             self._end_epoch(epoch, val_images, val_labels, began)
-            if signals.caught and engine.step < engine.steps:
-                self._interrupted(signals.caught)
         self.callbacks.on_train_end()
         if self.best_epoch is None:
             self.best_epoch = self.history[-1]["epoch"]
             self._save_model()
+        runtime.mean_over_workers(engine.strategy, 0)  # now the chief has saved the model
 
     def _end_epoch(self, epoch, val_images, val_labels, began) -> None:
         engine, logs = self.engine, dict(self.engine.progress.logs())
@@ -391,7 +411,9 @@ class _Run:
         engine.progress = Progress()
         if self.chief:
             report.write_history(self.workdir / "history.csv", self.history)
-            if not last and time.time() - self._saved > SAVE_SECONDS:
+            # An epoch that ends the run is not to be gone on from.
+            goes_on = not last and not self._face.stop_training
+            if goes_on and time.time() - self._saved > SAVE_SECONDS:
                 self.save()
 
     def _interrupted(self, by: str) -> None:
@@ -401,16 +423,21 @@ class _Run:
             self._save_model()
         if self.chief:
             self.save()
-        raise RunError(
+        raise Interrupted(
             f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}; everything is saved in"
             f" {self.workdir}; the same command with --workdir={self.workdir} goes on from there"
         )
 
     def _save_model(self) -> None:
         if self.chief:
-            temporary = self.workdir / ".model.keras"
-            self.engine.model.save(temporary)
-            os.replace(temporary, self.workdir / "model.keras")
+            path, temporary = self.workdir / "model.keras", self.workdir / ".model.keras"
+            try:
+                self.engine.model.save(temporary)
+                os.replace(temporary, path)
+            except OSError as error:
+                raise RunError(f"cannot write {path}: {error}; make room or choose another folder") from error
+            finally:
+                temporary.unlink(missing_ok=True)
 
     # -- resuming ----------------------------------------------------------------------------------------------
 
@@ -424,6 +451,7 @@ class _Run:
             "target": self.target,
             "images": self.images,
             "step_seconds": self.step_seconds,
+            "seconds": self.seconds(),
             "elapsed": self.elapsed(),
             "callbacks": [
                 {k: v for k, v in vars(c).items() if isinstance(v, plain)}
@@ -440,13 +468,16 @@ class _Run:
         return [c for c in self.callbacks.callbacks if isinstance(c, kinds)]
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes up what `save` wrote."""
-        meta = json.loads(str(arrays["meta"]))
+        """Takes up what `save` wrote. Raises RunError where that is not whole, or of another model."""
+        try:
+            meta = json.loads(str(arrays["meta"]))
+            self.engine.restore(arrays)
+        except (KeyError, ValueError) as error:
+            raise RunError(_damaged(self.workdir, error)) from error
         self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
         self.target = meta["target"] and tuple(meta["target"])
         self.images, self.step_seconds = meta["images"], meta["step_seconds"]
-        self._before = meta["elapsed"]
-        self.engine.restore(arrays)
+        self._before, self._starts = meta["seconds"], meta["elapsed"] - meta["seconds"]
         # Keras's callbacks forget on on_train_begin, so they get their memory back after it.
         memories = meta["callbacks"]
 

@@ -1,6 +1,6 @@
 """The project's own network: patch whitening, then three blocks of two 3x3 convolutions, and a small head.
 
-1,973,944 parameters with the default widths, whitening included. After airbench94's (Jordan 2024,
+1,973,920 parameters with the default widths, whitening included. After airbench94's (Jordan 2024,
 arXiv:2404.00498), as natural Keras: batch norm without scale, convolutions that start near the identity,
 logits divided by nine. The last pooling is global, so that it also takes smaller images.
 """
@@ -104,7 +104,12 @@ def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5
 
     Args:
         images: uint8 [n, height, width, channels]; mean, std: as the model's preprocessing has them.
+
+    Raises ConfigError where the model has no such layer.
     """
+    if "whitening" not in (layer.name for layer in model.layers):
+        raise ConfigError(f"whitening is True; allowed with the architecture {model.name}: False")
+    mean, std = 0.0 if mean is None else mean, 1.0 if std is None else std
     x = (images[:5000].astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
     h, w = x.shape[1:3]
     patches = np.stack([x[:, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1)], axis=3)

@@ -1,0 +1,492 @@
+"""Every layer against an independent twin: NumPy's `pad`, SciPy's `affine_transform`, loops over pixels."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.stats
+import tensorflow as tf
+
+from cifar10_trainer import augment
+from cifar10_trainer.augment import RandomCutout, RandomFlip, RandomRotation, RandomShift, RandomZoom
+from cifar10_trainer.config import Augmentation
+from cifar10_trainer.errors import ConfigError
+
+H, W = 9, 12  # neither square nor even: rows and columns cannot be mixed up unseen
+
+
+def some_images(n=12, height=H, width=W, seed=0):
+    # No pixel is 0, so that what is black came in from outside.
+    return np.random.default_rng(seed).integers(1, 256, (n, height, width, 3), np.uint8)
+
+
+def some_numbers(n=12, draws=1, seed=1):
+    return np.random.default_rng(seed).random((n, draws), np.float32)
+
+
+# ---- twins: image [h, w, c], numbers [draws] -> image
+
+
+def twin_flip(image, numbers):
+    return image[:, ::-1] if numbers[0] < 0.5 else image
+
+
+def twin_shift(image, numbers, pixels, fill):
+    mode = {"reflect": "reflect", "nearest": "edge", "constant": "constant"}[fill]
+    padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode)
+    top, left = (int(number * (2 * pixels + 1)) for number in numbers)
+    return padded[top : top + image.shape[0], left : left + image.shape[1]]
+
+
+def twin_affine(image, matrix, fill):
+    """Bilinear, about the centre: pixel p of the result is at centre + matrix (p - centre), all as (row, column)."""
+    # SciPy's "constant" drops a pixel that is partly outside; "grid-constant" blends it, as we do.
+    mode = {"reflect": "reflect", "nearest": "nearest", "constant": "grid-constant"}[fill]
+    centre = (np.array(image.shape[:2]) - 1) / 2
+    offset = centre - matrix @ centre
+    channels = [
+        scipy.ndimage.affine_transform(c.astype(np.float64), matrix, offset, order=1, mode=mode)
+        for c in np.moveaxis(image, -1, 0)
+    ]
+    return np.stack(channels, axis=-1)
+
+
+def twin_rotation(image, numbers, turns, fill):
+    angle = (2 * float(numbers[0]) - 1) * turns * 2 * np.pi
+    cos, sin = np.cos(angle), np.sin(angle)
+    return twin_affine(image, np.array([[cos, sin], [-sin, cos]]), fill)
+
+
+def twin_zoom(image, numbers, amount, fill):
+    height, width = (1 + (2 * float(number) - 1) * amount for number in numbers)
+    return twin_affine(image, np.diag([height, width]), fill)
+
+
+def twin_cutout(image, numbers, size):
+    image = image.copy()
+    middle = [int(number * side) for number, side in zip(numbers, image.shape, strict=False)]
+    for r in range(image.shape[0]):
+        for c in range(image.shape[1]):
+            if all(0 <= p - (m - size // 2) < size for p, m in zip((r, c), middle, strict=True)):
+                image[r, c] = 127
+    return image
+
+
+FILLS = ("reflect", "nearest", "constant")
+# name -> layer, its twin, and by how many levels they may differ: a float32 angle can tip one pixel's rounding
+CASES = {
+    "flip": (RandomFlip(), twin_flip, 0),
+    **{
+        f"shift {pixels} {fill}": (
+            RandomShift(pixels, fill),
+            lambda image, numbers, p=pixels, f=fill: twin_shift(image, numbers, p, f),
+            0,
+        )
+        for pixels in (1, 4, 8)
+        for fill in FILLS
+    },
+    "shift of more than the image": (
+        RandomShift(14, "constant"),
+        lambda image, numbers: twin_shift(image, numbers, 14, "constant"),
+        0,
+    ),
+    **{
+        f"rotation {fill}": (
+            RandomRotation(0.3, fill),
+            lambda image, numbers, f=fill: twin_rotation(image, numbers, 0.3, f),
+            1,
+        )
+        for fill in FILLS
+    },
+    **{
+        f"zoom {fill}": (
+            RandomZoom(0.6, fill),
+            lambda image, numbers, f=fill: twin_zoom(image, numbers, 0.6, f),
+            1,
+        )
+        for fill in FILLS
+    },
+    "cutout even": (RandomCutout(4), lambda image, numbers: twin_cutout(image, numbers, 4), 0),
+    "cutout odd": (RandomCutout(5), lambda image, numbers: twin_cutout(image, numbers, 5), 0),
+    "cutout of everything": (RandomCutout(40), lambda image, numbers: twin_cutout(image, numbers, 40), 0),
+}
+LAYERS = {
+    "flip": RandomFlip,
+    "shift": lambda: RandomShift(3, "nearest"),
+    "rotation": lambda: RandomRotation(0.2, "constant"),
+    "zoom": lambda: RandomZoom(0.4),
+    "cutout": lambda: RandomCutout(4),
+}
+
+
+@pytest.fixture(params=["float32", "mixed_bfloat16"])
+def policy(request):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy(before)
+
+
+def expected_of(twin, images, numbers):
+    return np.stack([twin(*pair) for pair in zip(images, numbers, strict=True)]).astype(np.float64)
+
+
+# ---- what a layer does to an image
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_is_its_twin(case):
+    layer, twin, tolerance = CASES[case]
+    images, numbers = some_images(), some_numbers(12, layer.draws)
+    result = layer.transform(tf.constant(images), tf.constant(numbers))
+    assert result.dtype == tf.uint8
+    expected = expected_of(twin, images, numbers)
+    assert np.abs(result.numpy() - expected).max() <= tolerance
+    if tolerance:  # rounded to the nearest, not cut off: half a level away nearly everywhere
+        assert np.mean(np.abs(result.numpy() - expected) > 0.501) < 0.001
+    assert (result.numpy() != images).any()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_in_tf_data_and_under_a_policy(name, policy):
+    layer = LAYERS[name]()
+    images, numbers = some_images(), some_numbers(12, layer.draws)
+    plain = layer.transform(tf.constant(images), tf.constant(numbers)).numpy()
+    data = tf.data.Dataset.from_tensor_slices((images, numbers)).batch(5)  # 5, 5, 2: batches of unknown size
+    mapped = np.concatenate([x.numpy() for x in data.map(layer.transform)])
+    np.testing.assert_array_equal(mapped, plain)
+    # the layer's own call, which makes the numbers itself, in a batch of three an element
+    eager = layer(tf.constant(images), seed=(3, 4))
+    assert eager.dtype == tf.uint8
+    whole = tf.data.Dataset.from_tensors(images).map(lambda x: layer(x, seed=(3, 4)))
+    np.testing.assert_array_equal(next(iter(whole)).numpy(), eager.numpy())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_policy_changes_no_pixel(name):
+    images = tf.constant(some_images())
+    before = keras.config.dtype_policy()
+    plain = LAYERS[name]()(images, seed=(1, 2)).numpy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        mixed = LAYERS[name]()(images, seed=(1, 2)).numpy()
+    finally:
+        keras.config.set_dtype_policy(before)
+    np.testing.assert_array_equal(mixed, plain)
+
+
+def test_quarter_and_half_turns_are_exact():
+    square = some_images(1, 8, 8)
+    quarter = RandomRotation(0.25).transform(square, np.zeros((1, 1), np.float32)).numpy()[0]
+    assert any((quarter == np.rot90(square[0], k)).all() for k in (1, -1))
+    half = RandomRotation(0.5).transform(square, np.zeros((1, 1), np.float32)).numpy()[0]
+    np.testing.assert_array_equal(half, square[0, ::-1, ::-1])
+
+
+def test_zoom_takes_height_and_width_apart():
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    image[:, 2:6, 2:6] = 200  # half of the height, half of the width
+    # a number of 0 shows half of a side, 0.5 the side as it is
+    taller = RandomZoom(0.5).transform(image, np.array([[0, 0.5]], np.float32)).numpy()[0, ..., 0]
+    wider = RandomZoom(0.5).transform(image, np.array([[0.5, 0]], np.float32)).numpy()[0, ..., 0]
+    assert (taller[3] == [0, 0, 200, 200, 200, 200, 0, 0]).all()
+    assert (taller[:, 3] > 0).all()
+    np.testing.assert_array_equal(wider, taller.T)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_batch_does_not_matter_to_an_image(name):
+    layer = LAYERS[name]()
+    images, numbers = some_images(), some_numbers(12, layer.draws)
+    together = layer.transform(images, numbers).numpy()
+    backwards = layer.transform(images[::-1], numbers[::-1]).numpy()[::-1]
+    alone = np.concatenate([layer.transform(images[i : i + 1], numbers[i : i + 1]) for i in range(12)])
+    np.testing.assert_array_equal(backwards, together)
+    np.testing.assert_array_equal(alone, together)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_image_of_a_batch_draws_for_itself(name):
+    same = np.repeat(some_images(1), 32, axis=0)
+    results = LAYERS[name]()(same, seed=(0, 1)).numpy()
+    different = len({image.tobytes() for image in results})
+    assert different == 2 if name == "flip" else different > 15
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_seeds(name):
+    images = some_images(32)
+
+    def of(seed):
+        return LAYERS[name]()(images, seed=seed).numpy()
+
+    first = of((1, 2))
+    np.testing.assert_array_equal(of((1, 2)), first)
+    np.testing.assert_array_equal(of(tf.stack([1, tf.constant(2, tf.int64)])), first)
+    assert (of((1, 3)) != first).any()
+    assert (of((2, 2)) != first).any()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_epochs_differ_although_a_global_seed_is_set(name):
+    """tf.random in `map` repeats itself after a global seed (tensorflow#35682); seeds of a step do not."""
+    keras.utils.set_random_seed(0)
+    layer, images = LAYERS[name](), some_images(32)
+    epochs = [layer(tf.constant(images), seed=(0, step)).numpy() for step in range(3)]
+    steps = tf.data.Dataset.range(3)
+    mapped = steps.map(lambda step: layer(tf.constant(images), seed=tf.stack([0, step])))
+    for here, there in zip(epochs, mapped, strict=True):
+        np.testing.assert_array_equal(here, there.numpy())
+    assert len({epoch.tobytes() for epoch in epochs}) == 3
+
+
+# ---- how often
+
+
+def index_images(n, side):
+    """Images whose pixels tell their own row and column."""
+    rows, columns = np.mgrid[:side, :side].astype(np.uint8)
+    return np.broadcast_to(np.stack([rows, columns, rows], -1), (n, side, side, 3))
+
+
+def test_half_of_the_images_flip():
+    n = 10_000
+    flipped = RandomFlip()(index_images(n, 2), seed=(0, 0)).numpy()[:, 0, 0, 1] == 1
+    # five standard deviations of a fair coin
+    assert abs(flipped.mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
+
+
+def test_all_shifts_occur_equally_often():
+    n, pixels = 10_000, 2
+    middle = RandomShift(pixels)(index_images(n, 5), seed=(0, 0)).numpy()[:, 2, 2]
+    offsets = middle[:, :2].astype(int) - 2
+    counts = np.array([[(offsets == (dy, dx)).all(1).sum() for dx in range(-2, 3)] for dy in range(-2, 3)])
+    assert counts.sum() == n
+    assert scipy.stats.chisquare(counts.ravel()).pvalue > 0.001
+
+
+def test_cutouts_are_centred_everywhere_equally_often():
+    n = 6400
+    holes = RandomCutout(1)(np.zeros((n, 8, 8, 3), np.uint8), seed=(0, 0)).numpy()[..., 0] == 127
+    assert (holes.sum((1, 2)) == 1).all()
+    assert scipy.stats.chisquare(holes.sum(0).ravel()).pvalue > 0.001
+
+
+def test_turns_and_zooms_are_uniform():
+    numbers = np.linspace(0, 1, 5, dtype=np.float32)[:, None]
+    (cos, minus_sin), (sin, also_cos) = RandomRotation(0.1).matrix(numbers)
+    expected = np.array([-36, -18, 0, 18, 36]) * np.pi / 180
+    np.testing.assert_allclose(np.arctan2(sin, cos), expected, atol=1e-6)
+    np.testing.assert_allclose(sin, -minus_sin)
+    np.testing.assert_allclose(cos, also_cos)
+    (x, _), (_, y) = RandomZoom(0.2).matrix(np.tile(numbers, (1, 2)) * [[1, 0.5]])
+    np.testing.assert_allclose(y, [0.8, 0.9, 1.0, 1.1, 1.2], atol=1e-6)
+    np.testing.assert_allclose(x, [0.8, 0.85, 0.9, 0.95, 1.0], atol=1e-6)
+
+
+# ---- several layers at once
+
+
+COMPOSITIONS = {
+    "none": [],
+    "flip": [RandomFlip()],
+    "flip, shift": [RandomFlip(), RandomShift(3)],
+    "shift, flip": [RandomShift(3, "constant"), RandomFlip()],
+    "flip, shift, cutout": [RandomFlip(), RandomShift(3, "constant"), RandomCutout(4)],
+    "flip, nearest, cutout": [RandomFlip(), RandomShift(2, "nearest"), RandomCutout(5)],
+    "two shifts": [RandomShift(3, "constant"), RandomShift(4, "constant")],
+    "two fills": [RandomShift(3, "nearest"), RandomShift(4, "constant")],
+    "two fills more": [RandomShift(3, "constant"), RandomShift(4, "reflect"), RandomShift(2, "nearest")],
+    "cutout first": [RandomCutout(4), RandomFlip(), RandomShift(2)],
+    "two cutouts": [RandomCutout(4), RandomCutout(2)],
+    "all": [RandomFlip(), RandomShift(2, "constant"), RandomRotation(0.1), RandomZoom(0.2), RandomCutout(4)],
+    "turn between": [RandomFlip(), RandomRotation(0.1, "nearest"), RandomShift(2), RandomCutout(3)],
+}
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("known", [True, False])
+def test_fetch_is_the_layers_one_after_the_other(composition, known):
+    layers = COMPOSITIONS[composition]
+    images, index = some_images(7), np.array([3, 0, 6, 3, 3, 5, 1, 2, 4, 6], np.int32)
+    numbers = some_numbers(10, sum(layer.draws for layer in layers), seed=5)
+    # with a table of known size, as in training, and of unknown size, as inside tf.data
+    shape = images.shape if known else [None, *images.shape[1:]]
+    fetch = tf.function(
+        lambda x, i, u: augment.fetch(augment.pixel_table(x), (H, W), i, layers, u),
+        input_signature=[
+            tf.TensorSpec(shape, tf.uint8),
+            tf.TensorSpec([None], tf.int32),
+            tf.TensorSpec([None, numbers.shape[1]]),
+        ],
+    )
+    expected, first = images[index], 0
+    for layer in layers:
+        expected = layer.transform(expected, numbers[:, first : first + layer.draws]).numpy()
+        first += layer.draws
+    result = fetch(images, index, numbers)
+    assert result.dtype == tf.uint8
+    np.testing.assert_array_equal(result.numpy(), expected)
+
+
+def test_pixel_table():
+    images = some_images(3)
+    table = augment.pixel_table(tf.constant(images)).numpy()
+    np.testing.assert_array_equal(table[:-2], images.reshape(-1, 3))
+    np.testing.assert_array_equal(table[-2:], [[0] * 3, [127] * 3])
+
+
+def test_layers_of_an_augmentation():
+    everything = Augmentation(
+        flip="random", shift=2, rotation=0.1, zoom=0.2, fill="nearest", cutout=5, mixup=0.2
+    )
+    layers = augment.layers_of(everything)
+    assert [type(layer).__name__ for layer in layers] == [
+        "RandomFlip",
+        "RandomShift",
+        "RandomRotation",
+        "RandomZoom",
+        "RandomCutout",
+    ]
+    _, shift, rotation, zoom, cutout = layers
+    assert (shift.pixels, rotation.amount, zoom.amount, cutout.size) == (2, 0.1, 0.2, 5)
+    assert shift.fill == rotation.fill == zoom.fill == "nearest"
+    assert augment.layers_of(Augmentation(mixup=1.0)) == []
+    assert [type(x) for x in augment.layers_of(Augmentation(flip="alternating"))] == [RandomFlip]
+
+
+# ---- wrong usage
+
+
+@pytest.mark.parametrize("kind", [RandomShift, RandomRotation, RandomZoom])
+def test_unknown_fill(kind):
+    with pytest.raises(
+        ConfigError, match=r"unknown fill 'reflct'; allowed: reflect, nearest, constant.*'reflect'"
+    ):
+        kind(1, fill="reflct")
+
+
+def test_impossible_shifts():
+    with pytest.raises(ConfigError, match="pixels is -1; allowed: 0 or more"):
+        RandomShift(-1)
+    RandomShift(8)(some_images(1, 9, 9), seed=(0, 0))
+    with pytest.raises(ConfigError, match=r"9 pixels of 9x12.*less than a side"):
+        RandomShift(9)(some_images(1), seed=(0, 0))
+
+
+# ---- as Keras layers
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_survives_serialisation(name):
+    layer = LAYERS[name]()
+    twin = keras.layers.deserialize(keras.layers.serialize(layer))
+    assert type(twin) is type(layer)
+    assert twin.get_config() == layer.get_config()
+    images = some_images()
+    np.testing.assert_array_equal(twin(images, seed=(5, 6)).numpy(), layer(images, seed=(5, 6)).numpy())
+
+
+def test_layers_inside_a_saved_model(tmp_path, policy):
+    x = images = keras.Input((H, W, 3), dtype="uint8")
+    for i, make in enumerate(LAYERS.values()):
+        x = make()(x, seed=(7, i))
+        assert (x.shape, x.dtype) == ((None, H, W, 3), "uint8")
+    model = keras.Model(images, x)
+    expected = some_images()
+    for i, make in enumerate(LAYERS.values()):
+        expected = make()(expected, seed=(7, i)).numpy()
+    np.testing.assert_array_equal(model(some_images()).numpy(), expected)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(some_images()).numpy(), expected)
+
+
+# ---- mixing
+
+
+def one_hot(n, classes=10, seed=0):
+    return np.eye(classes, dtype=np.float32)[np.random.default_rng(seed).integers(0, classes, n)]
+
+
+def twin_mixup(images, labels, numbers, alpha):
+    share = scipy.stats.beta.ppf(numbers[:, 0].astype(np.float64), alpha, alpha)
+    mixed, targets = np.empty(images.shape), np.empty(labels.shape)
+    for i in range(len(images)):
+        mixed[i] = share[i] * images[i] + (1 - share[i]) * images[i - 1].astype(float)
+        targets[i] = share[i] * labels[i] + (1 - share[i]) * labels[i - 1]
+    return mixed, targets
+
+
+def twin_cutmix(images, labels, numbers, alpha):
+    mixed, targets = images.astype(np.float64), np.empty(labels.shape)
+    share = scipy.stats.beta.ppf(numbers[:, 0].astype(np.float64), alpha, alpha)
+    height, width = images.shape[1:3]
+    for i in range(len(images)):
+        bounds = []
+        for side, number in ((height, numbers[i, 1]), (width, numbers[i, 2])):
+            half = np.sqrt(1 - share[i]) * side / 2
+            middle = int(number * side)
+            bounds.append((max(round(middle - half), 0), min(round(middle + half), side)))
+        (top, bottom), (left, right) = bounds
+        mixed[i, top:bottom, left:right] = images[i - 1, top:bottom, left:right]
+        area = max(bottom - top, 0) * max(right - left, 0) / (height * width)
+        targets[i] = (1 - area) * labels[i] + area * labels[i - 1]
+    return mixed, targets
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_mixup(alpha, policy):
+    images, labels, numbers = some_images(24), one_hot(24), some_numbers(24, augment.MIX_DRAWS)
+    mixed, targets = augment.mix(images, labels, numbers, mixup=alpha)
+    assert mixed.dtype == targets.dtype == tf.float32
+    expected, expected_targets = twin_mixup(images, labels, numbers, alpha)
+    # the Beta's table has steps of 1/2000
+    np.testing.assert_allclose(targets, expected_targets, atol=5e-4)
+    np.testing.assert_allclose(mixed, expected, atol=255 * 5e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+def test_cutmix(alpha, policy):
+    images, labels, numbers = some_images(24), one_hot(24), some_numbers(24, augment.MIX_DRAWS)
+    mixed, targets = augment.mix(images, labels, numbers, cutmix=alpha)
+    assert mixed.dtype == targets.dtype == tf.float32
+    expected, expected_targets = twin_cutmix(images, labels, numbers, alpha)
+    np.testing.assert_array_equal(mixed, expected)
+    np.testing.assert_allclose(targets, expected_targets, atol=1e-6)
+    assert (mixed.numpy() != images).any()
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_in_tf_data(kind, policy):
+    images, labels, numbers = some_images(24), one_hot(24), some_numbers(24, augment.MIX_DRAWS)
+    eager = augment.mix(images, labels, numbers, **{kind: 0.7})
+    data = tf.data.Dataset.from_tensors((images, labels, numbers))
+    inside = next(iter(data.map(lambda *batch: augment.mix(*batch, **{kind: 0.7}))))
+    for here, there in zip(eager, inside, strict=True):
+        # the graph may multiply and add in one rounding
+        np.testing.assert_allclose(there, here, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixed_labels_are_shares(kind):
+    labels = one_hot(500)
+    _, targets = augment.mix(some_images(500), labels, some_numbers(500, 3), **{kind: 1.0})
+    np.testing.assert_allclose(targets.numpy().sum(1), 1, atol=1e-6)
+    assert (targets.numpy() >= 0).all()
+    kept = (targets.numpy() * labels).sum(1)[(labels != np.roll(labels, 1, 0)).any(1)]
+    if kind == "mixup":  # Beta(1, 1) is uniform
+        assert scipy.stats.kstest(kept, "uniform").pvalue > 0.001
+    else:  # what hangs over the border does not count: more is kept
+        assert 0.5 < kept.mean() < 0.9
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 1.0, 2.0, 10.0])
+def test_beta_quantile(alpha):
+    uniform = np.concatenate([[0, 1e-6, 1 - 2**-23], np.linspace(0.001, 0.999, 999)]).astype(np.float32)
+    expected = scipy.stats.beta.ppf(uniform.astype(np.float64), alpha, alpha)
+    result = augment._beta_quantile(alpha, tf.constant(uniform))
+    # linear between 2,001 points: never more than a step away
+    np.testing.assert_allclose(result, expected, atol=1 / 2000)

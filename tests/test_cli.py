@@ -1,0 +1,570 @@
+"""The flags of `python -m cifar10_trainer`: what each does to the Config, and how each error ends."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from cifar10_trainer import __main__ as command
+from cifar10_trainer import cli
+from cifar10_trainer.config import DATASETS, PRECISIONS, STRATEGIES, Config
+from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
+
+DEFAULT = RECIPES[DEFAULT_RECIPE]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """Flags at their defaults, in a folder where a run may be written by mistake."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    reset()
+    yield
+    reset()
+
+
+def reset():
+    command.FLAGS.unparse_flags()
+    for name in command.FLAGS:
+        command.FLAGS[name].unparse()
+
+
+def invoke(*argv):
+    """The exit status, with flags at their defaults before."""
+    reset()
+    return cli.run(command.main, command.FLAGS, command.USAGE, ["cifar10_trainer", *map(str, argv)])
+
+
+def config_of(*argv) -> Config:
+    reset()
+    command.FLAGS(["cifar10_trainer", *argv])
+    return command.config_from_flags()
+
+
+def error_of(capsys, *argv) -> tuple[int, str]:
+    """Exit status and the error, which is one line on stderr and all there is."""
+    capsys.readouterr()
+    status = invoke(*argv)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in out + err
+    return status, lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What train_and_evaluate was called with, instead of training."""
+    calls = []
+    train = importlib.import_module("cifar10_trainer.train")
+
+    def record(config, workdir=None, **more):
+        calls.append({"config": config, "workdir": workdir, **more})
+
+    monkeypatch.setattr(train, "train_and_evaluate", record)
+    return calls
+
+
+# ---- what a flag does to the Config
+
+
+EFFECTS = {
+    "recipe": (["--recipe=vgg.3"], RECIPES["vgg.3"]),
+    "dataset": (["--dataset=folder"], DEFAULT.override(dataset="folder")),
+    "epochs": (["--epochs=2.5"], DEFAULT.override(epochs=2.5)),
+    "batch_size": (["--batch_size=96"], DEFAULT.override(batch_size=96)),
+    "learning_rate": (["--learning_rate=0.25"], DEFAULT.override(optimizer__learning_rate=0.25)),
+    "seed": (["--seed=7"], DEFAULT.override(seed=7)),
+    "validation_fraction": (["--validation_fraction=0.3"], DEFAULT.override(validation_fraction=0.3)),
+    "final_fit": (["--final_fit"], DEFAULT.override(validation_fraction=None)),
+    "strategy": (["--strategy=mirrored"], DEFAULT.override(strategy="mirrored")),
+    "precision": (["--precision=float32"], DEFAULT.override(precision="float32")),
+    "sync_batch_norm": (["--sync_batch_norm"], DEFAULT.override(synchronize_batch_norm=True)),
+    "set": (
+        [
+            "--set",
+            "optimizer.momentum=0.5",
+            "--set=options.filters=[8,16]",
+            "--set=pixels=unit",
+            "--set=views=1",
+        ],
+        DEFAULT.override(optimizer__momentum=0.5, options__filters=(8, 16), pixels="unit", views=1),
+    ),
+}
+ELSEWHERE = {  # tested below: what is no part of the Config
+    "config",
+    "data_dir",
+    "debug",
+    "help",
+    "image_size",
+    "list_recipes",
+    "overwrite",
+    "workdir",
+}
+
+
+def test_every_flag_is_tested():
+    assert {name for name in command.FLAGS if name != "h"} == set(EFFECTS) | ELSEWHERE
+
+
+@pytest.mark.parametrize("flag", EFFECTS)
+def test_flag_and_config(flag, trained):
+    argv, expected = EFFECTS[flag]
+    assert expected != DEFAULT
+    assert config_of(*argv) == expected
+    if flag != "dataset":  # a folder is loaded first
+        assert invoke(*argv) == 0
+        assert [call["config"] for call in trained] == [expected]
+
+
+def test_no_flags_are_the_default_recipe(trained):
+    assert config_of() == DEFAULT
+    assert invoke() == 0
+    assert trained == [
+        {"config": DEFAULT, "workdir": None, "data_dir": None, "dataset": None, "overwrite": False}
+    ]
+
+
+def test_zero_is_a_value_and_not_the_lack_of_one():
+    assert config_of("--recipe=vgg.3", "--seed=0").seed == 0
+    base = RECIPES["fast.96"].override(seed=3, synchronize_batch_norm=True)
+    path = "with_seed.json"
+    with open(path, "w") as file:
+        json.dump(base.to_dict(), file)
+    assert config_of(f"--config={path}", "--seed=0").seed == 0
+    assert config_of(f"--config={path}", "--nosync_batch_norm").synchronize_batch_norm is False
+    assert config_of(f"--config={path}").synchronize_batch_norm is True
+
+
+def test_the_digits_have_a_recipe_of_their_own():
+    assert config_of("--dataset=digits") == RECIPES["fast.digits"]
+    assert config_of("--dataset=digits", "--recipe=vgg.1") == RECIPES["vgg.1"].override(dataset="digits")
+
+
+def test_every_recipe_and_choice_is_taken():
+    for name in RECIPES:
+        assert config_of(f"--recipe={name}") == RECIPES[name]
+    for flag, values in (("dataset", DATASETS), ("strategy", STRATEGIES), ("precision", PRECISIONS)):
+        for value in values:
+            assert getattr(config_of(f"--{flag}={value}"), flag) == value
+
+
+def test_flags_override_a_recipe_together():
+    found = config_of(
+        "--recipe=leaky.baseline", "--epochs=3", "--learning_rate=0.01", "--set=schedule.name=cosine"
+    )
+    assert found == RECIPES["leaky.baseline"].override(
+        epochs=3, optimizer__learning_rate=0.01, schedule__name="cosine"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("validation_fraction=null", {"validation_fraction": None}),
+        ("whitening=false", {"whitening": False}),
+        ("sizes=[]", {"sizes": ()}),
+        ("sizes=[16, 32]", {"sizes": (16, 32)}),
+        ("augmentation.flip=random", {"augmentation__flip": "random"}),
+        ('augmentation.flip="none"', {"augmentation__flip": "none"}),
+        ("optimizer.weight_decay=1e-4", {"optimizer__weight_decay": 1e-4}),
+        ("early_stopping=3", {"early_stopping": 3}),
+        ("options.activation=a=b", {"options__activation": "a=b"}),
+    ],
+)
+def test_set_takes_json_or_a_word(setting, expected):
+    assert config_of("--set", setting) == DEFAULT.override(**expected)
+    assert DEFAULT.override(**expected) != DEFAULT
+
+
+# ---- a file instead of a recipe
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return f"--config={path}"
+
+
+def test_config_of_a_run_with_its_record(tmp_path):
+    config = RECIPES["vgg.2"].override(epochs=3, seed=5)
+    record = {**config.to_dict(), "class_names": ["a", "b"], "environment": {"python": "3"}, "command": "x"}
+    flag = write(tmp_path / "config.json", record)
+    assert config_of(flag) == config
+    assert config_of(flag, "--epochs=1", "--dataset=digits") == config.override(epochs=1, dataset="digits")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ({"epoch": 3}, ["unknown key in the configuration 'epoch'", "Did you mean 'epochs'?"]),
+        ({"optimizer": {"lr": 3}}, ["unknown key in optimizer 'lr'", "learning_rate"]),
+        ({"epochs": -3}, ["epochs is -3.0", "greater than 0"]),
+        ({"epochs": "many"}, ["epochs is 'many'", "type float"]),
+        ("{'epochs': 3}", ["is no JSON", "a config.json of a run"]),
+        ("", ["is no JSON"]),
+        ("[1, 2]", ["holds list", "a JSON object"]),
+        ("3", ["holds int", "a JSON object"]),
+    ],
+)
+def test_a_config_file_that_is_none(content, parts, tmp_path, capsys):
+    status, text = error_of(capsys, write(tmp_path / "c.json", content))
+    assert status == 2
+    assert all(part in text for part in parts), text
+
+
+def test_a_config_file_of_bytes(tmp_path, capsys):
+    (tmp_path / "c.json").write_bytes(b"\x89PNG\xff\xfe")
+    status, text = error_of(capsys, f"--config={tmp_path / 'c.json'}")
+    assert status == 2
+    assert "is no JSON" in text
+
+
+def test_a_config_file_that_cannot_be_read(tmp_path, capsys):
+    for path, reason in ((tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")):
+        status, text = error_of(capsys, f"--config={path}")
+        assert status == 2
+        assert f"cannot read --config={path}" in text
+        assert reason in text
+
+
+# ---- what is no part of the Config
+
+
+def test_workdir_data_dir_and_overwrite(trained):
+    assert invoke("--workdir=here", "--data_dir=there", "--overwrite") == 0
+    (call,) = trained
+    assert (call["workdir"], call["data_dir"], call["overwrite"]) == ("here", "there", True)
+
+
+def test_image_size_is_that_of_a_folder(trained, tmp_path):
+    from PIL import Image
+
+    for name in ("cats", "dogs"):
+        (tmp_path / "pictures/train" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "pictures/train" / name / "1.png")
+    folder = ["--dataset=folder", f"--data_dir={tmp_path / 'pictures'}"]
+    assert invoke(*folder, "--image_size=24") == 0
+    assert invoke(*folder) == 0
+    assert [call["dataset"].input_shape for call in trained] == [(24, 24, 3), (32, 32, 3)]
+    assert trained[0]["dataset"].class_names == ("cats", "dogs")
+
+
+def test_list_recipes(capsys, trained):
+    assert invoke("--list_recipes") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    heading, *lines = out.splitlines()
+    assert heading.split() == ["recipe", "parameters", "epochs", "claim", "source"]
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    for line, recipe in zip(lines, RECIPES.values(), strict=True):
+        _, parameters, epochs, claim, source = line.split(None, 4)
+        assert int(parameters.replace(",", "")) == recipe.origin.parameters
+        assert float(epochs) == recipe.epochs
+        assert claim == ("-" if recipe.origin.claim is None else f"{100 * recipe.origin.claim:.2f}%")
+        assert source == recipe.origin.source
+    assert trained == []
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_usage_and_every_flag(flag, capsys, trained):
+    assert invoke(flag) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("usage: python -m cifar10_trainer")
+    for name in set(EFFECTS) | ELSEWHERE:
+        assert f"-{name}" in out.replace("[no]", "")
+    assert trained == []
+
+
+# ---- errors of usage: one line, status 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--epoch=3"], ["Unknown command line flag 'epoch'", "--help"]),
+        (["--bogus"], ["Unknown command line flag 'bogus'"]),
+        (["--epochs=many"], ["--epochs=many", "could not convert"]),
+        (["--batch_size=1.5"], ["--batch_size=1.5"]),
+        (["--seed"], ["seed"]),
+        (["train"], ["unexpected argument 'train'", "--name=value"]),
+        (
+            ["--recipe=fast.defualt"],
+            ["unknown recipe 'fast.defualt'", "vgg.3", "Did you mean 'fast.default'?"],
+        ),
+        (["--recipe=x", "--config=y"], ["--recipe=x and --config=y", "one of the two"]),
+        (["--recipe=vgg.3", "--config=y"], ["--recipe=vgg.3 and --config=y", "one of the two"]),
+        (["--dataset=mnist"], ["unknown dataset 'mnist'", "cifar10, digits, folder"]),
+        (["--strategy=tpu"], ["unknown strategy 'tpu'", "auto, none, mirrored, multi_worker"]),
+        (["--precision=float16"], ["unknown precision 'float16'", "auto, float32", "mixed_float16"]),
+        (["--epochs=0"], ["epochs is 0.0", "greater than 0"]),
+        (["--epochs=-3"], ["epochs is -3.0", "greater than 0"]),
+        (["--epochs=nan"], ["epochs is nan"]),
+        (["--epochs=inf"], ["epochs is inf"]),
+        (["--batch_size=0"], ["batch_size is 0", "from 1"]),
+        (["--batch_size=-4"], ["batch_size is -4"]),
+        (["--learning_rate=0"], ["learning_rate is 0.0", "greater than 0"]),
+        (["--learning_rate=1e9"], ["learning_rate is 1000000000.0", "less than 100"]),
+        (["--seed=-1"], ["seed is -1", "from 0"]),
+        (["--validation_fraction=0"], ["validation_fraction is 0", "less than 1", "--final_fit"]),
+        (["--validation_fraction=1"], ["validation_fraction is 1.0", "less than 1"]),
+        (["--validation_fraction=-0.1"], ["validation_fraction is -0.1"]),
+        (["--final_fit", "--validation_fraction=0.1"], ["--final_fit and --validation_fraction"]),
+        (["--final_fit", "--recipe=practical.baseline"], ["validation_fraction is None", "early stopping"]),
+        (["--image_size=64"], ["image_size is 64", "allowed with the dataset cifar10: 32"]),
+        (["--image_size=64", "--dataset=digits"], ["image_size is 64", "dataset digits: 32"]),
+        (["--set", "momentum"], ["--set 'momentum'", "section.name=value"]),
+        (["--set", "optimizer.mometum=1"], ["unknown setting in optimizer 'mometum'", "'momentum'"]),
+        (["--set", "optimzer.momentum=1"], ["unknown setting 'optimzer'", "'optimizer'"]),
+        (["--set", "optimizer.momentum=big"], ["momentum is 'big'", "type float"]),
+        (["--set", "epochs.x=1"], ["unknown setting 'epochs__x'"]),
+        (["--set", "views=5"], ["views is 5", "1, 2, 6"]),
+    ],
+)
+def test_wrong_usage(argv, parts, capsys, trained):
+    status, text = error_of(capsys, *argv)
+    assert status == 2
+    assert all(part in text for part in parts), text
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--set", "options.widht=3"], ["unknown option of fast 'widht'", "filters"]),
+        (["--strategy=multi_worker"], ["found no cluster", "TF_CONFIG"]),
+        (["--dataset=digits", "--data_dir=/here"], ["data_dir is /here", "none, it is built in"]),
+        (
+            ["--dataset=digits", "--batch_size=2000"],
+            ["batch_size is 2000", "at most the 1294 training images"],
+        ),
+        (["--dataset=digits", "--set=whitening=true", "--recipe=vgg.1"], ["whitening is True", "vgg: False"]),
+        (["--dataset=folder"], ["data_dir is not set", "train/<class>"]),
+        (["--dataset=folder", "--data_dir=/nowhere"], ["/nowhere, which does not exist"]),
+        (["--dataset=folder", "--data_dir=.", "--image_size=4"], ["image_size is 4", "from 8 to 512"]),
+        (["--data_dir=/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_wrong_usage_that_shows_when_the_run_begins(argv, parts, capsys):
+    status, text = error_of(capsys, "--workdir=run", *argv)
+    assert status == 2
+    assert all(part in text for part in parts), text
+
+
+# ---- runs that are there already
+
+
+def start_of_a_run(folder, *argv, finished=False):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_of(*argv).to_dict()))
+    if finished:
+        (folder / "metrics.json").write_text("{}")
+
+
+def test_a_finished_run_is_kept(tmp_path, capsys):
+    argv = ["--dataset=digits", f"--workdir={tmp_path / 'run'}"]
+    start_of_a_run(tmp_path / "run", *argv, finished=True)
+    before = {p.name: p.read_text() for p in (tmp_path / "run").iterdir()}
+    for more in ([], ["--epochs=1"]):
+        status, text = error_of(capsys, *argv, *more)
+        assert status == 2
+        assert "holds a finished run" in text
+        assert "--overwrite" in text
+    assert {p.name: p.read_text() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_another_unfinished_run_is_kept(tmp_path, capsys):
+    argv = ["--dataset=digits", f"--workdir={tmp_path / 'run'}"]
+    start_of_a_run(tmp_path / "run", *argv, "--seed=3")
+    before = {p.name: p.read_text() for p in (tmp_path / "run").iterdir()}
+    status, text = error_of(capsys, *argv, "--seed=4")
+    assert status == 2
+    assert "holds an unfinished run of another configuration (seed 3, now 4)" in text
+    assert "--overwrite" in text
+    status, text = error_of(capsys, *argv, "--seed=3", "--learning_rate=0.7")
+    assert status == 2
+    assert "(optimizer " in text
+    assert {p.name: p.read_text() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_workdir_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    for workdir in (tmp_path / "run", tmp_path / "run" / "below"):
+        status, text = error_of(capsys, "--dataset=digits", f"--workdir={workdir}")
+        assert status == 1
+        assert f"cannot write to {workdir}" in text
+        assert "--workdir" in text
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+# ---- how a command ends
+
+
+def simple(main, *argv):
+    values = flags.FlagValues()
+    cli.define_common(values)
+    return cli.run(main, values, "usage: simple", ["simple", *argv])
+
+
+def failing(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("x is 3; allowed: 4"), 2, "error: x is 3; allowed: 4"),
+        (RunError("the disk is full; make room"), 1, "error: the disk is full; make room"),
+        (RunError("two\n  lines"), 1, "error: two lines"),
+        (ValueError("odd"), 1, "error: ValueError: odd (--debug shows the traceback)"),
+        (KeyError("key"), 1, "error: KeyError: 'key' (--debug shows the traceback)"),
+        (ValueError(), 1, "error: ValueError: ValueError (--debug shows the traceback)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(error, status, line, capsys):
+    assert simple(failing(error)) == status
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", line + "\n")
+
+
+def test_a_long_error_of_somebody_elses_is_cut(capsys):
+    assert simple(failing(ValueError("x" * 5000))) == 1
+    assert len(capsys.readouterr().err) < 600
+
+
+@pytest.mark.parametrize("flag", ["--debug", "--debug=true", "-debug"])
+def test_debug_shows_the_traceback(flag, capsys):
+    assert simple(failing(RunError("the disk is full")), flag) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert "in main" in err
+    assert err.endswith("\nerror: the disk is full\n")
+    assert simple(failing(RunError("the disk is full")), "--nodebug") == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_positional_arguments_reach_main(capsys):
+    received = []
+    assert simple(received.extend, "a", "--nodebug", "b") == 0
+    assert received == ["a", "b"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_failing_import_of_tensorflow_tells_what_it_said(monkeypatch, capfd):
+    import tensorflow as tf
+
+    def fail():
+        os.write(2, b"a device is broken\n")
+        raise RuntimeError("no devices")
+
+    def find_devices_by(function):
+        for name in ("list_physical_devices", "list_logical_devices"):
+            monkeypatch.setattr(tf.config, name, function)
+
+    find_devices_by(fail)
+    with pytest.raises(RuntimeError, match="no devices"):
+        cli.import_tensorflow()
+    assert capfd.readouterr().err == "a device is broken\n"
+    find_devices_by(lambda: os.write(2, b"a dozen lines\n"))
+    cli.import_tensorflow()
+    os.write(2, b"later\n")
+    assert capfd.readouterr().err == "later\n"
+
+
+# ---- for real: processes
+
+
+def call(*argv, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "cifar10_trainer", *argv], capture_output=True, text=True, timeout=300, **more
+    )
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Processes of this package start in another folder."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(command.__file__)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]))
+
+
+def test_what_is_quick_needs_no_tensorflow():
+    """TensorFlow takes seconds to import: help, the list of recipes and errors of usage must not wait for it."""
+    script = """
+import sys
+from cifar10_trainer import __main__ as command
+for argv in (["--help"], ["--list_recipes"], ["--recipe=none"], ["--bogus"], ["--epochs=0"], ["--config=/none"]):
+    command.FLAGS.unparse_flags()
+    for name in command.FLAGS:
+        command.FLAGS[name].unparse()
+    sys.argv = ["cifar10_trainer", *argv]
+    status = command.command()
+    assert status == (0 if argv[0] in ("--help", "--list_recipes") else 2), (argv, status)
+    heavy = {"tensorflow", "keras", "sklearn", "matplotlib", "kagglehub"} & set(sys.modules)
+    assert not heavy, (argv, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_help_as_a_process():
+    done = call("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m cifar10_trainer")
+    assert "--recipe" in done.stdout
+
+
+def test_list_recipes_as_a_process():
+    done = call("--list_recipes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1 + len(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--bogus=1", "bogus"),
+        ("--recipe=none", "unknown recipe 'none'"),
+        ("--dataset=none", "unknown dataset 'none'"),
+        ("--strategy=none_at_all", "unknown strategy"),
+        ("--precision=half", "unknown precision 'half'"),
+        ("--epochs=0", "epochs is 0.0"),
+        ("--epochs=-1", "epochs is -1.0"),
+    ],
+)
+def test_wrong_usage_as_a_process(flag, part):
+    done = call(flag)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert part in done.stderr
+
+
+def test_divergence_as_a_process(tmp_path):
+    """An absurd learning rate ends in one line that says what to do; TensorFlow's own lines stay away."""
+    done = call(
+        "--dataset=digits",
+        "--recipe=vgg.1",
+        "--set=options.filters=[4]",
+        "--set=optimizer.weight_decay=0.05",  # else every ReLU dies, and a dead network's loss is a number
+        "--learning_rate=99",
+        "--epochs=2",
+        "--precision=float32",
+        f"--workdir={tmp_path / 'run'}",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "training diverged; use a lower --learning_rate" in done.stderr
+    assert not (tmp_path / "run/metrics.json").exists()

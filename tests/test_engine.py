@@ -1,0 +1,595 @@
+"""The engine against plain Keras, NumPy and itself. Strategies of several replicas are test_distribution's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from cifar10_trainer import models, runtime, scoring
+from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, Schedule
+from cifar10_trainer.engine import Engine, FusedBatchNormalization, accelerate
+from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.models import fast
+from cifar10_trainer.recipes import RECIPES
+
+SGD = Optimizer(name="sgd", learning_rate=0.05, momentum=0.9)
+ADAM = Optimizer(name="adam", learning_rate=0.01)
+FAST = Config(architecture="fast", options={"filters": (4, 8)}, optimizer=SGD, batch_size=16, epochs=2)
+VGG = Config(
+    architecture="vgg",
+    options={"filters": (4, 8), "dense": 8, "batch_norm": True},
+    pixels="unit",
+    optimizer=SGD,
+    batch_size=16,
+    epochs=2,
+)
+
+
+def pictures(n=64, seed=0):
+    """Random uint8 images [n, 32, 32, 3] whose brightness tells their label of 10, so that there is something to learn."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 10
+    noise = generator.integers(0, 60, (n, 32, 32, 3))
+    return (noise + 20 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
+def plain_model(config, images=None):
+    runtime.seed_everything(config.seed)
+    half = None if config.pixels == "unit" else (0.5, 0.5, 0.5)
+    model = models.build(config, input_shape=(32, 32, 3), num_classes=10, mean=half, std=half)
+    if config.whitening:
+        fast.whiten(model, images, half, half)
+    return model
+
+
+def make_engine(config, n=64, policy="float32", **options):
+    images, labels = pictures(n)
+    none = tf.distribute.get_strategy()
+    model = plain_model(config, images)
+    return Engine(model, config, images, labels, strategy=none, policy=policy, num_classes=10, **options)
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+
+
+# --- fused batch norm -----------------------------------------------------------------------------------
+
+
+def norm_and_gradients(layer, x, weights, seeds, training):
+    """Output, gradients to input and weights of sum(output * seeds), moving mean and variance."""
+    layer.build(x.shape)
+    layer.set_weights(weights)
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        output = layer(x, training=training)
+        total = tf.reduce_sum(tf.cast(output, tf.float32) * seeds)
+    scale_and_offset = [v.value for v in (layer.gamma, layer.beta) if v is not None]
+    gradients = tape.gradient(total, [x, *scale_and_offset])
+    return output, gradients, [np.array(layer.moving_mean), np.array(layer.moving_variance)]
+
+
+@pytest.mark.parametrize("mode", ["training", "inference", "frozen"])
+@pytest.mark.parametrize("scale_and_center", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (7, 3)], ids=["rank4", "rank2"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_fused_batch_norm_is_keras_batch_norm(policy, shape, scale_and_center, mode):
+    generator = np.random.default_rng(1)
+    scale, center = scale_and_center
+    # Numbers that bfloat16 holds exactly, so that both start from the same.
+    x = tf.cast(tf.cast(generator.normal(1, 2, shape), tf.bfloat16), tf.float32).numpy()
+    seeds = generator.normal(size=shape).astype(np.float32)
+    weights = [w for w, on in (([0.5, 2.0, -1.0], scale), ([0.1, -0.2, 3.0], center)) if on]
+    weights = [np.float32(w) for w in (*weights, [0.5, 1.5, 1.0], [4.0, 3.0, 5.0])]
+    options = {"scale": scale, "center": center, "momentum": 0.7, "epsilon": 0.002}
+    results = []
+    for kind, dtype in ((FusedBatchNormalization, policy), (keras.layers.BatchNormalization, "float32")):
+        layer = kind(**options, dtype=dtype)
+        layer.trainable = mode != "frozen"
+        results.append(norm_and_gradients(layer, x, weights, seeds, mode != "inference"))
+    (output, gradients, moving), (plain_output, plain_gradients, plain_moving) = results
+
+    # float32: rounding of sums over 120 numbers. bfloat16: eight bits of each number in and out.
+    near = {"rtol": 1e-4, "atol": 1e-4} if policy == "float32" else {"rtol": 0.02, "atol": 0.05}
+    assert output.dtype == (tf.bfloat16 if policy == "mixed_bfloat16" else tf.float32)
+    assert output.shape == shape
+    np.testing.assert_allclose(tf.cast(output, tf.float32), plain_output, **near)
+    for one, other in zip(gradients, plain_gradients, strict=True):
+        np.testing.assert_allclose(one, other, **near)
+    # The statistics are computed in float32 from the same numbers, whatever the policy.
+    for one, other, before in zip(moving, plain_moving, weights[-2:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+        assert np.array_equal(one, before) == (mode != "training")
+
+
+# --- the twin -------------------------------------------------------------------------------------------
+
+
+def logits_of(model, images):
+    head = keras.Model(model.input, model.get_layer("logits").output)
+    return head(images.astype(np.float32), training=False).numpy()
+
+
+@pytest.mark.parametrize("config", [FAST.override(whitening=True), VGG], ids=["fast", "vgg"])
+def test_the_twin_computes_what_the_plain_model_does(config):
+    images, _ = pictures(8)
+    model = plain_model(config, images)
+    # Statistics unlike those of a fresh layer, so that a forgotten one shows.
+    generator = np.random.default_rng(0)
+    model.set_weights([w + generator.uniform(0, 0.1, w.shape) for w in model.get_weights()])
+    twin = accelerate(model, "float32")
+    found = twin(images, training=False)
+    np.testing.assert_allclose(found, logits_of(model, images), rtol=1e-4, atol=1e-5)  # float32 rounding
+    assert found.shape == (8, 10)
+
+    assert [v.path for v in twin.variables if "seed" not in v.path] == [
+        v.path for v in model.variables if "seed" not in v.path
+    ]
+    assert [v.path for v in twin.trainable_variables] == [v.path for v in model.trainable_variables]
+    for one, other in zip(twin.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert any(isinstance(layer, FusedBatchNormalization) for layer in twin.layers)
+
+
+def test_the_twin_of_any_size_has_the_weights_of_one_size():
+    images, _ = pictures(4)
+    model = plain_model(FAST)
+    small = models.build(FAST, input_shape=(20, 20, 3), num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3)
+    small.set_weights(model.get_weights())
+    found = accelerate(model, "float32", any_size=True)(images[:, :20, :20], training=False)
+    np.testing.assert_allclose(found, logits_of(small, images[:, :20, :20]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_twin_keeps_pixels_and_logits_in_float32():
+    twin = accelerate(plain_model(VGG), "mixed_bfloat16")
+    computed = {layer.name: layer.compute_dtype for layer in twin.layers}
+    assert computed["preprocess"] == computed["logits"] == "float32"
+    assert computed["block1_conv1"] == computed["block1_norm1"] == computed["head_dense1"] == "bfloat16"
+    assert all(v.dtype == "float32" for v in twin.trainable_variables)
+    assert twin(pictures(2)[0]).dtype == tf.float32
+
+
+def test_synchronised_batch_norm_is_keras_own():
+    norms = [
+        layer
+        for layer in accelerate(plain_model(VGG), "float32", synchronize=True).layers
+        if "norm" in layer.name
+    ]
+    assert norms and all(
+        type(layer) is keras.layers.BatchNormalization and layer.synchronized for layer in norms
+    )
+
+
+# --- a step ---------------------------------------------------------------------------------------------
+
+
+def smooth_model(l2):
+    """Without ReLU and max pooling, whose jumps would turn float32's rounding into visible differences."""
+    keras.utils.set_random_seed(0)
+    penalty = keras.regularizers.L2(l2) if l2 else None
+    images = keras.Input((32, 32, 3), name="images")
+    x = keras.layers.Rescaling(1 / 255, name="preprocess")(images)
+    x = keras.layers.Conv2D(6, 5, strides=3, use_bias=False, kernel_regularizer=penalty, name="conv")(x)
+    x = keras.layers.BatchNormalization(momentum=0.8, name="norm")(x)
+    x = keras.layers.Activation("tanh", name="tanh")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    x = keras.layers.Dense(10, kernel_regularizer=penalty, name="logits")(x)
+    return keras.Model(images, keras.layers.Activation("softmax", name="probabilities")(x))
+
+
+STEPS = {
+    "plain": {"optimizer__momentum": 0.0},
+    "momentum": {},
+    "nesterov": {"optimizer__nesterov": True},
+    "decay in the gradient": {"optimizer__weight_decay": 0.1},
+    "L2 in the loss": {"l2": 0.05},
+    "label smoothing": {"label_smoothing": 0.3},
+    "adam": {"optimizer": ADAM},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_are_those_of_keras(name):
+    """The whole training set is one batch, so its order is no matter."""
+    settings = dict(STEPS[name])
+    model = smooth_model(settings.pop("l2", 0.0))
+    config = Config(optimizer=SGD, batch_size=32, epochs=3).override(**settings)
+    images = np.random.default_rng(4).integers(0, 256, (32, 32, 32, 3), np.uint8)
+    labels = np.arange(32) % 10
+    plain = keras.models.clone_model(model)
+    plain.set_weights(model.get_weights())
+    none = tf.distribute.get_strategy()
+    engine = Engine(model, config, images, labels, strategy=none, policy="float32", num_classes=10)
+    o = config.optimizer
+    optimizer = (
+        keras.optimizers.Adam(o.learning_rate)
+        if o.name == "adam"
+        else keras.optimizers.SGD(o.learning_rate, momentum=o.momentum, nesterov=o.nesterov)
+    )
+    targets = np.eye(10, dtype=np.float32)[labels]
+    cross_entropy = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
+    expected, weights = [], [v.value for v in plain.trainable_variables]
+    for _ in range(3):
+        with tf.GradientTape() as tape:
+            probabilities = plain(images.astype(np.float32), training=True)
+            loss = cross_entropy(targets, probabilities)
+            objective = loss + tf.add_n(plain.losses) if plain.losses else loss
+        gradients = tape.gradient(objective, weights)
+        if o.weight_decay:
+            gradients = [g + o.weight_decay * w for g, w in zip(gradients, weights, strict=True)]
+        optimizer.apply(gradients, plain.trainable_variables)
+        expected.append((float(loss), np.mean(probabilities.numpy().argmax(1) == labels)))
+
+    before = model.get_weights()
+    sums = np.cumsum(expected, axis=0)
+    for step in range(3):
+        logs = engine.train(1)
+        means = sums[step] / (step + 1)  # since the start
+        np.testing.assert_allclose([logs["loss"], logs["accuracy"]], means, rtol=1e-5, err_msg=f"step {step}")
+    # float32 rounding: Adam divides by the root of small squares, which enlarges it.
+    near = {"rtol": 1e-3, "atol": 1e-4} if o.name == "adam" else {"rtol": 1e-5, "atol": 1e-6}
+    found = engine.export().get_weights()
+    for variable, start, one, other in zip(plain.weights, before, found, plain.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, **near, err_msg=variable.path)
+        assert np.abs(one - start).max() > 1e-3
+
+
+def test_one_call_of_many_steps_is_many_calls_of_one():
+    config = FAST.override(
+        optimizer=ADAM,
+        options__dropout=0.3,
+        averaging=Averaging(every=3),
+        augmentation=Augmentation(flip="random", shift=2),
+        schedule=Schedule(name="cosine", warmup=0.2),
+    )
+    one, other, third = (make_engine(config) for _ in range(3))
+    logs = one.train(8)
+    for _ in range(8):
+        same = other.train(1)
+    for count in (1, 2, 4, 1):
+        third.train(count)
+    assert one.step == other.step == third.step == 8
+    assert logs == same == third.progress.logs()
+    assert_same(other.state(), one.state())
+    assert_same(third.state(), one.state())
+
+
+AUGMENTED = Augmentation(flip="alternating", shift=2, cutout=6, rotation=0.1, mixup=0.4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FAST.override(augmentation=AUGMENTED, label_smoothing=0.1), FAST.override(sizes=(20, 32))],
+    ids=["augmented", "sizes"],
+)
+def test_images_on_the_device_give_the_same_run(config):
+    here, there = (make_engine(config, on_device=on_device) for on_device in (False, True))
+    while here.step < here.steps:
+        assert here.train(5) == there.train(5)
+    assert_same(there.state(), here.state())
+
+
+def test_lookahead_averaging():
+    """An engine without averaging does the steps, and NumPy the averaging, batch-norm statistics included."""
+    config = FAST.override(batch_size=16, epochs=2)
+    every, decay, steps = 3, 0.9, 8
+    averaging = make_engine(config.override(averaging=Averaging(every=every, decay=decay)))
+    plain = make_engine(config)
+    assert averaging.steps == plain.steps == steps
+
+    variables = [v for v in plain.twin.variables if v.dtype == "float32"]
+    assert any(v.path.endswith("moving_mean") for v in variables)
+    averages = [v.numpy() for v in variables]
+    moved = 0
+    for step in range(1, steps + 1):
+        plain.train(1)
+        if step % every == 0:
+            keep = np.float32(decay**every * (step / steps) ** 3)
+            for i, v in enumerate(variables):
+                if v.trainable or v.path.endswith(("moving_mean", "moving_variance")):
+                    averages[i] = keep * averages[i] + (1 - keep) * v.numpy()
+                    moved = max(moved, np.abs(averages[i] - v.numpy()).max())
+                    v.assign(averages[i])
+    averaging.train(steps)
+    assert moved > 0.01  # or there is nothing to see
+    for v, w in zip(plain.twin.get_weights(), averaging.twin.get_weights(), strict=True):
+        np.testing.assert_allclose(w, v, rtol=1e-4, atol=1e-6)  # the factor in float32 and in float64
+
+
+def test_the_clip_acts_on_the_whole_gradient():
+    config = VGG.override(batch_size=32, epochs=1, optimizer__momentum=0.0, optimizer__clip_norm=0.01)
+    engine = make_engine(config, 32)
+    before = [v.numpy() for v in engine.twin.trainable_variables]
+    engine.train(1)
+    after = [v.numpy() for v in engine.twin.trainable_variables]
+    length = np.sqrt(sum(np.sum((a - b).astype(np.float64) ** 2) for a, b in zip(after, before, strict=True)))
+    assert length == pytest.approx(
+        0.01 * config.optimizer.learning_rate, rel=1e-2
+    )  # weights round their change
+
+
+def test_a_frozen_layer_stays():
+    engine = make_engine(FAST.override(whitening=True))
+    before = engine.model.get_layer("whitening").get_weights()
+    engine.train(4)
+    np.testing.assert_array_equal(engine.export().get_layer("whitening").get_weights(), before)
+
+
+def test_divergence_is_an_error():
+    engine = make_engine(VGG)
+    engine.train(1)
+    engine.twin.get_layer("logits").bias.assign([float("nan")] * 10)
+    with pytest.raises(RunError, match=r"the loss is nan at step 3: training diverged; .*--learning_rate"):
+        engine.train(2)
+
+
+def test_running_out_of_memory_is_one_line(monkeypatch):
+    engine = make_engine(VGG)
+
+    def exhausted(iterator, count):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor\nwith a long story")
+
+    monkeypatch.setattr(engine, "_graph", lambda size: exhausted)
+    with pytest.raises(
+        RunError, match=r"out of memory: use a smaller --batch_size .OOM when allocating"
+    ) as info:
+        engine.train(1)
+    assert "\n" not in str(info.value)
+
+
+# --- the images' sizes ----------------------------------------------------------------------------------
+
+
+def test_each_size_has_its_share_of_the_steps():
+    config = FAST.override(sizes=(20, 24, 32), epochs=2.75)
+    engine = make_engine(config)
+    assert engine.steps == 11
+    seen, true = [], engine._gradients_of
+
+    def watch(weights, others, images, targets):
+        seen.append(images.shape[1:])  # when the graph of a size is made
+        return true(weights, others, images, targets)
+
+    engine._gradients_of = watch
+    ends = []
+    while engine.step < engine.steps:
+        engine.train(100)
+        ends.append(engine.step)
+    assert ends == [4, 7, 11]  # thirds of 11, rounded
+    assert list(dict.fromkeys(tuple(shape) for shape in seen)) == [(20, 20, 3), (24, 24, 3), (32, 32, 3)]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (VGG.override(sizes=(24, 32)), r"sizes is \(24, 32\), but vgg flattens its maps"),
+        (VGG.override(sizes=(48,)), "vgg flattens its maps"),
+        (FAST.override(options__filters=(4, 4, 4), sizes=(8, 32)), "fast is too deep for 8x8 pixels"),
+    ],
+)
+def test_sizes_that_the_network_does_not_take(config, reason):
+    with pytest.raises(ConfigError, match=reason) as info:
+        make_engine(config)
+    assert "\n" not in str(info.value)
+
+
+def test_pflop_by_hand():
+    """fast with filters (4, 8) on 32x32: the maps are 31, 31 -> 15, 15 -> 7; on 20x20: 19 -> 9 -> 4."""
+
+    def forward(first, second, third):
+        conv = first**2 * 24 * 12  # 2x2x3 -> 24
+        conv += first**2 * 4 * 9 * 24 + second**2 * 4 * 9 * 4
+        conv += second**2 * 8 * 9 * 4 + third**2 * 8 * 9 * 8
+        return 2 * (conv + 8 * 10)
+
+    engine = make_engine(FAST)
+    assert engine.pflop() == 0
+    engine.train(3)
+    assert engine.pflop() == pytest.approx(3 * 16 * 3 * forward(31, 15, 7) / 1e15, rel=1e-12)
+    mixed = make_engine(FAST.override(sizes=(20, 32)))
+    mixed.train(4)
+    mixed.train(1)
+    expected = 3 * 16 * (4 * forward(19, 9, 4) + forward(31, 15, 7)) / 1e15
+    assert mixed.step == 5 and mixed.pflop() == pytest.approx(expected, rel=1e-12)
+
+
+# --- evaluation and export ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    engine = make_engine(FAST.override(epochs=3, optimizer__learning_rate=0.3))
+    engine.train(12)
+    return engine
+
+
+@pytest.mark.parametrize("n", [3, 500, 730, 1001])
+def test_evaluation_covers_every_image_once(trained, n):
+    images, labels = pictures(n, seed=n)
+    labels = (labels * 7 + np.arange(n) // 13) % 10  # some right, some wrong
+    probabilities = scoring.predict_probabilities(trained.export(), images)
+    expected = scoring.score(labels, probabilities)
+    found = trained.evaluate(images, labels)
+    assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-6)  # float32 quotient
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)  # fused and plain kernels in float32
+
+
+def test_an_image_does_not_depend_on_its_batch(trained):
+    images, _ = pictures(40, seed=3)
+    together = trained.twin(images, training=False).numpy()
+    alone = [trained.twin(images[i : i + 1], training=False).numpy()[0] for i in range(0, 40, 9)]
+    np.testing.assert_allclose(alone, together[::9], rtol=1e-4, atol=1e-5)
+    assert np.ptp(together, axis=0).min() > 0  # and they do differ
+
+
+def test_evaluation_changes_nothing(trained):
+    before = trained.state()
+    trained.evaluate(*pictures(20))
+    assert_same(trained.state(), before)
+
+
+def test_the_saved_file_needs_no_more_than_keras(trained, tmp_path):
+    images, _ = pictures(5, seed=2)
+    trained.export().save(tmp_path / "model.keras")
+    np.save(tmp_path / "images.npy", images)
+    script = """
+import sys
+for name in ("cifar10_trainer", "tuning"):
+    sys.modules[name] = None  # an import of it would fail
+import keras, numpy as np
+model = keras.models.load_model("model.keras")
+assert model.output.dtype == "float32"
+np.save("probabilities.npy", model.predict(np.load("images.npy"), verbose=0))
+"""
+    subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, timeout=300)
+    found = np.load(tmp_path / "probabilities.npy")
+    expected = tf.nn.softmax(trained.twin(images, training=False))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_it_learns():
+    engine = make_engine(VGG.override(options__batch_norm=False, optimizer=ADAM, epochs=30))
+    before = engine.evaluate(*pictures())
+    while engine.step < engine.steps:
+        engine.train(100)
+    after = engine.evaluate(*pictures(seed=1))  # other noise
+    assert before["accuracy"] < 0.2 and after["accuracy"] > 0.5 and after["loss"] < before["loss"]
+
+
+# --- state ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["float32", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
+def test_a_restored_engine_goes_on_as_if_never_stopped(policy):
+    config = FAST.override(
+        optimizer=ADAM,
+        options__dropout=0.4,
+        averaging=Averaging(every=2),
+        augmentation=Augmentation(flip="alternating", shift=2, cutout=4),
+        sizes=(24, 32),
+        schedule=Schedule(name="linear", warmup=0.3),
+        epochs=2.5,
+    )
+    whole = make_engine(config, policy=policy)
+    first = make_engine(config, policy=policy)
+    for engine in (whole, first):
+        while engine.step < 6:  # a step into the second size, and into the second epoch
+            engine.train(6 - engine.step)
+    kept = first.state()
+    first.train(3)  # must not reach what was kept
+
+    fresh = make_engine(config.override(seed=5), policy=policy)  # other weights, other dropout
+    again = Engine(
+        fresh.model,
+        config,
+        *pictures(),
+        strategy=tf.distribute.get_strategy(),
+        policy=policy,
+        num_classes=10,
+    )
+    again.restore(kept)
+    assert again.step == 6
+    assert whole.train(4) == again.train(4)
+    assert whole.step == again.step == whole.steps == 10
+    assert_same(again.state(), whole.state())
+
+
+def test_the_state_is_a_copy():
+    engine = make_engine(FAST)
+    before = engine.state()
+    copies = {name: value.copy() for name, value in before.items()}
+    engine.train(2)
+    assert_same(before, copies)
+    assert any(not np.array_equal(value, before[name]) for name, value in engine.state().items())
+
+
+# --- other ways to compute ------------------------------------------------------------------------------
+
+
+def test_a_step_compiled_by_xla_is_the_same_step():
+    config = FAST.override(options__filters=(4,), epochs=0.5, optimizer__learning_rate=0.01)
+    plain, compiled = (make_engine(config, compiled=c) for c in (False, True))
+    assert compiled.compiled and not plain.compiled
+    one, other = plain.train(2), compiled.train(2)
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for v, w in zip(plain.twin.get_weights(), compiled.twin.get_weights(), strict=True):
+        np.testing.assert_allclose(w, v, rtol=1e-3, atol=1e-5)  # other kernels, two steps
+
+
+def test_float16_scales_its_loss():
+    config = FAST.override(options__filters=(4,), optimizer__learning_rate=0.01)
+    engine, plain = make_engine(config, policy="mixed_float16"), make_engine(config)
+    assert isinstance(engine.optimizer, keras.optimizers.LossScaleOptimizer)
+    engine.optimizer.dynamic_scale.assign(1024.0)  # a first scale that overflows would skip steps
+    one, other = engine.train(3), plain.train(3)
+    assert int(engine.optimizer.iterations) == 3
+    assert one["loss"] == pytest.approx(other["loss"], rel=0.01)  # float16 has 11 bits
+    for v, w in zip(plain.twin.trainable_variables, engine.twin.trainable_variables, strict=True):
+        np.testing.assert_allclose(w.numpy(), v.numpy(), rtol=0.02, atol=2e-3)
+
+    before = engine.twin.get_weights()
+    engine.optimizer.dynamic_scale.assign(1e30)  # gradients overflow: no step, and half the scale
+    engine.train(1)
+    assert float(np.array(engine.optimizer.dynamic_scale)) == pytest.approx(5e29)
+    for v, variable in zip(before, engine.twin.weights, strict=True):
+        if variable.trainable:
+            np.testing.assert_array_equal(variable.numpy(), v)
+
+    again = make_engine(config, policy="mixed_float16")
+    again.restore(engine.state())
+    assert_same(again.state(), engine.state())
+    assert any(np.array_equal(v, np.float32(5e29)) for v in again.state().values())
+
+
+# --- every recipe ---------------------------------------------------------------------------------------
+
+HEAVY = ("transfer", "fast.96")
+
+
+def recipe_cases():
+    """All in both precisions. Not slow: each light network once, in bfloat16, which mixes types."""
+    networks = []
+    for name, recipe in RECIPES.items():
+        for policy in ("mixed_bfloat16", "float32"):
+            network = recipe.architecture, recipe.options
+            slow = policy == "float32" or network in networks or name.startswith(HEAVY)
+            networks.append(network)
+            yield pytest.param(name, policy, marks=[pytest.mark.slow] if slow else [])
+
+
+_saved: set[str] = set()  # networks whose saved file has been tried
+
+
+@pytest.mark.parametrize(("name", "policy"), list(recipe_cases()))
+def test_every_recipe_trains_a_step_and_saves(name, policy, tmp_path):
+    recipe = RECIPES[name]
+    if recipe.architecture == "transfer":  # its pretrained weights are a download
+        recipe = recipe.override(options__weights=None)
+    engine = make_engine(recipe.override(batch_size=8), 16, policy)
+    before = [v.numpy() for v in engine.twin.trainable_variables]
+    logs = engine.train(1)
+    assert 0 < logs["loss"] < 100 and 0 <= logs["accuracy"] <= 1 and engine.step == 1
+    changed = [
+        not np.array_equal(v.numpy(), b) for v, b in zip(engine.twin.trainable_variables, before, strict=True)
+    ]
+    # A bias before a batch norm has no gradient but rounding.
+    assert np.mean(changed) > 0.5
+    model = engine.export()
+    images, _ = pictures(4)
+    if (network := f"{recipe.architecture} {recipe.options} {policy}") not in _saved:
+        _saved.add(network)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(loaded(images), model(images))
+    # The twin is what was trained; the plain model is what users get.
+    expected = tf.nn.softmax(engine.twin(images, training=False))
+    near = 1e-4 if policy == "float32" else 0.1  # bfloat16 rounds every map to eight bits
+    np.testing.assert_allclose(model(images), expected, atol=near)

@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+
+from cifar10_trainer import augment
+from cifar10_trainer.config import Augmentation
+from cifar10_trainer.pipeline import Fetcher, Order, index_data, resize, training_data
+
+N, BATCH = 22, 4  # five steps an epoch, two images left over
+FLIP_SHIFT = Augmentation(flip="random", shift=2)
+
+
+def order_of(n=N, batch_size=BATCH, seed=3, augmentation=FLIP_SHIFT, replicas=1):
+    return Order(n, batch_size, seed, augmentation, replicas)
+
+
+def batches(data):
+    """[(index, numbers), ...] of a tf.data pipeline, as arrays."""
+    return [tuple(x.numpy() for x in element) for element in data]
+
+
+def joined(parts):
+    """The arrays of several batches, one after the other."""
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for here, there in zip(found, expected, strict=True):
+        for a, b in zip(here, there, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def numbers_by_image(order, epoch):
+    """float32 [n, draws]: row i is what image i gets in `epoch`."""
+    index, numbers = (x.numpy() for x in order.epoch(epoch))
+    result = np.empty_like(numbers)
+    result[index] = numbers
+    return result
+
+
+def some_data(n=N, side=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, 256, (n, side, side, 3), np.uint8), rng.integers(0, 5, n).astype(np.int32)
+
+
+# ---- the order of the images
+
+
+def test_an_epoch_is_a_permutation():
+    for epoch in range(5):
+        index, numbers = order_of().epoch(epoch)
+        assert sorted(index.numpy()) == list(range(N))
+        assert index.dtype == tf.int32
+        assert numbers.shape == (N, 3)
+        assert numbers.dtype == tf.float32
+        assert (numbers.numpy() >= 0).all()
+        assert (numbers.numpy() < 1).all()
+
+
+def test_epochs_and_seeds_differ_and_equal_seeds_agree():
+    seen = set()
+    for seed in range(4):
+        for epoch in range(4):
+            index, numbers = (x.numpy() for x in order_of(seed=seed).epoch(epoch))
+            again = (x.numpy() for x in order_of(seed=seed).epoch(tf.constant(epoch, tf.int64)))
+            assert_same([(index, numbers)], [tuple(again)])
+            seen |= {index.tobytes(), numbers.tobytes()}
+    assert len(seen) == 2 * 16
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_no_epoch_repeats_although_a_global_seed_is_set(flip):
+    """`Model.fit` on arrays visits one permutation in every epoch after keras.utils.set_random_seed; we must not."""
+    order = order_of(augmentation=Augmentation(flip=flip, shift=2))
+    runs = []
+    for _ in range(2):
+        keras.utils.set_random_seed(0)
+        runs.append(batches(order.dataset(0, 4 * order.steps_per_epoch)))
+    assert_same(*runs)
+    epochs = [joined(runs[0][5 * e : 5 * e + 5]) for e in range(4)]
+    assert len({index.tobytes() for index, _ in epochs}) == 4
+    assert len({numbers.tobytes() for _, numbers in epochs}) == 4
+
+
+def test_every_image_comes_first_equally_often():
+    order = order_of(n=8, batch_size=8)
+    first = [int(order.epoch(e)[0][0]) for e in range(400)]
+    assert scipy.stats.chisquare(np.bincount(first, minlength=8)).pvalue > 0.001
+
+
+def test_the_rest_of_an_epoch_is_dropped_and_differs():
+    order = order_of()
+    assert order.steps_per_epoch == 5
+    left = []
+    for epoch in range(6):
+        index, _ = joined(batches(order.dataset(5 * epoch, 5 * epoch + 5)))
+        assert len(index) == len(set(index)) == 20
+        left.append(frozenset(range(N)) - set(index))
+    assert len(set(left)) > 1
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "draws"),
+    [
+        ({}, 0),
+        ({"flip": "random"}, 1),
+        ({"flip": "alternating", "shift": 2}, 3),
+        ({"shift": 2, "rotation": 0.1, "zoom": 0.1, "cutout": 4}, 2 + 1 + 2 + 2),
+        ({"flip": "random", "mixup": 0.2}, 1 + 3),
+        ({"cutmix": 1.0}, 3),
+    ],
+)
+def test_draws(augmentation, draws):
+    order = order_of(augmentation=Augmentation(**augmentation))
+    assert order.draws == draws
+    (batch,) = batches(order.dataset(0, 1))
+    assert batch[1].shape == (BATCH, draws)
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_what_an_image_gets_does_not_depend_on_batch_size_or_replicas(flip):
+    augmentation = Augmentation(flip=flip, shift=2)
+    first = order_of(n=24, augmentation=augmentation)
+    for other in (order_of(24, 8, 3, augmentation), order_of(24, 12, 3, augmentation, replicas=3)):
+        for epoch in (0, 1, 2):
+            found = joined(
+                batches(other.dataset(epoch * other.steps_per_epoch, (epoch + 1) * other.steps_per_epoch))
+            )
+            numbers = np.empty_like(found[1])
+            numbers[found[0]] = found[1]
+            np.testing.assert_array_equal(numbers, numbers_by_image(first, epoch))
+
+
+# ---- alternating flip
+
+
+def test_alternating_flip_is_random_at_first_and_changes_sides_every_epoch():
+    n = 4000
+    order = order_of(n=n, augmentation=Augmentation(flip="alternating", shift=2))
+    # the last two are the end of the longest run that a Config allows
+    epochs = (0, 1, 2, 3, 400, 401, 99_998, 99_999)
+    flips = {e: numbers_by_image(order, e)[:, 0] < 0.5 for e in epochs}
+    assert abs(flips[0].mean() - 0.5) < 5 * 0.5 / np.sqrt(n)  # five standard deviations of a fair coin
+    for e in epochs:
+        np.testing.assert_array_equal(flips[e], flips[0] if e % 2 == 0 else ~flips[0])
+    other = numbers_by_image(order_of(n=n, seed=4, augmentation=order.augmentation), 0)[:, 0] < 0.5
+    assert 0.4 < (other == flips[0]).mean() < 0.6
+
+
+def test_alternating_flip_mirrors_the_images():
+    images, labels = some_data()
+    order = order_of(n=N, batch_size=N, augmentation=Augmentation(flip="alternating"))
+    fetcher = Fetcher(order.augmentation, 5, (8, 8))
+    table = augment.pixel_table(tf.constant(images))
+    seen = []
+    for index, numbers in batches(order.dataset(0, 4)):
+        fetched, _ = fetcher(table, tf.constant(labels), index, numbers)
+        epoch = np.empty_like(images)
+        epoch[index] = fetched.numpy()
+        seen.append(epoch)
+    for before, after in pairwise(seen):
+        np.testing.assert_array_equal(after, before[:, :, ::-1])
+    plain = (seen[0] == images).all((1, 2, 3))
+    assert 3 <= plain.sum() <= N - 3
+
+
+def test_random_flip_draws_anew_every_epoch():
+    order = order_of(n=4000)
+    first, second, third = (numbers_by_image(order, e)[:, 0] < 0.5 for e in range(3))
+    for a, b in ((first, second), (first, third), (second, third)):
+        assert abs((a == b).mean() - 0.5) < 5 * 0.5 / np.sqrt(4000)
+
+
+def test_no_number_serves_twice():
+    """Flips come from a draw of their own: the shifts of the first epoch must not be the same numbers again."""
+    order = order_of(n=2000, augmentation=Augmentation(flip="alternating", shift=2))
+    columns = numbers_by_image(order, 0)
+    # of 2^23 possible values 4,000 are taken: one in 2,000 flips meets one by chance
+    assert np.isin(columns[:, 0], columns[:, 1:]).mean() < 0.02
+    assert np.isin(numbers_by_image(order, 1), columns).mean() < 0.02
+
+
+# ---- starting anywhere
+
+
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 6, 9, 10, 13])
+def test_starting_at_a_step_goes_on_as_the_uninterrupted_run(start, flip):
+    order = order_of(augmentation=Augmentation(flip=flip, shift=2))
+    whole = batches(order.dataset(0, 14))
+    assert len(whole) == 14
+    assert_same(batches(order.dataset(start, 14)), whole[start:])
+    # a stretch across two ends of an epoch
+    stop = min(start + 7, 14)
+    assert_same(batches(order.dataset(start, stop)), whole[start:stop])
+
+
+def test_a_run_of_less_than_an_epoch():
+    order = order_of()
+    assert_same(batches(order.dataset(0, 2)), batches(order.dataset(0, 5))[:2])
+    assert batches(order.dataset(3, 3)) == []
+
+
+# ---- replicas
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_parts_of_the_replicas_are_the_batch_of_one(replicas, start):
+    whole = batches(order_of(batch_size=8, n=45).dataset(start, 13))
+    parted = batches(order_of(batch_size=8, n=45, replicas=replicas).dataset(start, 13))
+    assert len(parted) == replicas * len(whole)
+    assert {len(index) for index, _ in parted} == {8 // replicas}
+    steps = [joined(parted[i : i + replicas]) for i in range(0, len(parted), replicas)]
+    assert_same(steps, whole)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_parts_of_the_workers_are_the_batch_of_one(workers):
+    images, labels = some_data(45)
+    one, four = order_of(n=45, batch_size=8), order_of(n=45, batch_size=8, replicas=4)
+    fetcher = Fetcher(FLIP_SHIFT, 5, (8, 8))
+    data = {
+        "table": augment.pixel_table(tf.constant(images)),
+        "labels": tf.constant(labels),
+        "fetcher": fetcher,
+    }
+    for make in (index_data, lambda *args: training_data(*args[:3], context=args[3], **data)):
+        whole = batches(make(one, 2, 9, None))
+        local = 4 // workers
+        shares = [
+            batches(make(four, 2, 9, SimpleNamespace(input_pipeline_id=w, num_input_pipelines=workers)))
+            for w in range(workers)
+        ]
+        steps = [
+            joined([part for share in shares for part in share[local * s : local * (s + 1)]])
+            for s in range(7)
+        ]
+        assert_same(steps, whole)
+
+
+def test_mirrored_replicas_get_the_parts_in_order():
+    """As distribute_datasets_from_function hands them out, on four logical CPUs, which want a process of their own."""
+    script = """
+import numpy as np, tensorflow as tf
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4)
+from cifar10_trainer import augment
+from cifar10_trainer.config import Augmentation
+from cifar10_trainer.pipeline import Fetcher, Order, index_data, training_data
+a = Augmentation(flip="alternating", shift=2, cutout=3)
+images = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), np.uint8)
+table, labels = augment.pixel_table(tf.constant(images)), tf.range(45) % 5
+fetcher = Fetcher(a, 5, (8, 8))
+def make(kind, order, context=None):
+    if kind == "index":
+        return index_data(order, 3, 13, context)
+    return training_data(order, 3, 13, table=table, labels=labels, fetcher=fetcher, context=context)
+for replicas in (2, 4):
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    for kind in ("index", "images"):
+        order = Order(45, 8, 0, a, replicas)
+        handed = strategy.distribute_datasets_from_function(lambda context: make(kind, order, context))
+        steps = 0
+        for parts, whole in zip(handed, make(kind, Order(45, 8, 0, a)), strict=True):
+            for part, expected in zip(parts, whole, strict=True):
+                local = strategy.experimental_local_results(part)
+                assert len(local) == replicas
+                np.testing.assert_array_equal(np.concatenate(local), expected)
+            steps += 1
+        assert steps == 10, steps
+print("agree")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "agree"
+
+
+# ---- from indices to images
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "flip, shift": FLIP_SHIFT,
+    "alternating, cutout": Augmentation(flip="alternating", shift=2, cutout=3, fill="constant"),
+    "everything": Augmentation(flip="random", shift=1, rotation=0.1, zoom=0.1, cutout=3, mixup=0.4),
+    "cutmix": Augmentation(flip="random", shift=1, cutmix=1.0),
+}
+
+
+@pytest.mark.parametrize("size", [None, 6, 8])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_tf_data_and_the_step_make_the_same_images(name, size):
+    images, labels = some_data()
+    order = order_of(augmentation=AUGMENTATIONS[name])
+    fetcher = Fetcher(order.augmentation, 5, (8, 8), size)
+    table, labels = augment.pixel_table(tf.constant(images)), tf.constant(labels)
+    inside = batches(training_data(order, 3, 9, table=table, labels=labels, fetcher=fetcher))
+    in_step = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers))
+    by_hand = [tuple(x.numpy() for x in in_step(*batch)) for batch in index_data(order, 3, 9)]
+    assert_same(inside, by_hand)
+    side = size or 8
+    assert inside[0][0].shape == (BATCH, side, side, 3)
+    mixed_or_resized = side != 8 or order.augmentation.mixup or order.augmentation.cutmix
+    assert inside[0][0].dtype == (np.float32 if mixed_or_resized else np.uint8)
+    assert inside[0][1].dtype == np.float32
+    assert 0 <= inside[0][0].min() <= inside[0][0].max() <= 255
+    # and once more: nothing is left to the order in which threads come
+    again = training_data(order, 3, 9, table=table, labels=labels, fetcher=fetcher)
+    assert_same(batches(again), inside)
+
+
+def test_the_step_may_be_compiled():
+    images, labels = some_data()
+    order = order_of(augmentation=AUGMENTATIONS["alternating, cutout"])
+    fetcher = Fetcher(order.augmentation, 5, (8, 8))
+    table, labels = augment.pixel_table(tf.constant(images)), tf.constant(labels)
+    compiled = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers), jit_compile=True)
+    for batch in index_data(order, 0, 2):
+        assert_same(
+            [[x.numpy() for x in compiled(*batch)]], [[x.numpy() for x in fetcher(table, labels, *batch)]]
+        )
+
+
+def test_fetcher_is_augmentation_then_mixing_then_resizing():
+    images, labels = some_data()
+    a = Augmentation(flip="random", shift=2, cutout=3, mixup=1.0)
+    index = np.array([4, 0, 21, 7], np.int32)
+    numbers = np.random.default_rng(0).random((4, 1 + 2 + 2 + 3), np.float32)
+    found, targets = Fetcher(a, 5, (8, 8), 6)(
+        augment.pixel_table(tf.constant(images)), tf.constant(labels), index, numbers
+    )
+    expected, first = images[index], 0
+    for layer in augment.layers_of(a):
+        expected = layer.transform(expected, numbers[:, first : first + layer.draws])
+        first += layer.draws
+    expected, expected_targets = augment.mix(
+        expected, np.eye(5, dtype=np.float32)[labels[index]], numbers[:, 5:], mixup=1.0
+    )
+    np.testing.assert_allclose(found, resize(expected, 6), rtol=1e-6)
+    np.testing.assert_array_equal(targets, expected_targets)
+
+
+def test_labels_are_one_hot_and_belong_to_their_images():
+    images = np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, 8, 8, 3))
+    labels = np.arange(N, dtype=np.int32) % 7
+    data = training_data(
+        order_of(augmentation=Augmentation()),
+        0,
+        5,
+        table=augment.pixel_table(tf.constant(images)),
+        labels=tf.constant(labels),
+        fetcher=Fetcher(Augmentation(), 7, (8, 8)),
+    )
+    for batch, targets in data:
+        which = batch.numpy()[:, 0, 0, 0]
+        np.testing.assert_array_equal(targets, np.eye(7)[labels[which]])
+        np.testing.assert_array_equal(batch, images[which])
+
+
+# ---- resizing
+
+
+def twin_resize(image, size):
+    """An antialiased triangle, pixel by pixel: float64 [h, w, c] -> [size, size, c]."""
+
+    def weights(side):
+        scale, result = side / size, np.zeros((size, side))
+        for o in range(size):
+            for i in range(side):
+                distance = abs((i + 0.5) - (o + 0.5) * scale) / max(scale, 1)
+                result[o, i] = max(0.0, 1 - distance)
+            result[o] /= result[o].sum()
+        return result
+
+    w = weights(image.shape[0])
+    return np.stack([w @ image[..., c] @ w.T for c in range(image.shape[-1])], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("side", "size"),
+    [(32, 20), (32, 24), (32, 28), (32, 16), (32, 17), (31, 13), (9, 8), (33, 32), (9, 1), (8, 12)],
+)
+def test_resize(side, size):
+    images, _ = some_data(3, side)
+    result = resize(tf.constant(images), size)
+    assert result.shape == (3, size, size, 3)
+    assert result.dtype == tf.float32
+    # float32 sums of numbers up to 255
+    expected = np.stack([twin_resize(image.astype(np.float64), size) for image in images])
+    np.testing.assert_allclose(result, expected, atol=1e-3)
+    np.testing.assert_allclose(result, tf.image.resize(images, (size, size), antialias=True), atol=1e-2)
+
+
+def test_resize_keeps_flat_images_and_same_sizes():
+    flat = np.full((1, 32, 32, 3), 200, np.uint8)
+    np.testing.assert_allclose(resize(flat, 21), 200, atol=1e-3)
+    images, _ = some_data(2, 16)
+    np.testing.assert_allclose(resize(images, 16), images, atol=1e-3)

@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import time
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from cifar10_trainer import runtime
+from cifar10_trainer.errors import ConfigError, RunError
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Pretends that there are so many GPUs: devices(gpus)."""
+
+    def pretend(gpus, details=None):
+        found = {
+            kind: [SimpleNamespace(name=f"/device:{kind}:{i}") for i in range(n)]
+            for kind, n in {"GPU": gpus, "CPU": 1}.items()
+        }
+        monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: found[kind])
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: found[kind])
+        monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details or {})
+
+    return pretend
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What the two strategies that need devices of their own were made with, instead of making them."""
+    calls = []
+    for name in ("MirroredStrategy", "MultiWorkerMirroredStrategy"):
+        monkeypatch.setattr(
+            tf.distribute,
+            name,
+            lambda *args, name=name: calls.append((name, *args)) or SimpleNamespace(num_replicas_in_sync=6),
+        )
+    return calls
+
+
+CLUSTER = {"cluster": {"worker": ["a:1", "b:1", "c:1"]}, "task": {"type": "worker", "index": 0}}
+
+
+# ---- strategy
+
+
+def test_none_is_the_default_strategy_on_the_first_device(devices, made):
+    for gpus, name in ((0, "CPU:0"), (1, "GPU:0"), (3, "GPU:0")):
+        devices(gpus)
+        strategy, why = runtime.choose_strategy("none")
+        assert strategy is tf.distribute.get_strategy()
+        assert why.endswith(name)
+    assert made == []
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "none"), (1, "none"), (2, "mirrored"), (8, "mirrored")])
+def test_auto_mirrors_where_there_are_several_gpus(gpus, expected, devices, made):
+    devices(gpus)
+    strategy, why = runtime.choose_strategy("auto")
+    if expected == "none":
+        assert strategy is tf.distribute.get_strategy()
+        assert made == []
+    else:
+        names = [f"/device:GPU:{i}" for i in range(gpus)]
+        assert made == [("MirroredStrategy", names)]
+        assert why == f"{gpus} replica(s): {', '.join(names)}"
+
+
+def test_mirrored_takes_the_cpu_where_there_is_no_gpu(devices, made):
+    devices(0)
+    runtime.choose_strategy("mirrored")
+    assert made == [("MirroredStrategy", ["/device:CPU:0"])]
+
+
+def test_mirrored_on_one_cpu_for_real():
+    strategy, why = runtime.choose_strategy("mirrored")
+    assert isinstance(strategy, tf.distribute.MirroredStrategy)
+    assert strategy.num_replicas_in_sync == 1
+    assert "1 replica(s)" in why
+
+
+@pytest.mark.parametrize("requested", ["auto", "multi_worker"])
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_a_cluster_is_multi_worker(requested, gpus, devices, made, monkeypatch):
+    devices(gpus)
+    monkeypatch.setenv("TF_CONFIG", json.dumps(CLUSTER))
+    _, why = runtime.choose_strategy(requested)
+    assert made == [("MultiWorkerMirroredStrategy",)]
+    assert why == "6 replica(s) on 3 worker(s)"
+
+
+def test_the_chief_of_a_cluster_is_counted(devices, made, monkeypatch):
+    devices(0)
+    cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "chief", "index": 0}}))
+    assert runtime.choose_strategy("auto")[1].endswith("on 3 worker(s)")
+
+
+def test_a_cluster_does_not_matter_where_another_strategy_is_asked_for(devices, made, monkeypatch):
+    devices(2)
+    monkeypatch.setenv("TF_CONFIG", json.dumps(CLUSTER))
+    assert runtime.choose_strategy("none")[0] is tf.distribute.get_strategy()
+    runtime.choose_strategy("mirrored")
+    assert made == [("MirroredStrategy", ["/device:GPU:0", "/device:GPU:1"])]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{}", '{"task": {"type": "worker", "index": 0}}', '{"cluster": {}}']
+)
+def test_multi_worker_without_a_cluster(text, devices, made, monkeypatch):
+    devices(0)
+    if text is not None:
+        monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ConfigError, match=r"found no cluster; set TF_CONFIG.*--strategy=mirrored"):
+        runtime.choose_strategy("multi_worker")
+    assert runtime.choose_strategy("auto")[0] is tf.distribute.get_strategy()
+    assert made == []
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '"x"', '{"cluster": 5}'])
+@pytest.mark.parametrize("requested", ["auto", "multi_worker"])
+def test_a_cluster_that_is_no_json(text, requested, devices, monkeypatch):
+    devices(0)
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ConfigError, match=r"TF_CONFIG is .*; allowed: JSON with 'cluster' and 'task'"):
+        runtime.choose_strategy(requested)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "task", "expected"),
+    [
+        (None, None, True),  # no cluster at all
+        (["worker"], ("worker", 0), True),
+        (["worker"], ("worker", 1), False),
+        (["worker"], (None, None), True),
+        (["chief", "worker"], ("chief", 0), True),
+        (["chief", "worker"], ("worker", 0), False),  # one process writes, not two
+        (["chief", "worker"], ("worker", 1), False),
+    ],
+)
+def test_one_process_is_the_chief(jobs, task, expected):
+    resolver = None
+    if jobs is not None:
+        resolver = SimpleNamespace(
+            task_type=task[0],
+            task_id=task[1],
+            cluster_spec=lambda: tf.train.ClusterSpec({job: ["a:1", "b:1"] for job in jobs}),
+        )
+    assert runtime.is_chief(SimpleNamespace(cluster_resolver=resolver)) is expected
+
+
+def test_a_strategy_of_one_machine_has_its_chief_here():
+    assert runtime.is_chief(tf.distribute.get_strategy())
+    assert runtime.is_chief(tf.distribute.MirroredStrategy(["CPU:0"]))
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("requested", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_precision_as_asked(requested, devices):
+    devices(1, {"compute_capability": (9, 0)})
+    assert runtime.choose_precision(requested) == (requested, "as asked")
+
+
+@pytest.mark.parametrize(
+    ("details", "expected", "reason"),
+    [
+        ({"compute_capability": (9, 0)}, "mixed_bfloat16", "9.0 has bfloat16"),
+        ({"compute_capability": (8, 0)}, "mixed_bfloat16", "8.0 has bfloat16"),
+        ({"compute_capability": (10, 0)}, "mixed_bfloat16", "10.0 has bfloat16"),
+        ({"compute_capability": (7, 5)}, "mixed_float16", "7.5 has float16, not bfloat16"),
+        ({"compute_capability": (7, 0)}, "mixed_float16", "7.0 has float16"),
+        ({"compute_capability": (6, 1)}, "float32", "6.1 has no fast 16-bit arithmetic"),
+        ({}, "float32", "no fast 16-bit"),
+    ],
+)
+def test_precision_by_the_gpu(details, expected, reason, devices, monkeypatch):
+    devices(1, details)
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx512_bf16"})  # the CPU does not matter then
+    policy, why = runtime.choose_precision("auto")
+    assert policy == expected
+    assert reason in why
+    keras.dtype_policies.get(policy)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "reason"),
+    [
+        ({"fpu", "avx512_bf16"}, "mixed_bfloat16", "avx512_bf16"),
+        ({"amx_bf16", "avx512_bf16"}, "mixed_bfloat16", "amx_bf16, avx512_bf16"),
+        ({"amx_bf16"}, "mixed_bfloat16", "amx_bf16"),
+        ({"avx2", "avx512f", "f16c"}, "float32", "no native bfloat16"),
+        (set(), "float32", "no native bfloat16"),
+    ],
+)
+def test_precision_by_the_processor(flags, expected, reason, devices, monkeypatch):
+    devices(0)
+    monkeypatch.setattr(runtime, "cpu_flags", lambda: flags)
+    policy, why = runtime.choose_precision("auto")
+    assert policy == expected
+    assert reason in why
+
+
+@pytest.fixture
+def proc(monkeypatch, tmp_path):
+    """A /proc of one's own: proc({"cpuinfo": text}); what is not given is not there."""
+
+    def pretend(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        monkeypatch.setattr(runtime, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
+
+    return pretend
+
+
+def test_cpu_flags(proc):
+    proc({"cpuinfo": "processor\t: 0\nflags\t\t: fpu vme avx512_bf16\nbugs\t\t: x\n\nflags\t\t: other\n"})
+    assert runtime.cpu_flags() == {"fpu", "vme", "avx512_bf16"}
+
+
+def test_cpu_flags_elsewhere(proc):
+    proc({})
+    assert runtime.cpu_flags() == set()
+
+
+# ---- time
+
+
+def test_process_start_from_the_kernels_numbers(proc, monkeypatch):
+    # a name with spaces and brackets; field 22 is the start, in ticks since boot
+    proc(
+        {
+            "self/stat": f"77 (a b) c) S {' '.join(str(n) for n in range(4, 22))} 12345 0 0",
+            "uptime": "200.5 300.0",
+        }
+    )
+    monkeypatch.setattr(runtime.os, "sysconf", lambda name: {"SC_CLK_TCK": 100}[name])
+    monkeypatch.setattr(runtime.time, "time", lambda: 1000.0)
+    assert runtime.process_start() == pytest.approx(1000 - (200.5 - 123.45))
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"self/stat": "77 (x) S 1", "uptime": "1 1"}, {"self/stat": "?", "uptime": ""}]
+)
+def test_process_start_where_it_is_unknown(files, proc):
+    proc(files)
+    assert runtime.process_start() == runtime._IMPORTED
+
+
+def test_process_start_for_real():
+    start = runtime.process_start()
+    assert start <= runtime._IMPORTED + 0.02  # the kernel counts in hundredths of a second
+    assert abs(runtime.process_start() - start) < 0.05
+    if shutil.which("ps"):
+        asked = subprocess.run(
+            ["ps", "-o", "etimes=", "-p", str(runtime.os.getpid())], capture_output=True, text=True
+        )
+        if asked.returncode == 0:
+            assert abs((time.time() - start) - int(asked.stdout)) < 2.5  # whole seconds
+
+
+# ---- the rest
+
+
+def test_seed_everything():
+    def draws():
+        runtime.seed_everything(7)
+        kernel = np.array(keras.layers.Dense(3).build((None, 3)) or keras.random.normal((3,)))
+        return random.random(), np.random.rand(), float(tf.random.uniform([])), kernel.tolist()
+
+    first = draws()
+    assert draws() == first
+    runtime.seed_everything(8)
+    assert random.random() != first[0]
+
+
+def test_describe_is_a_record_of_texts():
+    record = runtime.describe()
+    assert json.loads(json.dumps(record)) == record
+    assert set(record) == {"python", "tensorflow", "keras", "numpy", "platform", "processor", "gpus"}
+    assert all(isinstance(text, str) and text for text in record.values())
+    assert record["tensorflow"] == tf.__version__
+    assert record["keras"] == keras.__version__
+    assert record["numpy"] == np.__version__
+    assert "cores" in record["processor"]
+
+
+def test_describe_names_processor_and_gpus(devices, proc):
+    devices(2, {"device_name": "Fast GPU"})
+    proc({"cpuinfo": "processor : 0\nmodel name\t: Fast CPU\nflags : x\n"})
+    record = runtime.describe()
+    assert record["gpus"] == "Fast GPU, Fast GPU"
+    assert record["processor"].startswith("Fast CPU, ")
+
+
+def test_describe_elsewhere(devices, proc):
+    devices(0)
+    proc({})
+    record = runtime.describe()
+    assert record["gpus"] == "none"
+    assert "cores" in record["processor"]
+
+
+@pytest.mark.parametrize(("batch", "n", "replicas"), [(10, 10, 1), (8, 100, 4), (1, 1, 1)])
+def test_a_batch_that_fits(batch, n, replicas):
+    runtime.check_batch(batch, n, replicas)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n", "replicas", "text"),
+    [
+        (11, 10, 1, "batch_size is 11; allowed: at most the 10 training images"),
+        (10, 100, 4, "batch_size is 10; allowed: a multiple of the 4 replicas"),
+        (2, 100, 4, "batch_size is 2; allowed: a multiple of the 4 replicas"),
+    ],
+)
+def test_a_batch_that_does_not_fit(batch, n, replicas, text):
+    with pytest.raises(ConfigError) as caught:
+        runtime.check_batch(batch, n, replicas)
+    assert str(caught.value) == text
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_do():
+    error = runtime.out_of_memory(RuntimeError("OOM when allocating " + "x" * 500 + "\nand a stack"))
+    assert isinstance(error, RunError)
+    assert "smaller --batch_size" in str(error)
+    assert "\n" not in str(error)
+    assert len(str(error)) < 300

@@ -1,0 +1,586 @@
+"""Whole runs on the embedded digits: the run folder, resuming, callbacks, folders of images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar10_trainer import __main__ as command
+from cifar10_trainer import cli, datasets, evaluate, predict, runtime, train
+from cifar10_trainer.config import Averaging, Config, Optimizer, Schedule
+from cifar10_trainer.engine import Engine
+from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.recipes import RECIPES
+from cifar10_trainer.train import train_and_evaluate
+
+# 1,293 images to train on: 12 steps an epoch.
+TINY = RECIPES["fast.digits"].override(
+    options__filters=(4, 8),
+    epochs=3,
+    batch_size=100,
+    optimizer=Optimizer(name="adam", learning_rate=0.02),
+    precision="float32",
+)
+PER_EPOCH = 12
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return datasets.load("digits")
+
+
+def train_quietly(config, workdir, dataset, **options):
+    options = {"verbose": 0, "full_report": False, **options}
+    return train_and_evaluate(config, workdir, dataset=dataset, **options)
+
+
+def read_history(workdir):
+    with open(workdir / "history.csv", newline="") as file:
+        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def saved_weights(workdir):
+    return keras.models.load_model(workdir / "model.keras").get_weights()
+
+
+def assert_same_weights(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class Recorder(keras.callbacks.Callback):
+    """What was called, and the weights after each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.weights, self.logs = [], [], []
+
+    def on_train_begin(self, logs=None):
+        self.calls.append("train begin")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.calls.append(f"epoch {epoch} begin")
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.calls.append("batch begin")
+
+    def on_train_batch_end(self, batch, logs=None):
+        assert set(logs) == {"loss", "accuracy"}
+        self.calls.append(f"batch end {batch}")
+
+    def on_test_begin(self, logs=None):
+        self.calls.append("test begin")
+
+    def on_test_end(self, logs=None):
+        self.calls.append("test end")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.calls.append(f"epoch {epoch} end")
+        self.logs.append(dict(logs))
+        self.weights.append(self.model.get_weights())
+
+    def on_train_end(self, logs=None):
+        self.calls.append("train end")
+
+
+class At(keras.callbacks.Callback):
+    """Does `action` once, after `step` steps of the run (or at the end of the epoch that ends there)."""
+
+    def __init__(self, step, action, moment="batch"):
+        super().__init__()
+        self.step, self.action, self.moment = step, action, moment
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.moment == "batch" and self.epoch * PER_EPOCH + batch + 1 == self.step:
+            self.action()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.moment == "epoch" and (epoch + 1) * PER_EPOCH == self.step:
+            self.action()
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def step_by_step(monkeypatch):
+    """One step in each call of the graph, so that every step can be interrupted."""
+    monkeypatch.setattr(train, "CALL_SECONDS", 0.0)
+
+
+def script_validation(monkeypatch, losses, accuracies=None):
+    """Lets the validation after epoch i find losses[i] and accuracies[i]."""
+
+    def scripted(engine, images, labels):
+        epoch = -(-engine.step // engine.steps_per_epoch) - 1
+        return {"loss": losses[epoch], "accuracy": accuracies[epoch] if accuracies else 0.1}
+
+    monkeypatch.setattr(Engine, "evaluate", scripted)
+
+
+# --- a whole run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits):
+    """A run with everything: its folder, metrics and callbacks."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    recorder, seen = Recorder(), []
+    extra = tmp_path_factory.mktemp("callbacks")
+    callbacks = [
+        recorder,
+        keras.callbacks.CSVLogger(extra / "log.csv"),
+        keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch)),
+        keras.callbacks.ModelCheckpoint(
+            extra / "{epoch}.keras", monitor="val_accuracy", mode="max", save_best_only=True
+        ),
+    ]
+    metrics = train_and_evaluate(
+        TINY.override(epochs=3.5, target=0.2), workdir, dataset=digits, callbacks=callbacks
+    )
+    return workdir, metrics, recorder, extra, seen
+
+
+def test_the_folder_is_complete(whole):
+    workdir, *_ = whole
+    assert {p.name for p in workdir.iterdir()} == {
+        "config.json",
+        "history.csv",
+        "metrics.json",
+        "model.keras",
+        "classification_report.txt",
+        "report.html",
+        "figures",
+        "tensorboard",
+    }
+    figures = ["sample_images", "class_distribution", "training_curves", "confusion_matrix"]
+    for name in (*figures, "misclassified_examples"):
+        with Image.open(workdir / "figures" / f"{name}.png") as image:
+            assert min(image.size) > 100
+    events = [p for p in (workdir / "tensorboard").rglob("*") if "tfevents" in p.name]
+    assert {p.parent.name for p in events} == {"train", "validation"}
+    assert all(p.stat().st_size > 100 for p in events)
+
+
+def test_the_history_has_a_row_an_epoch(whole):
+    workdir, metrics, recorder, *_ = whole
+    rows = read_history(workdir)
+    assert list(rows[0]) == [
+        "epoch",
+        "loss",
+        "accuracy",
+        "val_loss",
+        "val_accuracy",
+        "learning_rate",
+        "seconds",
+    ]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and metrics["epochs"] == 4
+    for row, logs in zip(rows, recorder.logs, strict=True):
+        assert {k: row[k] for k in logs} == logs
+        assert row["seconds"] > 0 and 0 < row["loss"] < 5
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_metrics_are_complete_and_agree(whole, digits):
+    workdir, metrics, *_ = whole
+    assert json.loads((workdir / "metrics.json").read_text()) == metrics
+    rows = read_history(workdir)
+    expected = {
+        "recipe": "fast.digits",
+        "dataset": "digits",
+        "n_train": 1293,
+        "n_validation": 144,
+        "n_test": len(digits.test_labels),
+        "params": keras.models.load_model(workdir / "model.keras").count_params(),
+        "epochs": 4,
+        "best_val_accuracy": max(row["val_accuracy"] for row in rows),
+        "target": 0.2,
+        "epoch_at_target": next(row["epoch"] for row in rows if row["val_accuracy"] >= 0.2),
+        "strategy": "_DefaultDistributionStrategy",
+        "replicas": 1,
+        "precision": "float32",
+        "seed": 0,
+    }
+    assert {k: metrics[k] for k in expected} == expected
+    assert rows[metrics["best_epoch"] - 1]["val_accuracy"] == metrics["best_val_accuracy"]
+    # 3.5 epochs of 12 steps of 100 images
+    assert 0 < metrics["images_per_second"] and 0 < metrics["train_seconds"] < metrics["total_seconds"]
+    assert 0 < metrics["seconds_to_target"] < metrics["total_seconds"]
+    assert metrics["pflop"] > 0 and metrics["test_loss"] > 0
+
+
+def test_the_kept_weights_are_those_of_the_best_epoch(whole):
+    workdir, metrics, recorder, *_ = whole
+    kept = saved_weights(workdir)
+    assert_same_weights(kept, recorder.weights[metrics["best_epoch"] - 1])
+    assert not np.array_equal(kept[0], recorder.weights[0][0]) or metrics["best_epoch"] == 1
+
+
+def test_the_scores_are_those_of_the_saved_model(whole, digits):
+    """Keras's own predict and three lines of NumPy; test and best validation accuracy to the last image."""
+    workdir, metrics, *_ = whole
+    model = keras.models.load_model(workdir / "model.keras")
+    probabilities = model.predict(digits.test_images, verbose=0).astype(np.float64)
+    right = probabilities.argmax(1) == digits.test_labels
+    assert metrics["test_accuracy"] == pytest.approx(right.mean(), abs=1e-12)
+    truth = probabilities[np.arange(len(right)), digits.test_labels]
+    assert metrics["test_loss"] == pytest.approx(-np.log(truth).mean(), rel=1e-4)
+    *_, val_images, val_labels = datasets.split(digits, 0.1, "stratified", 0)
+    right = model.predict(val_images, verbose=0).argmax(1) == val_labels
+    assert metrics["best_val_accuracy"] == pytest.approx(right.mean(), abs=1e-6)  # a float32 quotient
+    report = (workdir / "classification_report.txt").read_text()
+    assert f"{metrics['test_accuracy']:.4f}" in report
+
+
+def test_the_config_can_be_read_back(whole):
+    workdir, *_ = whole
+    record = json.loads((workdir / "config.json").read_text())
+    assert Config.from_record(record) == TINY.override(epochs=3.5, target=0.2)
+    assert record["class_names"] == [str(i) for i in range(10)]
+    assert record["environment"]["keras"] == keras.__version__
+    assert command.read_config(workdir / "config.json") == TINY.override(epochs=3.5, target=0.2)
+
+
+def test_callbacks_are_called_as_keras_does(whole):
+    _, _, recorder, _, seen = whole
+    assert seen == [0, 1, 2, 3]
+    calls = [call for call in recorder.calls if not call.startswith("batch")]
+    around = [c for e in range(4) for c in (f"epoch {e} begin", "test begin", "test end", f"epoch {e} end")]
+    assert calls == ["train begin", *around, "train end"]
+    ends = [int(call.split()[-1]) for call in recorder.calls if call.startswith("batch end")]
+    assert ends[-1] == 5 and ends.count(11) == 3  # the last epoch is half
+    assert recorder.calls.count("batch begin") == len(ends)
+    assert set(recorder.logs[0]) == {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"}
+
+
+def test_keras_own_callbacks_work(whole):
+    workdir, metrics, recorder, extra, _ = whole
+    with open(extra / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in read_history(workdir)]
+    best = max(int(p.stem) for p in extra.glob("*.keras"))
+    assert best == metrics["best_epoch"]
+    assert_same_weights(
+        keras.models.load_model(extra / f"{best}.keras").get_weights(), recorder.weights[best - 1]
+    )
+
+
+# --- the folder is taken --------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_overwritten(whole, digits):
+    workdir, *_ = whole
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    with pytest.raises(ConfigError, match=r"holds a finished run; .*--workdir, .*--overwrite"):
+        train_quietly(TINY.override(epochs=3.5, target=0.2), workdir, digits)
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"seed": 7}, r"another configuration \(seed 0, now 7\)"),
+        ({"optimizer__learning_rate": 0.5}, r"another configuration \(optimizer .*0\.02.*, now .*0\.5"),
+        ({"epochs": 4}, r"another configuration \(epochs 3\.0, now 4\.0\)"),
+    ],
+)
+def test_another_configuration_is_not_resumed(tmp_path, digits, change, reason):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    with pytest.raises(ConfigError, match=reason) as info:
+        train_quietly(TINY.override(**change), tmp_path, digits)
+    assert "--overwrite" in str(info.value) and "\n" not in str(info.value)
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, digits):
+    for name in ("config.json", "metrics.json", "state.npz", "report.html", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "old.png").touch()
+    metrics = train_quietly(TINY.override(epochs=0.25), tmp_path, digits, overwrite=True)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"config.json", "history.csv", "metrics.json", "model.keras", "notes.txt"}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert len(read_history(tmp_path)) == 1
+
+
+# --- resuming -------------------------------------------------------------------------------------------
+
+# Early stopping and plateau both count epochs; dropout, augmentation, averaging and Adam all have a memory.
+EVENTFUL = TINY.override(
+    epochs=6,
+    options__dropout=0.3,
+    averaging=Averaging(every=5),
+    early_stopping=3,
+    schedule=Schedule(name="plateau", drop=0.5, patience=2, end=0.01),
+)
+LOSSES = [1.0, 0.9, 0.95, 0.96, 0.85, 0.9]  # the rate drops after the fourth
+ACCURACIES = [0.1, 0.3, 0.2, 0.2, 0.25, 0.2]
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, digits, monkeypatch, step_by_step):
+    script_validation(monkeypatch, LOSSES, ACCURACIES)
+    expected = train_quietly(EVENTFUL, tmp_path / "whole", digits)
+    rows = read_history(tmp_path / "whole")
+    assert [round(row["learning_rate"], 6) for row in rows] == [0.02, 0.02, 0.02, 0.01, 0.01, 0.01]
+
+    monkeypatch.setattr(runtime, "process_start", lambda: began - 1000)
+    workdir = tmp_path / "parts"
+    stops = [
+        (7, "batch", send(signal.SIGTERM), "SIGTERM at step 7 of 72"),
+        (24, "batch", send(signal.SIGINT), "SIGINT at step 24 of 72"),  # the last step of an epoch
+        (45, "batch", send(signal.SIGTERM), "SIGTERM at step 45 of 72"),
+        (48, "epoch", send(signal.SIGTERM), "SIGTERM at step 48 of 72"),
+    ]
+    for step, moment, action, message in stops:
+        began = time.time()
+        with pytest.raises(RunError, match=f"stopped by {message}; everything is saved in .*--workdir="):
+            train_quietly(EVENTFUL, workdir, digits, callbacks=[At(step, action, moment)])
+        assert (workdir / "state.npz").exists() and not (workdir / "metrics.json").exists()
+        assert len(read_history(workdir) if step >= PER_EPOCH else []) == step // PER_EPOCH
+        assert (workdir / "model.keras").exists()
+    began = time.time()
+    found = train_quietly(EVENTFUL, workdir, digits)
+
+    assert without_seconds(read_history(workdir)) == without_seconds(rows)
+    assert_same_weights(saved_weights(workdir), saved_weights(tmp_path / "whole"))
+    assert not (workdir / "state.npz").exists()
+    timing = {"train_seconds", "total_seconds", "images_per_second", "seconds_to_target"}
+    same = expected.keys() - timing
+    assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+    # The five starts took 1,000 s each, which are none of the training's.
+    assert 5000 < found["total_seconds"] < 5600 and 0 < found["train_seconds"] < 600
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import numpy as np
+import test_train as t
+from cifar10_trainer import datasets, train
+train.SAVE_SECONDS, train.CALL_SECONDS = 0, 0.0
+t.train_quietly(t.DROPOUT, {workdir!r}, datasets.load("digits"), callbacks=[t.At(31, t.send(signal.SIGKILL))])
+"""
+DROPOUT = TINY.override(options__dropout=0.3, epochs=3.25)
+
+
+def test_a_killed_run_goes_on_from_its_last_save(tmp_path, digits):
+    expected = train_quietly(DROPOUT, tmp_path / "whole", digits)
+    workdir = tmp_path / "killed"
+    script = KILLED.format(path=[os.path.dirname(__file__), os.getcwd()], workdir=str(workdir))
+    status = subprocess.run([sys.executable, "-c", script], timeout=500, capture_output=True)
+    assert status.returncode == -signal.SIGKILL, status.stderr.decode()[-2000:]
+    assert not (workdir / "metrics.json").exists()
+    with np.load(workdir / "state.npz") as arrays:
+        assert arrays["engine"][0] == 24  # it died in the third epoch
+    found = train_quietly(DROPOUT, workdir, digits)
+    assert without_seconds(read_history(workdir)) == without_seconds(read_history(tmp_path / "whole"))
+    assert_same_weights(saved_weights(workdir), saved_weights(tmp_path / "whole"))
+    assert found["test_loss"] == expected["test_loss"]
+
+
+def test_an_unfinished_run_without_a_state_begins_again(tmp_path, digits):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.override(epochs=0.5).to_dict()))
+    (tmp_path / "model.keras").write_text("of the dead run")
+    metrics = train_quietly(TINY.override(epochs=0.5), tmp_path, digits)
+    assert metrics["epochs"] == 1 and saved_weights(tmp_path)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, digits, step_by_step):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    twice = [At(3, send(signal.SIGINT)), At(3, send(signal.SIGINT))]
+    with pytest.raises(KeyboardInterrupt):
+        train_quietly(TINY, tmp_path, digits, callbacks=twice)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_signal_in_the_last_step_is_too_late(tmp_path, digits, step_by_step):
+    metrics = train_quietly(
+        TINY.override(epochs=1), tmp_path, digits, callbacks=[At(PER_EPOCH, send(signal.SIGTERM))]
+    )
+    assert metrics["epochs"] == 1 and (tmp_path / "metrics.json").exists()
+
+
+# --- what ends a run, and what is kept ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [None, signal.SIGTERM])
+def test_early_stopping(tmp_path, digits, monkeypatch, step_by_step, late):
+    """Patience 2 after the best loss in epoch 2; kept is the best accuracy, epoch 3's. A signal comes too late."""
+    script_validation(monkeypatch, [1.0, 0.5, 0.7, 0.6, 0.1, 0.1], [0.1, 0.2, 0.4, 0.3, 0.9, 0.9])
+    config = TINY.override(early_stopping=2, epochs=6, target=0.4)
+    recorder = Recorder()
+    callbacks = [recorder] if late is None else [recorder, At(4 * PER_EPOCH, send(late), "epoch")]
+    metrics = train_quietly(config, tmp_path, digits, callbacks=callbacks)
+    assert metrics["epochs"] == len(read_history(tmp_path)) == 4
+    assert (metrics["best_epoch"], metrics["best_val_accuracy"], metrics["epoch_at_target"]) == (3, 0.4, 3)
+    assert_same_weights(saved_weights(tmp_path), recorder.weights[2])
+
+
+def test_a_run_killed_after_early_stopping_does_not_train_on(tmp_path, digits, monkeypatch):
+    script_validation(monkeypatch, [0.5, 0.6, 0.1], [0.1, 0.2, 0.9])
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    config = TINY.override(early_stopping=1, epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.scoring, "predict_probabilities", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_quietly(config, tmp_path, digits)
+    assert train_quietly(config, tmp_path, digits)["epochs"] == 2
+    assert len(read_history(tmp_path)) == 2
+
+
+def test_a_callback_may_stop_the_run(tmp_path, digits):
+    def stop(epoch, logs):
+        callback.model.stop_training = epoch == 0
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=stop)
+    assert train_quietly(TINY, tmp_path, digits, callbacks=[callback])["epochs"] == 1
+
+
+def test_without_validation_the_last_weights_are_kept(tmp_path, digits):
+    recorder = Recorder()
+    metrics = train_quietly(
+        TINY.override(validation_fraction=None, epochs=2), tmp_path, digits, callbacks=[recorder]
+    )
+    assert_same_weights(saved_weights(tmp_path), recorder.weights[-1])
+    assert metrics["n_train"] == 1437 and metrics["n_validation"] == 0 and metrics["best_epoch"] == 2
+    assert metrics["best_val_accuracy"] is metrics["epoch_at_target"] is metrics["seconds_to_target"] is None
+    assert [row["val_loss"] for row in read_history(tmp_path)] == [None, None]
+    assert "test begin" not in recorder.calls
+    assert metrics["test_accuracy"] > 0
+
+
+def test_validation_every_other_epoch_and_at_the_end(tmp_path, digits):
+    recorder = Recorder()
+    config = TINY.override(validation_interval=2, epochs=3, views=2)
+    metrics = train_quietly(config, tmp_path, digits, callbacks=[recorder], score_test=False)
+    rows = read_history(tmp_path)
+    assert [row["val_accuracy"] is not None for row in rows] == [False, True, True]
+    assert metrics["best_epoch"] in (2, 3)
+    assert_same_weights(saved_weights(tmp_path), recorder.weights[metrics["best_epoch"] - 1])
+    assert metrics["test_accuracy"] is metrics["test_loss"] is metrics["test_accuracy_views"] is None
+
+
+def test_two_runs_are_equal_whatever_the_steps_a_call(tmp_path, digits, monkeypatch):
+    config = TINY.override(epochs=1.5, options__dropout=0.2)
+    train_quietly(config, tmp_path / "one", digits)
+    monkeypatch.setattr(train, "CALL_SECONDS", 0.0)
+    train_quietly(config, tmp_path / "other", digits)
+    assert without_seconds(read_history(tmp_path / "one")) == without_seconds(
+        read_history(tmp_path / "other")
+    )
+    assert_same_weights(saved_weights(tmp_path / "one"), saved_weights(tmp_path / "other"))
+
+
+# --- pixels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pixels", ["unit", "centred", "standardised"])
+def test_pixel_statistics(pixels):
+    images = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), np.uint8)
+    images[..., 2] = 9  # one level: its deviation would be zero
+    mean, std = train._pixel_statistics(pixels, images)
+    unit = images.astype(np.float64).reshape(-1, 3) / 255
+    if pixels == "unit":
+        assert mean is None
+    else:
+        np.testing.assert_allclose(mean, unit.mean(0), rtol=1e-12)
+    if pixels == "standardised":
+        np.testing.assert_allclose(std[:2], unit.std(0)[:2], rtol=1e-9)
+        assert std[2] == 1e-3
+    else:
+        assert std is None
+
+
+def test_the_statistics_of_the_training_images_are_in_the_model(whole, digits):
+    workdir, *_ = whole
+    images, *_ = datasets.split(digits, 0.1, "stratified", 0)
+    layer = keras.models.load_model(workdir / "model.keras").get_layer("preprocess")
+    unit = images.astype(np.float64).reshape(-1, 3) / 255
+    np.testing.assert_allclose(layer.scale, 1 / (255 * unit.std(0)), rtol=1e-6)
+    np.testing.assert_allclose(layer.offset, -unit.mean(0) / unit.std(0), rtol=1e-6)
+
+
+# --- a folder of images, from the command line ----------------------------------------------------------
+
+
+def call(module, usage, *argv):
+    """The exit status of a command, its flags at their defaults before."""
+    module.FLAGS.unparse_flags()
+    for name in module.FLAGS:
+        module.FLAGS[name].unparse()
+    return cli.run(module.main, module.FLAGS, usage, ["command", *map(str, argv)])
+
+
+COLOURS = {"blueberry": (20, 30, 200), "lime": (30, 200, 40), "tomato": (210, 40, 30)}
+
+
+@pytest.fixture
+def fruit(tmp_path):
+    """Three classes of noisy colours, 20 images to train on and 4 to test each, of several sizes and kinds."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 4)):
+        for name, colour in COLOURS.items():
+            folder = tmp_path / "fruit" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = generator.normal(0, 25, (20 + i, 24, 3))
+                Image.fromarray(np.clip(noise + colour, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "fruit"
+
+
+def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
+    workdir = tmp_path / "run"
+    flags = [
+        "--recipe=fast.digits",
+        "--dataset=folder",
+        f"--data_dir={fruit}",
+        "--image_size=16",
+        "--set=options.filters=[4,4]",
+        "--epochs=12",
+        "--batch_size=9",
+        "--precision=float32",
+        f"--workdir={workdir}",
+    ]
+    assert call(command, command.USAGE, *flags) == 0
+    said = capsys.readouterr()
+    assert "Epoch 12/12" in said.out and str(workdir) in said.out
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert (metrics["n_train"], metrics["n_validation"], metrics["n_test"]) == (54, 6, 12)
+    assert metrics["test_accuracy"] > 0.6  # colours are easy
+    assert "blueberry" in (workdir / "classification_report.txt").read_text()
+    assert "tomato" in (workdir / "report.html").read_text()
+
+    assert call(evaluate, evaluate.USAGE, f"--workdir={workdir}", "--json") == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["n"] == 12 and scored["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-9)
+    assert scored["loss"] == pytest.approx(metrics["test_loss"], rel=1e-6)
+
+    images = [fruit / "test" / name / "0.png" for name in COLOURS]
+    assert call(predict, predict.USAGE, f"--model={workdir / 'model.keras'}", "--json", *images) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in found] == [str(p) for p in images]
+    assert all(set(row["probabilities"]) == set(COLOURS) for row in found)
+    model = keras.models.load_model(workdir / "model.keras")
+    pixels = np.stack([datasets.read_image(p, (16, 16)) for p in images])
+    names = sorted(COLOURS)
+    for row, truth in zip(found, model.predict(pixels, verbose=0), strict=True):
+        assert row["label"] == names[truth.argmax()]
+        np.testing.assert_allclose([row["probabilities"][n] for n in names], truth, atol=1e-5)

@@ -1,0 +1,93 @@
+"""search.png: validation accuracy against the time and against each hyperparameter. In the style of the reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, _figure, _save, _style
+
+from .leaderboard import Row, percent
+
+SHOWN_BELOW = 0.15  # of accuracy under the best; what is lower stands on the lower edge
+
+
+def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float, path: Path) -> None:
+    """Draws the trials to the PNG file `path`; at least one must be completed.
+
+    logarithmic: the hyperparameters with a logarithmic axis; target: validation accuracy, 0-1.
+    """
+    from matplotlib.ticker import LogLocator, PercentFormatter
+
+    done = [r for r in rows if r.status == "completed"]
+    accuracies = [r.accuracy for r in done]
+    lowest = max(min(accuracies), max(accuracies) - SHOWN_BELOW)
+    floor = lowest - 0.06 * (max(*accuracies, target) - lowest) - 0.002
+    names = list(dict.fromkeys(name for row in done for name in row.values))
+    columns = 2 if len(names) in (1, 3) else 3
+    lines = math.ceil((1 + len(names)) / columns)
+    figure = _figure(3.9 * columns, 3.0 * lines + 0.7)
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axes, name in zip(grid.flat, ["", *names], strict=False):
+        _style(axes, name or "Time", grid="both")
+        _trials(axes, [(r.values.get(name) if name else _minutes(r), r) for r in rows], floor)
+        label = f"target: {100 * target:.4g}%"
+        axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (5, 4)), label=label)
+        if name in logarithmic:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+    first = grid.flat[0]
+    by_time = sorted(done, key=_minutes)
+    best = [max(r.accuracy for r in by_time[: i + 1]) for i in range(len(by_time))]
+    first.step(
+        [_minutes(r) for r in by_time], best, where="post", color=GREEN, linewidth=1.4, label="best so far"
+    )
+    first.set_xlim(0, 1.05 * max(map(_minutes, rows)))
+    first.set_xlabel("minutes", fontsize=9, color=INK)
+    first.set_ylim(floor, None)
+    first.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    for line in grid:
+        line[0].set_ylabel("validation accuracy", fontsize=9, color=INK)
+    for axes in list(grid.flat)[1 + len(names) :]:
+        axes.set_axis_off()
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=9, labelcolor=INK
+    )
+    _save(figure, path)
+
+
+def _minutes(row: Row) -> float:
+    return (row.ended or 0) / 60
+
+
+def _trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
+    """A mark at (x, row's accuracy) a trial: full runs, shorter ones, low ones, failures and the best apart."""
+    done = [(x, r) for x, r in points if r.status == "completed"]
+    full = max(r.metrics["epochs"] for _, r in done)
+    best = max((r for _, r in done), key=lambda r: r.accuracy)
+
+    def kind(row: Row) -> str:
+        if row.status == "failed" or row.accuracy < floor:
+            return "failed" if row.status == "failed" else "lower"
+        return "short" if row.metrics["epochs"] < 0.99 * full else "full"
+
+    kinds = [(x, r, kind(r)) for x, r in points if r.status != "unfinished" and x is not None]
+    kinds += [(x, r, "best") for x, r in done if r is best and x is not None]
+    for name, marker, size, colour, label in (
+        ("short", "o", 5.5, FAINT, f"fewer than {full:.3g} epochs"),
+        ("full", "o", 5.5, BLUE, f"{full:.3g} epochs"),
+        ("lower", "v", 6, BLUE, "lower"),
+        ("failed", "X", 7, VERMILION, "failed"),
+        ("best", "*", 14, GREEN, f"best, trial {best.trial}: {percent(best.accuracy)}"),
+    ):
+        some = [(x, r.accuracy) for x, r, k in kinds if k == name]
+        if some:
+            across = [str(x) if isinstance(x, str | bool) else x for x, _ in some]
+            up = [a if a >= floor else floor for _, a in some]  # a failure's nan is not
+            style = {"color": colour, "markeredgecolor": INK, "markeredgewidth": 0.5, "clip_on": False}
+            axes.plot(across, up, marker, markersize=size, label=label, zorder=3, **style)
