@@ -279,7 +279,10 @@ def table(record: dict[str, Any]) -> str:
                 f"| {name} | {row['median']:.1f} {section['unit']} | {row['min']:.1f} - {row['max']:.1f} | {ratio} |"
             )
     where = record["environment"]
-    lines += ["", f"{where['processor']}; TensorFlow {where['tensorflow']}, Keras {where['keras']}; {record['date']}."]
+    lines += [
+        "",
+        f"{where['processor']}; TensorFlow {where['tensorflow']}, Keras {where['keras']}; {record['date']}.",
+    ]
     return "\n".join(lines)
 
 
@@ -290,8 +293,9 @@ def main(argv: list[str]) -> None:
     if not (ROOT / "README.md").exists():
         raise ConfigError("the benchmark runs in a checkout; its README.md is not there")
     cli.import_tensorflow()
-    from cifar10_trainer import report, runtime
     from reproduce import rewrite
+
+    from cifar10_trainer import report, runtime
 
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"sections": {}}
     for name in argv or SECTIONS:

@@ -55,7 +55,9 @@ def chosen(names: list[str]) -> list[str]:
     if FLAGS.all:
         names = list(RECIPES)
     if not names:
-        raise ConfigError("no recipe; allowed: names of recipes, --source=1..5, --all, --record=RUN or --table")
+        raise ConfigError(
+            "no recipe; allowed: names of recipes, --source=1..5, --all, --record=RUN or --table"
+        )
     return [n for n in RECIPES if n in names]
 
 
@@ -159,7 +161,9 @@ def run(name: str, seed: int, epochs: float | None) -> None:
     workdir = ROOT / "runs" / "reproduce" / f"{name}-{config.epochs:g}-{seed}"
     if not (workdir / "metrics.json").exists():
         train_and_evaluate(config, workdir, data_dir=FLAGS.data_dir, verbose=1)
-    command = f"python scripts/reproduce.py {name}" + (f" --epochs={epochs:g}" if config.epochs == epochs else "")
+    command = f"python scripts/reproduce.py {name}" + (
+        f" --epochs={epochs:g}" if config.epochs == epochs else ""
+    )
     print(f"record: {keep(workdir, command).relative_to(ROOT)}")
 
 

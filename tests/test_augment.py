@@ -165,8 +165,11 @@ def test_layer_in_tf_data_and_under_a_policy(name, policy):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_policy_changes_no_pixel(name):
-    images = tf.constant(some_images())
+@pytest.mark.parametrize("dtype", [tf.uint8, tf.float32])
+def test_the_policy_changes_no_pixel(name, dtype):
+    images = tf.cast(some_images(), dtype)
+    if dtype == tf.float32:
+        images += 0.123  # which bfloat16 cannot hold
     before = keras.config.dtype_policy()
     plain = LAYERS[name]()(images, seed=(1, 2)).numpy()
     try:
@@ -174,6 +177,7 @@ def test_the_policy_changes_no_pixel(name):
         mixed = LAYERS[name]()(images, seed=(1, 2)).numpy()
     finally:
         keras.config.set_dtype_policy(before)
+    assert mixed.dtype == plain.dtype == dtype.as_numpy_dtype
     np.testing.assert_array_equal(mixed, plain)
 
 

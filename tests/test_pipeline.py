@@ -298,8 +298,9 @@ AUGMENTATIONS = {
 }
 
 
-@pytest.mark.parametrize("size", [None, 6, 8])
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name in AUGMENTATIONS for size in (None, 6)] + [("flip, shift", 8)]
+)
 def test_tf_data_and_the_step_make_the_same_images(name, size):
     images, labels = some_data()
     order = order_of(augmentation=AUGMENTATIONS[name])
