@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -22,15 +24,19 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
     mirrored takes every visible GPU, or every logical CPU device where there is no GPU (one, unless configured
     otherwise). multi_worker reads the cluster from TF_CONFIG. Raises ConfigError where that is missing.
     """
+    if requested == "multi_worker" or (requested == "auto" and _cluster()):
+        return _multi_worker()  # before anything else wakes the devices, which TensorFlow would not forgive
     gpus = tf.config.list_logical_devices("GPU")
     cpus = tf.config.list_logical_devices("CPU")
     if requested == "auto":
-        requested = "multi_worker" if _cluster() else "mirrored" if len(gpus) > 1 else "none"
+        requested = "mirrored" if len(gpus) > 1 else "none"
     if requested == "none":
         return tf.distribute.get_strategy(), f"on one device: {(gpus or cpus)[0].name}"
-    if requested == "mirrored":
-        devices = [d.name for d in gpus or cpus]
-        return tf.distribute.MirroredStrategy(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
+    devices = [d.name for d in gpus or cpus]
+    return tf.distribute.MirroredStrategy(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
+
+
+def _multi_worker() -> tuple[tf.distribute.Strategy, str]:
     if not _cluster():
         raise ConfigError(
             "strategy multi_worker found no cluster; set TF_CONFIG to JSON with 'cluster' (worker addresses) and 'task' "
@@ -67,8 +73,16 @@ def mean_over_workers(strategy: tf.distribute.Strategy, *values: float) -> tuple
     """
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return values
-    mine = strategy.run(lambda: tf.constant(values, tf.float64))
-    return tuple(strategy.reduce(tf.distribute.ReduceOp.MEAN, mine, axis=None).numpy().tolist())
+    return tuple(_mean_function(strategy)(tf.constant(values, tf.float64)).numpy().tolist())
+
+
+@functools.lru_cache
+def _mean_function(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf.Tensor]:
+    def mean(values):
+        mine = strategy.run(tf.identity, args=(values,))
+        return strategy.reduce(tf.distribute.ReduceOp.MEAN, mine, axis=None)
+
+    return tf.function(mean)
 
 
 def choose_precision(requested: str) -> tuple[str, str]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from . import datasets, models, report, runtime, scoring
 from .config import Config
@@ -289,6 +288,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.best, self.best_epoch, self.target = None, None, None
         self.images, self.step_seconds = 0, 0.0
+        self._memories: list[dict[str, Any]] = []  # of callbacks, from before this process
         # When this process began to train, and what earlier ones spent: on it, and on starting.
         self._began, self._before, self._starts, self._saved = began, 0.0, 0.0, time.time()
         # The callbacks' model shares the plain model's layers, so that an optimizer attached to it is not saved.
@@ -358,6 +358,9 @@ class _Run:
             )
         count = 1
         self.callbacks.on_train_begin()
+        # Keras's callbacks forget in on_train_begin. The recipe's come first: no other gets their memories.
+        for callback, memory in zip(self._recipe_callbacks_live(), self._memories, strict=False):
+            vars(callback).update(memory)
         while engine.step < engine.steps and not self._face.stop_training:
             epoch = engine.step // per_epoch
             end = min((epoch + 1) * per_epoch, engine.steps)
@@ -478,16 +481,7 @@ class _Run:
         self.target = meta["target"] and tuple(meta["target"])
         self.images, self.step_seconds = meta["images"], meta["step_seconds"]
         self._before, self._starts = meta["seconds"], meta["elapsed"] - meta["seconds"]
-        # Keras's callbacks forget on on_train_begin, so they get their memory back after it.
-        memories = meta["callbacks"]
-
-        class Remember(keras.callbacks.Callback):
-            def on_train_begin(self, logs=None):
-                for callback, memory in zip(live, memories, strict=True):
-                    vars(callback).update(memory)
-
-        live = self._recipe_callbacks_live()
-        self.callbacks.append(Remember())
+        self._memories = meta["callbacks"]
 
 
 def _summarise(say, metrics: dict[str, Any], workdir: Path) -> None:

@@ -341,7 +341,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, digits, monke
     script_validation(monkeypatch, LOSSES, ACCURACIES)
     expected = train_quietly(EVENTFUL, tmp_path / "whole", digits)
     rows = read_history(tmp_path / "whole")
-    assert [round(row["learning_rate"], 6) for row in rows] == [0.02, 0.02, 0.02, 0.01, 0.01, 0.01]
+    assert [round(row["learning_rate"], 6) for row in rows] == [0.02, 0.02, 0.02, 0.02, 0.01, 0.01]
 
     monkeypatch.setattr(runtime, "process_start", lambda: began - 1000)
     workdir = tmp_path / "parts"

@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, _figure, _save, _style
 
-from .leaderboard import Row, percent
+from .leaderboard import Row, in_epochs, percent
 
 SHOWN_BELOW = 0.15  # of accuracy under the best; what is lower stands on the lower edge
 
@@ -79,8 +79,8 @@ def _trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
     kinds = [(x, r, kind(r)) for x, r in points if r.status != "unfinished" and x is not None]
     kinds += [(x, r, "best") for x, r in done if r is best and x is not None]
     for name, marker, size, colour, label in (
-        ("short", "o", 5.5, FAINT, f"fewer than {full:.3g} epochs"),
-        ("full", "o", 5.5, BLUE, f"{full:.3g} epochs"),
+        ("short", "o", 5.5, FAINT, f"fewer than {in_epochs(full)}"),
+        ("full", "o", 5.5, BLUE, in_epochs(full)),
         ("lower", "v", 6, BLUE, "lower"),
         ("failed", "X", 7, VERMILION, "failed"),
         ("best", "*", 14, GREEN, f"best, trial {best.trial}: {percent(best.accuracy)}"),

@@ -76,6 +76,10 @@ def percent(accuracy: float) -> str:
     return f"{100 * accuracy:.2f}%"
 
 
+def in_epochs(epochs: float) -> str:
+    return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -137,7 +141,7 @@ class Leaderboard:
         row = self.row(trial)
         values = " ".join(f"{k}={text(v)}" for k, v in row.values.items())
         try:
-            epochs = f"{self.configure(trial.hyperparameters).epochs:.3g} epochs"
+            epochs = in_epochs(self.configure(trial.hyperparameters).epochs)
         except Exception:  # the trial itself will say what is wrong with it
             epochs = "?"
         start = " (the starting point)" if self.oracle.baseline and row.trial == 1 else ""
@@ -234,14 +238,10 @@ class Leaderboard:
             lines.append(f"target {percent(self.target)}: not reached")
         start = next((r for r in rows if r.trial == 1 and r.status == "completed"), None)
         if self.oracle.baseline and start:
-            gain, epochs = best.accuracy - start.accuracy, start.metrics["epochs"]
-            have = f"the starting point (trial 1) has {percent(start.accuracy)} in {epochs:.3g} epochs"
-            if gain <= 0:
-                lines.append(f"{have}: no trial beats it")
-            else:
-                lines.append(
-                    f"{have}: beaten by {100 * gain:.2f} points in {best.metrics['epochs']:.3g} epochs"
-                )
+            gain = best.accuracy - start.accuracy
+            how = f"beaten by {100 * gain:.2f} points" if gain > 0 else "no trial beats it"
+            epochs = f"{in_epochs(start.metrics['epochs'])}, the best in {in_epochs(best.metrics['epochs'])}"
+            lines.append(f"starting point: trial 1 with {percent(start.accuracy)}; {how} ({epochs})")
         failed = sum(r.status == "failed" for r in rows)
         if failed:
             lines.append(f"{failed} of {len(rows)} trials failed; leaderboard.csv has the reasons")

@@ -20,6 +20,7 @@ from typing import Any
 import keras_tuner as kt
 from keras_tuner import oracles
 from keras_tuner.engine.trial import Trial, TrialStatus
+from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
 from cifar10_trainer.report import write_atomic
 
@@ -103,6 +104,7 @@ class SearchOracle(kt.Oracle):
     @kt.synchronized
     def create_trial(self, tuner_id: str) -> Trial:
         self._heard[tuner_id] = time.time()
+        self.tuner_ids.add(tuner_id)
         if self.stop_at is not None and (self.best_accuracy() or 0) >= self.stop_at:
             self.stopped = True
             self.tuner_ids.discard(tuner_id)
@@ -116,7 +118,7 @@ class SearchOracle(kt.Oracle):
         trial = super().create_trial(tuner_id)
         if trial.status == TrialStatus.STOPPED and self.ongoing_trials:
             trial.status = TrialStatus.IDLE  # a worker may yet die, and leave its trial to this one
-            self.tuner_ids.add(tuner_id)
+            self.tuner_ids.add(tuner_id)  # KerasTuner has taken it off
         self.stopped = trial.status == TrialStatus.STOPPED
         if trial.status == TrialStatus.RUNNING:
             self.on_begin(trial)
@@ -148,7 +150,9 @@ class SearchOracle(kt.Oracle):
         if trial.trial_id in self.end_order:
             return  # reported again, by a worker that had been taken for dead
         # A trial's message does not travel from worker to chief, but its values do.
-        trial.message = trial.hyperparameters.values.pop(FAILURE, None) or trial.message
+        reason = trial.hyperparameters.values.pop(FAILURE, None)
+        if reason:
+            trial.status, trial.message = TrialStatus.FAILED, reason
         self.ended[trial.trial_id] = self.elapsed()
         super().end_trial(trial)
         if trial.trial_id in self.end_order:
@@ -192,7 +196,8 @@ class Bayesian(SearchOracle, oracles.BayesianOptimizationOracle):
         super().__init__(num_initial_points=dimensions + 2, alpha=1e-2, **options)
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        response = super().populate_space(trial_id)
+        with threadpool_limits(1):  # its matrices have a dozen rows: threads would only get in each other's way
+            response = super().populate_space(trial_id)
         if response.get("values") and self._duplicate(response["values"]):
             # On a grid, or where every trial has failed, the process asks for the same again.
             response["values"] = self._random_values()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .oracle import SearchOracle
     from .tuner import Trainer
 
-MAX_DEATHS = 5  # of workers in a row, with no trial begun or ended between
+MAX_DEATHS = 15  # of workers in a row, with no trial begun or ended between
 CHIEF = "chief"  # KerasTuner knows the chief by this word in its id
 
 

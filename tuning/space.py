@@ -167,8 +167,7 @@ def _scaled(own: Any, value: Any) -> Any:
     def scale(part: Any) -> Any:
         if isinstance(part, tuple):
             return tuple(scale(p) for p in part)
-        return (
-            max(1, round(part * value / first)) if isinstance(first, int) else min(0.9, part * value / first)
-        )
+        part = part * value / first
+        return max(1, round(part)) if isinstance(first, int) else min(0.9, float(f"{part:.5g}"))  # a rate
 
     return scale(own)

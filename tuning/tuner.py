@@ -43,7 +43,10 @@ from .leaderboard import Leaderboard, Row
 from .options import OBJECTIVES, Options
 
 WRITTEN = ("trials", "tensorboard", "search.json", "leaderboard.csv", "best_config.json", "search.png")
-MAX_STARTS = 3  # of a trial whose process dies each time
+MAX_STARTS, MAX_OUT_OF_MEMORY = (
+    10,
+    2,
+)  # starts of a trial whose process dies each time without getting any further
 
 SpaceFunction = Callable[[kt.HyperParameters], Config]
 DatasetOrLoader = Dataset | Callable[[], Dataset]
@@ -124,13 +127,14 @@ class Trainer(BaseTuner):
             )
         folder = Path(self.get_trial_dir(trial.trial_id))
         try:
-            with self._signs_of_life(trial.trial_id), _counted_starts(folder / "starts"):
+            with self._signs_of_life(trial.trial_id), _counted_starts(folder):
                 return self._train(make_config(self.space, trial.hyperparameters, self.dataset.name), folder)
         except Interrupted as error:
             raise errors.FatalError(str(error)) from error
         except Exception as error:  # whatever it is, it is this trial's, and the search goes on
+            # Raised, it would be printed with its traceback. The number is not looked at.
             values[oracle.FAILURE] = _reason(error)
-            raise errors.FailedTrialError(_reason(error)) from error
+            return {self.oracle.objective.name: 0.0}
 
     def _train(self, config: Config, folder: Path) -> dict[str, float]:
         """Runs `config` in `folder`, or finishes what a killed process began there."""
@@ -206,16 +210,34 @@ class _Live(keras.callbacks.Callback):
 
 
 @contextlib.contextmanager
-def _counted_starts(file: Path) -> Iterator[None]:
-    """Counts, in `file`, starts whose process died within. Raises RunError when there are too many."""
-    starts = int(file.read_text()) if file.exists() else 0
+def _counted_starts(folder: Path) -> Iterator[None]:
+    """Counts the starts of a trial whose process died within. Raises RunError when it is the trial that kills it.
+
+    Who ends a search by SIGKILL is patient with it; memory that runs out is told by the kernel's own count.
+    """
+    file, state = folder / "starts", folder / "state.npz"
+    starts, before = 0, _oom_kills()
+    if file.exists() and not (state.exists() and state.stat().st_mtime > file.stat().st_mtime):  # no progress
+        starts, before = map(int, file.read_text().split())
     if starts >= MAX_STARTS:
-        raise RunError(f"its process died {starts} times, as it does when memory runs out")
-    report.write_atomic(file, str(starts + 1))
+        raise RunError(f"its process died {starts} times, and nobody knows of what")
+    if starts >= MAX_OUT_OF_MEMORY and _oom_kills() > before:
+        raise RunError(
+            f"out of memory: the system ended its process, {starts} times; use a smaller batch_size"
+        )
+    report.write_atomic(file, f"{starts + 1} {before}")
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
+
+
+def _oom_kills() -> int:
+    """Processes that Linux has ended since it started because memory ran out; 0 on other systems."""
+    try:
+        return int(Path("/proc/vmstat").read_text().split("oom_kill ")[1].split()[0])
+    except (OSError, IndexError):
+        return 0
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,361 @@
+"""Several replicas, and several processes, compute what one does.
+
+Devices are set up before TensorFlow starts, so all this runs in processes of its own. This file is their program, too:
+`python test_distribution.py replicas OUT` and `... worker OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+STEPS = 20
+EVALUATED = 1234  # divides neither by the replicas nor by the batch
+
+
+# --- the program of the processes -----------------------------------------------------------------------
+
+
+def make_config(**changes):
+    from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer
+
+    return Config(
+        architecture="fast",
+        options={"filters": (4, 8)},
+        optimizer=Optimizer(name="adam", learning_rate=0.005),
+        augmentation=Augmentation(flip="random", shift=2),
+        averaging=Averaging(every=7),
+        synchronize_batch_norm=True,
+        batch_size=16,
+        epochs=5,
+    ).override(**changes)
+
+
+def pictures(n, seed):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 10
+
+
+def run_engine(strategy, calls=(STEPS,), **options):
+    """Losses after each call, the trained engine, and what it finds in evaluation."""
+    from cifar10_trainer import models, runtime
+    from cifar10_trainer.engine import Engine
+
+    config = make_config(**options.pop("changes", {}))
+    runtime.seed_everything(0)
+    half = (0.5,) * 3
+    model = models.build(config, input_shape=(32, 32, 3), num_classes=10, mean=half, std=half)
+    engine = Engine(
+        model, config, *pictures(64, 0), strategy=strategy, policy="float32", num_classes=10, **options
+    )
+    losses = []
+    for count in calls:
+        losses.append(engine.train(count)["loss"])
+    images, labels = pictures(EVALUATED, 1)
+    scores = engine.evaluate(images, labels)
+    # The labels that the plain model gives: each image is right once, or one was left out or counted twice.
+    logits = engine.export().predict(images, verbose=0, batch_size=617)
+    counted = engine.evaluate(images, logits.argmax(1))["accuracy"] * EVALUATED
+    truth = logits[np.arange(EVALUATED), labels]
+    result = {
+        "losses": losses,
+        "accuracy": scores["accuracy"],
+        "loss": scores["loss"],
+        "counted": counted,
+        "plain_accuracy": float(np.mean(logits.argmax(1) == labels)),
+        "plain_loss": float(-np.log(truth).mean()),
+        "weights": np.concatenate([w.ravel() for w in engine.model.get_weights()]).tolist(),
+    }
+    return result, engine
+
+
+def copies_differ(strategy, engine) -> float:
+    """The greatest difference between the replicas' copies of a weight."""
+    most = 0.0
+    for variable in engine.twin.variables:
+        first, *others = (v.numpy() for v in strategy.experimental_local_results(variable.value))
+        most = max([most, *(float(np.abs(v - first).max()) for v in others if v.dtype == np.float32)])
+    return most
+
+
+def replicas(out):
+    import tensorflow as tf
+
+    four = [tf.config.LogicalDeviceConfiguration()] * 4
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], four)
+    from cifar10_trainer import datasets, runtime
+    from cifar10_trainer.errors import ConfigError
+    from cifar10_trainer.train import train_and_evaluate
+
+    found = {}
+    one_by_one = (1,) * STEPS
+    found["none"], _ = run_engine(tf.distribute.get_strategy(), one_by_one)
+    for n in (1, 2, 4):
+        mirrored = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(n)])
+        found[f"mirrored {n}"], engine = run_engine(mirrored, one_by_one)
+        found[f"mirrored {n}"]["copies_differ"] = copies_differ(mirrored, engine)
+        if n == 2:
+            found["many steps a call"], _ = run_engine(mirrored, (5, 11, 4))
+            found["on the device"], _ = run_engine(mirrored, one_by_one, on_device=True)
+            own = {"synchronize_batch_norm": False, "averaging__every": 0}
+            found["own statistics"], engine = run_engine(mirrored, (1,), changes=own)
+            found["own statistics"]["copies_differ"] = copies_differ(mirrored, engine)
+            found["one's statistics"], _ = run_engine(tf.distribute.get_strategy(), (1,), changes=own)
+
+    strategy, found["why"] = runtime.choose_strategy("mirrored")
+    found["chosen"] = strategy.num_replicas_in_sync, type(runtime.choose_strategy("auto")[0]).__name__
+    digits = datasets.load("digits")
+    config = digits_config(strategy="mirrored", epochs=0.5)
+    found["digits"] = train_and_evaluate(config, f"{out}.run", dataset=digits, verbose=0, full_report=False)
+    try:
+        train_and_evaluate(
+            config.override(batch_size=90), f"{out}.refused", dataset=digits, verbose=0, full_report=False
+        )
+    except ConfigError as error:
+        found["refused"] = str(error)
+    Path(out).write_text(json.dumps(found))
+
+
+def digits_config(**changes):
+    from cifar10_trainer.recipes import RECIPES
+
+    options = {"options__filters": (4, 8), "precision": "float32", "batch_size": 100, "epochs": 2}
+    return RECIPES["fast.digits"].override(**options, **changes)
+
+
+def worker(out):
+    """Trains the engine; then digits, with an interruption of one worker and without."""
+    from cifar10_trainer import datasets, runtime
+    from cifar10_trainer.errors import RunError
+    from cifar10_trainer.train import train_and_evaluate
+
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    strategy, why = runtime.choose_strategy("auto")
+    found = {"why": why, "chief": runtime.is_chief(strategy)}
+    found["engine"], _ = run_engine(strategy, (1,) * STEPS)
+
+    import signal
+
+    import keras
+
+    # The number of steps a call differs between the workers as far as it may, and a worker is late.
+    train = sys.modules["cifar10_trainer.train"]
+    train.CALL_SECONDS, train.SAVE_SECONDS = (0.0, 100.0)[index], 0
+    digits = datasets.load("digits")
+    run = {"dataset": digits, "verbose": 0, "full_report": False}
+    config = digits_config(early_stopping=1)
+    folder = os.path.dirname(out)
+    found["whole"] = train_and_evaluate(config, f"{folder}/whole", **run)
+
+    def stop(batch, logs=None):
+        if index == 1 and batch >= 4 and not found.get("sent"):
+            found["sent"] = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        train_and_evaluate(
+            config,
+            f"{folder}/parts",
+            callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=stop)],
+            **run,
+        )
+    except RunError as error:
+        found["stopped"] = str(error)
+    found["parts"] = train_and_evaluate(config, f"{folder}/parts", **run)
+    again = digits_config(epochs=0.25, seed=3)
+    found["again"] = train_and_evaluate(again, f"{folder}/parts", overwrite=True, **run)
+    Path(out).write_text(json.dumps(found))
+
+
+def doomed(out):
+    """The second worker dies in the middle of the run; the first should not wait for it for ever."""
+    import keras
+
+    from cifar10_trainer import datasets
+    from cifar10_trainer.train import train_and_evaluate
+
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+    def die(batch, logs=None):
+        if index == 1:
+            os._exit(7)
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=die)
+    train_and_evaluate(
+        digits_config(strategy="multi_worker"),
+        os.path.dirname(out) + "/doomed",
+        dataset=datasets.load("digits"),
+        callbacks=[callback],
+        verbose=0,
+        full_report=False,
+    )
+
+
+if __name__ == "__main__":
+    {"replicas": replicas, "worker": worker, "doomed": doomed}[sys.argv[1]](sys.argv[2])
+
+
+# --- the tests ------------------------------------------------------------------------------------------
+
+
+def start(what, out, **environment):
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "TF_CPP_MIN_LOG_LEVEL": "2", **environment}
+    command = [sys.executable, __file__, what, str(out)]
+    with open(f"{out}.log", "w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def start_workers(what, folder):
+    """Two processes of one cluster on free ports of this machine, and where each writes."""
+    sockets = [socket.socket() for _ in range(2)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    outs = [folder / f"worker{i}.json" for i in range(2)]
+    processes = []
+    for i, out in enumerate(outs):
+        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+        processes.append(start(what, out, TF_CONFIG=json.dumps(task)))
+    return processes, outs
+
+
+def finish(processes, outs, seconds=500):
+    """Waits for the processes, and reads what they found."""
+    try:
+        for process, out in zip(processes, outs, strict=True):
+            assert process.wait(seconds) == 0, Path(f"{out}.log").read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads(out.read_text()) for out in outs]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("replicas") / "found.json"
+    return finish([start("replicas", out)], [out])[0]
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    return folder, *finish(*start_workers("worker", folder))
+
+
+def test_one_mirrored_replica_is_no_strategy_bit_for_bit(found):
+    alone = dict(found["mirrored 1"])
+    assert alone.pop("copies_differ") == 0
+    assert alone == found["none"]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_replicas_train_as_one(found, n):
+    one, several = found["none"], found[f"mirrored {n}"]
+    assert len(several["losses"]) == STEPS and several["losses"][-1] != several["losses"][0]
+    # Adam enlarges the rounding of another order of summation, step by step.
+    np.testing.assert_allclose(several["losses"], one["losses"], atol=1e-3)
+    assert several["copies_differ"] == 0
+
+
+def test_several_steps_a_call_under_replicas(found):
+    assert found["many steps a call"]["weights"] == found["mirrored 2"]["weights"]
+    assert found["many steps a call"]["losses"][-1] == found["mirrored 2"]["losses"][-1]
+
+
+def test_images_on_the_devices(found):
+    found["mirrored 2"].pop("copies_differ", None)
+    assert found["on the device"] == found["mirrored 2"]
+
+
+def test_statistics_of_ones_own_are_averaged(found):
+    """Batch norm by replica normalises otherwise, so the losses differ a little; the copies agree after the step."""
+    own, one = found["own statistics"], found["one's statistics"]
+    assert own["copies_differ"] == 0
+    assert own["losses"][0] != one["losses"][0]
+    assert own["losses"][0] == pytest.approx(one["losses"][0], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["none", "mirrored 1", "mirrored 2", "mirrored 4"])
+def test_evaluation_covers_every_image(found, name):
+    result = found[name]
+    assert result["counted"] == pytest.approx(EVALUATED, abs=0.01)  # a float32 quotient
+    assert result["accuracy"] == pytest.approx(result["plain_accuracy"], abs=1e-6)
+    assert result["loss"] == pytest.approx(result["plain_loss"], rel=1e-4)
+
+
+def test_mirrored_takes_every_device(found):
+    assert found["chosen"] == [4, "_DefaultDistributionStrategy"]
+    assert found["why"].startswith("4 replica(s): ")
+    assert (found["digits"]["replicas"], found["digits"]["strategy"]) == (4, "MirroredStrategy")
+    assert found["digits"]["n_test"] == 359 and found["digits"]["test_accuracy"] > 0
+
+
+def test_a_batch_that_the_replicas_cannot_share(found):
+    assert found["refused"] == "batch_size is 90; allowed: a multiple of the 4 replicas"
+
+
+def test_two_workers_are_two_replicas(found, workers):
+    _, first, second = workers
+    assert first["why"] == second["why"] == "2 replica(s) on 2 worker(s)"
+    assert (first["chief"], second["chief"]) == (True, False)
+    assert first["engine"] == second["engine"]
+    two = found["mirrored 2"]
+    # The same sums of two numbers, whether they come from a thread or from a socket.
+    np.testing.assert_allclose(first["engine"]["losses"], two["losses"], rtol=1e-5)
+    np.testing.assert_allclose(first["engine"]["weights"], two["weights"], rtol=1e-3, atol=1e-4)
+    assert first["engine"]["counted"] == pytest.approx(EVALUATED, abs=0.01)
+
+
+TIMES = {"train_seconds", "total_seconds", "images_per_second", "seconds_to_target"}
+
+
+def without_times(metrics):
+    return {k: v for k, v in metrics.items() if k not in TIMES}
+
+
+def test_workers_agree_and_the_chief_writes(workers):
+    folder, first, second = workers
+    assert without_times(first["whole"]) == without_times(second["whole"])
+    assert first["whole"]["replicas"] == 2 and first["whole"]["test_accuracy"] > 0
+    whole = folder / "whole"
+    assert {p.name for p in whole.iterdir()} == {"config.json", "history.csv", "metrics.json", "model.keras"}
+    assert json.loads((whole / "metrics.json").read_text()) == first["whole"]
+
+
+def test_workers_stop_and_resume_together(workers):
+    _, first, second = workers
+    assert "stopped by SIGTERM at step" in second["stopped"]
+    assert first["stopped"].replace("a signal to another worker", "SIGTERM") == second["stopped"]
+    for result in (first, second):
+        assert without_times(result["parts"]) == without_times(first["whole"])
+
+
+def test_workers_overwrite_together(workers):
+    _, first, second = workers
+    assert without_times(first["again"]) == without_times(second["again"])
+    assert first["again"]["seed"] == 3
+
+
+@pytest.mark.slow
+def test_a_worker_does_not_wait_for_a_dead_one_for_ever(tmp_path):
+    processes, outs = start_workers("doomed", tmp_path)
+    try:
+        assert processes[1].wait(300) == 7
+        began = time.time()
+        assert processes[0].wait(300) != 0
+        assert time.time() - began < 200
+        assert not (tmp_path / "doomed" / "metrics.json").exists()
+    finally:
+        for process in processes:
+            process.kill()
+    assert "error" in Path(f"{outs[0]}.log").read_text().lower()

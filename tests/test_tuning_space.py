@@ -1,0 +1,154 @@
+"""The space: hyperparameters -> Config, without training anything."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import keras_tuner as kt
+import pytest
+
+from cifar10_trainer.config import Augmentation, ConfigError
+from cifar10_trainer.recipes import RECIPES
+from tuning.space import DEFAULT_SPACE, SPACE, Space, parse
+
+FAST = RECIPES["fast.85"]
+
+
+def drawn(space, **values):
+    """The Config of `space` at these values, the others at their defaults."""
+    hp = kt.HyperParameters()
+    space(hp)
+    hp.values.update(values)
+    return space(hp)
+
+
+def ranges(*names):
+    return dict.fromkeys(names)
+
+
+def test_importing_costs_no_tensorflow():
+    code = (
+        "import sys, tuning, tuning.space, tuning.search, tuning.parallel; print('tensorflow' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fast.85", {"filters": (32, 128, 128), "dropout": 0.0}),
+        ("leaky.baseline", {"blocks": ((32, 32), (64, 64), (128, 128)), "dropout": (0.2, 0.3, 0.4)}),
+        ("vgg.3_rising_dropout", {"filters": (32, 64, 128), "dropout": (0.2, 0.3, 0.4, 0.5)}),
+        ("practical.baseline", {"filters": (32, 64, 128), "dropout": 0.5}),
+    ],
+)
+def test_the_defaults_are_the_recipe(name, options):
+    base = RECIPES[name]
+    assert Space(base, ranges(*DEFAULT_SPACE))(kt.HyperParameters()) == base.override(
+        options={**base.options, **options}
+    )
+
+
+def test_every_hyperparameter_reaches_its_setting():
+    space = Space(FAST, ranges(*SPACE))
+    config = drawn(
+        space,
+        filters=48,
+        dropout=0.25,
+        learning_rate=0.5,
+        weight_decay=0.001,
+        batch_size=128,
+        label_smoothing=0.1,
+        augmentation=1.5,
+        epochs=4.5,
+    )
+    assert config == FAST.override(
+        options={"filters": (48, 192, 192), "dropout": 0.25},  # 48/32 of (32, 128, 128)
+        optimizer__learning_rate=0.5,
+        optimizer__weight_decay=0.001,
+        batch_size=128,
+        label_smoothing=0.1,
+        augmentation=Augmentation(flip="alternating", shift=3),  # 1.5 times 2 pixels
+        epochs=4.5,
+    )
+
+
+def test_nested_widths_and_rates_keep_their_proportion():
+    config = drawn(Space(RECIPES["leaky.baseline"], ranges("filters", "dropout")), filters=16, dropout=0.4)
+    assert config.options["blocks"] == ((16, 16), (32, 32), (64, 64))
+    assert config.options["dropout"] == pytest.approx((0.4, 0.6, 0.8))
+
+
+def test_ranges_of_the_recipe_and_of_ones_own():
+    hp = kt.HyperParameters()
+    Space(FAST, {"learning_rate": None, "dropout": (0.1, 0.3), "batch_size": None})(hp)
+    limits = {p.name: (p.min_value, p.max_value) for p in hp.space}
+    assert limits == {"learning_rate": (0.25, 4.0), "dropout": (0.1, 0.3), "batch_size": (128, 512)}
+    # the recipe's own 0 is outside of the range: its end is the nearest
+    assert hp.get("dropout") == 0.1
+    assert {p.name: p.sampling for p in hp.space} == {
+        "learning_rate": "log",
+        "dropout": "linear",
+        "batch_size": "log",
+    }
+
+
+def test_values_read_well():
+    config = drawn(
+        Space(FAST, ranges("dropout", "learning_rate")), dropout=0.1 + 0.2, learning_rate=0.123456789
+    )
+    assert config.options["dropout"] == 0.3
+    assert config.optimizer.learning_rate == 0.12346
+
+
+def test_it_can_be_sent_to_a_process():
+    space = Space(FAST, ranges("dropout"))
+    assert pickle.loads(pickle.dumps(space)) == space
+
+
+def test_parse():
+    assert parse(["dropout", " learning_rate = 0.1:2"]) == {"dropout": None, "learning_rate": (0.1, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("filter", "Did you mean 'filters'"),
+        ("dropout=0.5:0.1", "empty"),
+        ("dropout=0.5:0.5", "empty"),
+        ("dropout=0.5", "low:high"),
+        ("dropout=a:b", "low:high"),
+        ("dropout=nan:1", "empty"),
+    ],
+)
+def test_what_parse_refuses(text, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        parse([text])
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_space_is_refused():
+    with pytest.raises(ConfigError, match="the space is empty"):
+        parse([])
+
+
+@pytest.mark.parametrize(
+    ("base", "asked", "says"),
+    [
+        (FAST, {"weight_decay": (0.0, 0.1)}, "logarithm"),
+        (FAST, {"dropout": (0.0, 1.5)}, None),  # the architecture says so, in the trial
+        (FAST, {"label_smoothing": (0.5, 1.5)}, "label_smoothing is 1.5"),
+        (RECIPES["practical.baseline"], {"weight_decay": None}, "weight_decay"),  # it has none to multiply
+        (RECIPES["practical.baseline"], {"augmentation": None}, "augmentation changes nothing"),
+        (RECIPES["transfer.vgg16"], {"filters": None}, "unknown option of transfer 'filters'"),
+    ],
+)
+def test_what_a_recipe_cannot_do(base, asked, says):
+    if says is None:
+        Space(base, asked)
+        return
+    with pytest.raises(ConfigError, match=says):
+        Space(base, asked)
