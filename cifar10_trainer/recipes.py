@@ -47,20 +47,22 @@ def _define(
 # The project's own: fast.*
 # ---------------------------------------------------------------------------------------------------------
 
-# The recipe of every length: it anneals over whatever number of epochs it is given.
+# 94% on the test images in ten epochs, trained on all 50,000 images. airbench94's rates and schedule, with ReLU,
+# growing images and no whitening bias.
 _fast = _define(
-    "fast.default",
+    "fast.94",
     Config(
         pixels="standardised",
         whitening=True,
-        epochs=40,
-        batch_size=512,
+        epochs=10,
+        batch_size=1024,
+        validation_fraction=None,
         sizes=(20, 24, 28, 32),
         label_smoothing=0.2,
         augmentation=Augmentation(flip="alternating", shift=2),
         optimizer=Optimizer(
             name="sgd",
-            learning_rate=1.2,
+            learning_rate=1.5,
             momentum=0.85,
             nesterov=True,
             weight_decay=1.33e-3,
@@ -74,6 +76,21 @@ _fast = _define(
     parameters=1_973_920,
 )
 
+# The recipe of every length: it anneals over whatever number of epochs it is given. At rate 1.2 and without cutout, 40
+# epochs gave 92.7% validation accuracy, with 98.9% of the training images right: too noisy for most of the run, then
+# overfitted. Hence the lower rate and decay, the larger shifts and the cutout.
+_define(
+    "fast.default",
+    _fast,
+    epochs=40,
+    batch_size=512,
+    validation_fraction=0.1,
+    augmentation__shift=4,
+    augmentation__cutout=8,
+    optimizer__learning_rate=0.6,
+    optimizer__weight_decay=1e-3,
+)
+
 # 85% validation accuracy as soon as can be: a narrow network, three epochs of growing images.
 _define(
     "fast.85",
@@ -83,26 +100,22 @@ _define(
     epochs=3,
     batch_size=256,
     sizes=(20, 24, 32),
+    validation_fraction=0.1,
     validation_interval=1000,  # only at the end: a validation is seconds
     optimizer__learning_rate=1.0,
     views=1,
 )
 
-# 94% on the test images in ten epochs, trained on all 50,000 images.
-_define("fast.94", _fast, claim=0.94, epochs=10, batch_size=1024, validation_fraction=None)
-
 # 95-96%, trained on all 50,000 images: wider, a third convolution with a shortcut in each block, cutout.
 _define(
     "fast.96",
     _fast,
-    claim=0.96,
     parameters=9_921_824,
     options__filters=(128, 384, 512),
     options__depth=3,
     epochs=40,
-    batch_size=1024,
-    validation_fraction=None,
-    augmentation=Augmentation(flip="alternating", shift=4, cutout=12),
+    augmentation__shift=4,
+    augmentation__cutout=12,
     optimizer__learning_rate=1.17,
 )
 
@@ -112,6 +125,7 @@ _define(
     _fast,
     parameters=39_104,
     dataset="digits",
+    validation_fraction=0.1,
     whitening=False,
     options__filters=(16, 32, 32),
     epochs=20,

@@ -426,6 +426,7 @@ class _Run:
             self._save_model()
         if self.chief:
             self.save()
+        runtime.mean_over_workers(self.engine.strategy, 0)  # no worker leaves, or resumes, before that
         raise Interrupted(
             f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}; everything is saved in"
             f" {self.workdir}; the same command with --workdir={self.workdir} goes on from there"

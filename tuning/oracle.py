@@ -196,7 +196,9 @@ class Bayesian(SearchOracle, oracles.BayesianOptimizationOracle):
         super().__init__(num_initial_points=dimensions + 2, alpha=1e-2, **options)
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        with threadpool_limits(1):  # its matrices have a dozen rows: threads would only get in each other's way
+        with threadpool_limits(
+            1
+        ):  # its matrices have a dozen rows: threads would only get in each other's way
             response = super().populate_space(trial_id)
         if response.get("values") and self._duplicate(response["values"]):
             # On a grid, or where every trial has failed, the process asks for the same again.

@@ -1,0 +1,458 @@
+"""Searches in this process: trials on the embedded digits with tiny networks."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cifar10_trainer import RECIPES, datasets
+from cifar10_trainer.__main__ import read_config
+from cifar10_trainer.errors import ConfigError, Interrupted, RunError
+from cifar10_trainer.train import train_and_evaluate
+from tuning import Options, tune, tuner
+from tuning.figure import search_figure
+from tuning.leaderboard import Row, duration
+
+pytestmark = pytest.mark.filterwarnings(
+    # KerasTuner 1.4.8 asks the threading module by its old names.
+    "ignore:(currentThread|getName)\\(\\) is deprecated:DeprecationWarning"
+)
+TINY = RECIPES["fast.digits"].override(epochs=0.5, batch_size=32, options__filters=(4,), precision="float32")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = datasets.load("digits")
+    train = slice(None, None, 4)
+    return dataclasses.replace(
+        data, train_images=data.train_images[train], train_labels=data.train_labels[train]
+    )
+
+
+def space(hp):
+    return TINY.override(
+        options__dropout=hp.Float("dropout", 0.0, 0.5, step=0.1),
+        optimizer__learning_rate=hp.Float("learning_rate", 0.05, 0.8, sampling="log", default=0.2),
+    )
+
+
+def board(folder):
+    with open(folder / "leaderboard.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """A finished search of three trials: (folder, what it found)."""
+    folder = tmp_path_factory.mktemp("search")
+    return folder, tune(
+        space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1, verbose=0
+    )
+
+
+# ---- what a search leaves --------------------------------------------------------------------------------------
+
+
+def test_the_leaderboard(finished):
+    folder, found = finished
+    rows = board(folder)
+    assert [int(r["trial"]) for r in rows] == [r.trial for r in found.rows]
+    assert sorted(r["trial"] for r in rows) == ["1", "2", "3"]
+    assert {r["status"] for r in rows} == {"completed"}
+    accuracies = [float(r["val_accuracy"]) for r in rows]
+    assert accuracies == sorted(accuracies, reverse=True)
+    first = next(r for r in rows if r["trial"] == "1")
+    assert (first["hp.dropout"], first["hp.learning_rate"]) == ("0", "0.2")
+    for row in rows:
+        metrics = json.loads((folder / row["folder"] / "metrics.json").read_text())
+        assert float(row["val_accuracy"]) == pytest.approx(metrics["best_val_accuracy"], abs=1e-6)
+        assert float(row["pflop"]) == pytest.approx(metrics["pflop"], rel=1e-6)
+        assert float(row["parameters"]) == metrics["params"]
+        assert 0 < float(row["seconds"]) < float(row["ended"])
+
+
+def test_no_test_image_is_scored(finished):
+    folder, _ = finished
+    for row in board(folder):
+        metrics = json.loads((folder / row["folder"] / "metrics.json").read_text())
+        assert metrics["n_test"] == 359
+        assert metrics["test_accuracy"] is metrics["test_loss"] is None
+
+
+def test_the_best_config_trains_again_to_the_same(finished, digits, tmp_path):
+    folder, found = finished
+    config = read_config(str(folder / "best_config.json"))
+    assert config == found.best_config
+    assert (config.dataset, config.target) == ("digits", 0.1)
+    metrics = train_and_evaluate(config, tmp_path, dataset=digits, verbose=0, full_report=False)
+    assert metrics["best_val_accuracy"] == pytest.approx(found.best.accuracy, abs=1e-6)
+
+
+def test_tensorboard_has_the_hyperparameters_of_every_trial(finished):
+    folder, found = finished
+    for row in found.rows:
+        events = EventAccumulator(str(folder / "tensorboard" / f"trial{row.trial:03d}")).Reload()
+        content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        assert b"learning_rate" in content and b"dropout" in content
+        (accuracy,) = (tf.make_ndarray(e.tensor_proto) for e in events.Tensors("val_accuracy"))
+        assert accuracy == pytest.approx(row.accuracy, abs=1e-6)
+
+
+def test_the_figure(finished):
+    folder, _ = finished
+    png = tf.io.decode_png((folder / "search.png").read_bytes()).numpy()
+    assert png.shape[0] > 500 and png.shape[1] > 1000 and len(np.unique(png.reshape(-1, 3), axis=0)) > 10
+
+
+def test_a_finished_search_only_tells_what_it_found(finished, digits, capsys, monkeypatch):
+    folder, found = finished
+    monkeypatch.setattr(tuner, "train_and_evaluate", None)  # not to be called
+    again = tune(space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1)
+    assert again.rows == found.rows
+    out = capsys.readouterr().out
+    assert "resumed: 3 trials are done" in out
+    assert f"best: trial {found.best.trial} with {100 * found.best.accuracy:.2f}%" in out
+    assert "target 10.00%: first passed by trial" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tuner": "bayesian"}, "tuner was 'random', now 'bayesian'"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"space": lambda hp: space(hp).override(epochs=2)}, "epochs was 0.5, now 2.0"),
+        (
+            {"space": lambda hp: TINY.override(options__dropout=hp.Float("dropout", 0, 0.4))},
+            "max_value was 0.5",
+        ),
+    ],
+)
+def test_another_search_in_the_folder_is_refused(finished, digits, change, says):
+    folder, _ = finished
+    options = {"workdir": str(folder), "tuner": "random", "max_trials": 3, "verbose": 0, **change}
+    with pytest.raises(ConfigError, match=says):
+        tune(options.pop("space", space), digits, **options)
+
+
+def test_overwrite_begins_anew(digits, tmp_path):
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "search.json").write_text('{"tuner": "bayesian"}')
+    (tmp_path / "mine.txt").write_text("not the search's")
+    tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=1, overwrite=True, verbose=0)
+    assert len(board(tmp_path)) == 1
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_one_search_at_a_time_in_a_folder(finished, digits):
+    folder, _ = finished
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        " print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout and other.stdout.readline() == b"locked\n"
+        with pytest.raises(RunError, match="another process is searching"):
+            tune(space, digits, workdir=str(folder), tuner="random", verbose=0)
+        other.kill()
+
+
+# ---- progress, target, resume ----------------------------------------------------------------------------------
+
+
+def fake_training(accuracies, calls):
+    """A stand-in for a training: the accuracies in turn; an exception is raised."""
+
+    def train(config, folder, **options):
+        assert options["score_test"] is options["full_report"] is False
+        calls.append(config)
+        result = accuracies[len(calls) - 1]
+        if isinstance(result, BaseException):
+            raise result
+        (folder / "history.csv").write_text(
+            "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,seconds\n"
+            f"1,1.0,0.5,{1 - result},{result},0.1,2.0\n"
+        )
+        metrics = {"best_val_accuracy": result, "epochs": 1, "params": 100, "pflop": 0.5}
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    return train
+
+
+def test_progress_for_people(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        tuner, "train_and_evaluate", fake_training([0.8, RunError("the loss is nan"), 0.9], [])
+    )
+    tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=3)
+    out = capsys.readouterr().out
+    assert "trial 1 of 3: dropout=0 learning_rate=0.2, 0.5 epochs (the starting point)" in out
+    assert (
+        "trial 1 of 3: 80.00% in 0 s; best 80.00% (trial 1), short of the target 85.00%; 2 to go, about 0 s"
+        in out
+    )
+    assert "trial 2 of 3: failed: the loss is nan; best 80.00% (trial 1)" in out
+    assert "trial 3 of 3: 90.00% in 0 s; best 90.00% (trial 3), past the target 85.00%\n" in out
+    assert re.search(r"target 85.00%: first passed by trial 3, after \d+ s and 1 PFLOP\n", out)
+    assert "starting point: trial 1 with 80.00%; beaten by 10.00 points" in out
+    assert "1 of 3 trials failed" in out
+
+
+def test_it_says_when_nothing_beats_the_starting_point(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.7], []))
+    tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2)
+    out = capsys.readouterr().out
+    assert "starting point: trial 1 with 80.00%; no trial beats it" in out
+    assert "target 85.00%: not reached" in out
+
+
+def test_stop_at_target(digits, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.86, 0.9], calls))
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
+    assert len(tune(space, digits, stop_at_target=True, **options).rows) == 2
+    assert len(tune(space, digits, stop_at_target=True, **options).rows) == 2
+    assert len(tune(space, digits, **options).rows) == 3  # on to the budget
+    assert len(calls) == 3
+
+
+def test_val_loss_as_objective(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.9, 0.7], []))
+    found = tune(space, digits, workdir=str(tmp_path), max_trials=3, objective="val_loss", verbose=0)
+    assert [round(r.metrics["val_loss"], 6) for r in found.rows] == [0.1, 0.2, 0.3]
+
+
+def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.5, 0.1, 0.2, 0.3, 0.6], calls))
+    tune(
+        lambda hp: space(hp).override(epochs=6),
+        digits,
+        workdir=str(tmp_path),
+        tuner="halving",
+        max_trials=5,
+        verbose=0,
+    )
+    assert [c.epochs for c in calls] == [6, 2, 2, 2, 6]
+    assert calls[4] == calls[3].override(epochs=6)  # the best of the three
+
+
+def test_an_interrupted_search_goes_on(digits, tmp_path, monkeypatch):
+    calls = []
+    events = [0.8, Interrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
+    with pytest.raises(Interrupted, match="1 of 3 trials are done"):
+        tune(space, digits, **options)
+    with pytest.raises(Interrupted, match="2 of 3 trials are done"):
+        tune(space, digits, **options)
+    found = tune(space, digits, **options)
+    assert sorted(r.accuracy for r in found.rows) == [0.7, 0.8, 0.9]
+    assert calls[1] == calls[2] and calls[3] == calls[4]
+
+
+def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp_path, monkeypatch):
+    calls = []
+    train = fake_training([0.8, 0.9], calls)
+
+    def killed(config, folder, **options):
+        train(config, folder, **options)
+        raise KeyboardInterrupt
+
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
+    monkeypatch.setattr(tuner, "train_and_evaluate", killed)
+    with pytest.raises(Interrupted):
+        tune(space, digits, **options)
+    found = tune(space, digits, **options)
+    assert len(calls) == 1
+    assert found.best.accuracy == 0.8
+    assert found.best.metrics["seconds"] >= 2  # of its history
+
+
+# ---- failure ---------------------------------------------------------------------------------------------------
+
+
+def failing(hp):
+    kind = hp.Choice("kind", ["fine", "diverges", "too deep", "too large"])
+    if kind == "diverges":  # no batch norm, and a rate that nothing stands
+        plain = RECIPES["vgg.1"].override(epochs=1, batch_size=32, options={"filters": (4,), "dense": 8})
+        return plain.override(optimizer__learning_rate=99)
+    return TINY.override(
+        options__filters=(4,) * 6 if kind == "too deep" else (4,),
+        batch_size=10**6 if kind == "too large" else 32,
+    )
+
+
+def test_a_failed_trial_is_recorded_and_the_search_goes_on(digits, tmp_path):
+    found = tune(failing, digits, workdir=str(tmp_path), tuner="random", max_trials=4, verbose=0)
+    reasons = {r["hp.kind"]: r["reason"] for r in board(tmp_path)}
+    assert reasons["fine"] == ""
+    assert "training diverged" in reasons["diverges"]
+    assert "6 blocks need images of 65x65" in reasons["too deep"]
+    assert "batch_size is 1000000" in reasons["too large"]
+    assert [r.status for r in found.rows] == ["completed", "failed", "failed", "failed"]
+    assert found.best.values == {"kind": "fine"}
+
+
+@pytest.mark.parametrize(
+    "error", [tf.errors.ResourceExhaustedError(None, None, "OOM when allocating"), MemoryError()]
+)
+def test_out_of_memory(error, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([error, 0.8], []))
+    found = tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2, verbose=0)
+    assert [r.status for r in found.rows] == ["completed", "failed"]
+    assert "out of memory" in found.rows[1].reason
+
+
+def test_all_trials_failing_is_an_error(digits, tmp_path, monkeypatch):
+    errors = [ValueError("of no\nuse"), RunError("b"), RunError("c"), RunError("d")]
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(errors, []))
+    with pytest.raises(RunError, match="all 4 trials failed; the first: ValueError: of no use"):
+        tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=4, verbose=0)
+    assert [r["status"] for r in board(tmp_path)] == ["failed"] * 4
+
+
+@pytest.mark.parametrize(("oom_kills", "starts", "says"), [(0, 10, "nobody knows"), (1, 2, "out of memory")])
+def test_a_trial_that_kills_its_process_is_given_up(oom_kills, starts, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "_oom_kills", lambda: 0)
+    for n in range(starts):
+        with tuner._counted_starts(tmp_path):
+            told = (tmp_path / "starts").read_text()
+        (tmp_path / "starts").write_text(told)  # as if killed within
+        assert told.split()[0] == str(n + 1)
+    monkeypatch.setattr(tuner, "_oom_kills", lambda: oom_kills)
+    with pytest.raises(RunError, match=says), tuner._counted_starts(tmp_path):
+        pass
+    (tmp_path / "state.npz").write_text("progress")
+    with tuner._counted_starts(tmp_path):
+        assert (tmp_path / "starts").read_text().split()[0] == "1"
+
+
+# ---- what cannot be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (lambda hp: TINY, "draws no hyperparameter"),
+        (lambda hp: TINY.override(options__dropout=hp.Float("dropout", 0.5, 0.1)), "the space cannot be"),
+        (lambda hp: {"dropout": hp.Float("dropout", 0.1, 0.5)}, "the space gives a dict"),
+        (lambda hp: TINY.override(options__drop=hp.Float("d", 0.1, 0.5)), "unknown option of fast 'drop'"),
+        (lambda hp: space(hp).override(validation_fraction=None), "holds out no validation images"),
+    ],
+)
+def test_spaces_that_cannot_be(bad, says, digits, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        tune(bad, digits, workdir=str(tmp_path / "w"), verbose=0)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_folder_that_cannot_be_written(digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write to"):
+        tune(space, digits, workdir=str(tmp_path / "file" / "w"), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tuner": "grid"}, "unknown tuner 'grid'"),
+        ({"objective": "acc"}, "unknown objective 'acc'; allowed: val_accuracy, val_loss"),
+        ({"target": 85}, "target is 85"),
+        ({"target": 0}, "target is 0"),
+        ({"max_trials": 0}, "max_trials is 0"),
+        ({"workers": 0}, "workers is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"role": "worker"}, "--chief=HOST:PORT"),
+        ({"chief": "localhost:80"}, "--role=chief"),
+        ({"role": "worker", "chief": "localhost"}, "HOST:PORT"),
+        ({"role": "worker", "chief": "localhost:80", "workers": 2}, "none with --role=worker"),
+    ],
+)
+def test_options_that_cannot_be(options, says):
+    with pytest.raises(ConfigError, match=says):
+        Options(**options)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--target=1.2",
+        "--objective=f1",
+        "--space=dropout=0.5:0.1",
+        "--space=foo",
+        "--max_trials=many",
+        "--tuner=x",
+        "x",
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(flag, capsys):
+    from cifar10_trainer import cli
+    from tuning import search
+
+    assert cli.run(search.main, search.FLAGS, search.USAGE, ["search", flag]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    search.FLAGS.unparse_flags()
+    for name in search.FLAGS:
+        search.FLAGS[name].unparse()
+
+
+# ---- numbers and figure ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(12.3, "12 s"), (150, "2 min"), (7200, "2.0 h")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_figure_of_every_kind_of_trial(tmp_path):
+    """Names and numbers, short, low, failed and unfinished trials, and a hyperparameter that some trials lack."""
+
+    def row(trial, accuracy, epochs=3.0, status="completed", **values):
+        metrics = {"val_accuracy": accuracy, "epochs": epochs, "seconds": 60.0, "pflop": 0.1}
+        done = status == "completed"
+        return Row(
+            trial,
+            status,
+            "",
+            values,
+            metrics if done else {},
+            60.0 * trial if status != "unfinished" else None,
+        )
+
+    rows = [
+        row(1, 0.86, kind="a", rate=0.1, on=True),
+        row(2, 0.84, 1.0, kind="b", rate=1.0, on=False),
+        row(3, 0.10, kind="b", rate=4.0, on=False),
+        row(4, 0.0, status="failed", kind="a", rate=9.0, on=True),
+        row(5, 0.0, status="unfinished", kind="a", rate=2.0, on=True),
+        row(6, 0.85, kind="a", on=True),
+    ]
+    search_figure(rows, ["rate"], 0.85, tmp_path / "search.png")
+    assert tf.io.decode_png((tmp_path / "search.png").read_bytes()).shape[2] == 4
+
+
+def test_conditional_hyperparameters(digits, tmp_path, monkeypatch):
+    def conditional(hp):
+        if hp.Choice("optimizer", ["sgd", "adam"]) == "adam":
+            with hp.conditional_scope("optimizer", ["adam"]):
+                rate = hp.Float("adam_rate", 1e-4, 1e-2, sampling="log")
+            return TINY.override(optimizer__name="adam", optimizer__learning_rate=rate)
+        return TINY
+
+    calls = []
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.5] * 6, calls))
+    found = tune(conditional, digits, workdir=str(tmp_path), tuner="random", max_trials=6, verbose=0)
+    assert {r.values["optimizer"]: len(r.values) for r in found.rows} == {"sgd": 1, "adam": 2}

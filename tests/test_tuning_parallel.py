@@ -1,0 +1,206 @@
+"""Searches of several processes on loopback: workers that die, chiefs that come back, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tuning
+from cifar10_trainer.errors import RunError
+from tuning import parallel
+
+ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def started(*command, cwd=None):
+    """A process in a group of its own, of which nothing is left afterwards; its output is in `.log`."""
+    log = Path(os.environ["TUNING_LOGS"]) / f"{time.monotonic_ns()}.txt"
+    with open(log, "w") as file:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    process.log = log
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNING_LOGS", str(tmp_path))
+
+
+def until(condition, process, seconds=120):
+    """Waits for a true value of `condition`, and gives it; fails when the process ends, or the time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        assert process.poll() is None, process.log.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{seconds} s were not enough:\n{process.log.read_text()}")
+
+
+def finish(process, seconds=120):
+    """Waits for the process to end well; gives what it printed."""
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"still there after {seconds} s:\n{process.log.read_text()}") from None
+    assert status == 0, process.log.read_text()
+    return process.log.read_text()
+
+
+def state(folder):
+    file = folder / "trials" / "search_state.json"
+    return json.loads(file.read_text()) if file.exists() else {"ongoing_trials": {}, "end_order": []}
+
+
+def training(folder, worker):
+    """The trial that a worker is in the middle of, if it is."""
+    trial = state(folder)["ongoing_trials"].get(worker)
+    ended = state(folder)["end_order"]
+    here = trial and trial not in ended and (folder / "trials" / f"trial_{trial}" / "config.json").exists()
+    return trial if here else None
+
+
+def alive(pid):
+    """Whether the process runs: a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def check_leaderboard(folder, count):
+    with open(folder / "leaderboard.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(int(r["trial"]) for r in rows) == list(range(1, count + 1))
+    assert {r["status"] for r in rows} == {"completed"}
+    assert sorted(state(folder)["end_order"]) == sorted(f"{i}" for i in range(count))  # each once
+
+
+def search(folder, *flags):
+    return (
+        "-m",
+        "tuning.search",
+        "--dataset=digits",
+        "--space=dropout,learning_rate",
+        "--tuner=random",
+        f"--workdir={folder}",
+        *flags,
+    )
+
+
+def test_workers_that_die_and_a_chief_that_dies(tmp_path):
+    """Three workers: one is killed in the middle of a trial; then all are orphaned; then the search goes on."""
+    folder = tmp_path / "search"
+    command = search(folder, "--workers=3", "--max_trials=6", "--epochs=4")
+    with started(*command) as process:
+        trial = until(lambda: training(folder, "worker1"), process)
+        pids = dict(re.findall(r"worker (\d): process (\d+)", process.log.read_text()))
+        assert set(pids) == {"0", "1", "2"}
+        os.kill(int(pids["1"]), signal.SIGKILL)
+        until(lambda: "worker 1 was ended by SIGKILL" in process.log.read_text(), process)
+        until(lambda: trial in state(folder)["end_order"], process)
+        told = process.log.read_text()
+        assert told.count(f"trial {int(trial) + 1} of 6: dropout") == 2  # begun twice, ended once
+        pids = [int(p) for p in re.findall(r"process (\d+)", told)]
+        assert any(map(alive, pids))
+        process.kill()
+        end = time.monotonic() + 30
+        while any(map(alive, pids)):
+            assert time.monotonic() < end, "workers outlive their chief"
+            time.sleep(0.1)
+    before = state(folder)["end_order"]
+    with started(*command) as process:
+        told = finish(process)
+    assert f"resumed: {len(before)} trials are done" in told
+    assert not [p for p in map(int, re.findall(r"process (\d+)", told)) if alive(p)]
+    check_leaderboard(folder, 6)
+
+
+def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
+    """The chief is killed and comes back, one worker is killed for good, and all others end by themselves."""
+    folder = tmp_path / "search"
+    address = parallel.listening_address(None)
+    flags = ("--max_trials=5", "--epochs=4", "--lease=4", "--patience=60", f"--chief={address}")
+    chief, worker = search(folder, *flags, "--role=chief"), search(folder, *flags, "--role=worker")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(started(*chief))
+        lost, kept = (stack.enter_context(started(*worker)) for _ in range(2))
+        until(lambda: "listening at" in first.log.read_text(), first)
+        host, _, port = address.rpartition(":")
+        with pytest.raises(OSError):  # on loopback only
+            socket.create_connection((socket.gethostbyname(socket.gethostname()), int(port)), 2).close()
+            raise OSError if socket.gethostbyname(socket.gethostname()).startswith("127.") else AssertionError
+        until(lambda: state(folder)["end_order"] and len(state(folder)["ongoing_trials"]) == 2, first)
+        first.kill()
+        first.wait()
+        lost.kill()
+        second = stack.enter_context(started(*chief))
+        told = finish(second)
+        assert "resumed" in told
+        assert "the search is over" in finish(kept, 20)
+    check_leaderboard(folder, 5)
+
+
+def test_a_worker_without_a_chief_ends(tmp_path):
+    command = search(tmp_path, "--role=worker", f"--chief={parallel.listening_address(None)}", "--patience=2")
+    with started(*command) as process:
+        assert process.wait(60) == 1
+        told = process.log.read_text()
+    assert "no answer from the chief" in told
+    assert "Traceback" not in told
+
+
+def test_a_port_that_is_taken_is_not_shared():
+    with socket.create_server((parallel.LOOPBACK, 0)) as other:
+        address = f"{parallel.LOOPBACK}:{other.getsockname()[1]}"
+        with pytest.raises(RunError, match="cannot listen on"):
+            parallel.listening_address(address)
+    assert parallel.listening_address(None).startswith("127.0.0.1:")
+
+
+def test_the_documented_example(tmp_path):
+    """The script in the package's docstring, on a folder of small images, with less to do."""
+    generator = np.random.default_rng(0)
+    for kind, level in (("dark", 60), ("light", 180)):
+        (tmp_path / "pictures" / "train" / kind).mkdir(parents=True)
+        for i in range(40):
+            pixels = generator.integers(level - 50, level + 50, (20, 20, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / "train" / kind / f"{i}.png")
+    text = tuning.__doc__.partition("    from functools")
+    script = "from functools" + text[2].partition("\n\nRun again")[0].replace("\n    ", "\n")
+    assert "epochs=10," in script and "max_trials=10" in script
+    script = script.replace("epochs=10,", "epochs=1, batch_size=16, options__filters=(8, 8), sizes=(),")
+    script = script.replace("max_trials=10", "max_trials=3")
+    (tmp_path / "mine.py").write_text(script)
+    with started("mine.py", cwd=tmp_path) as process:
+        told = finish(process)
+    assert re.search(r"\n[01]\.\d+ \{'filters': \(8, 8\), 'dropout': ", told)
+    check_leaderboard(tmp_path / "searches" / "pictures", 3)
