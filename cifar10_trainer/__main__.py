@@ -52,7 +52,7 @@ _define(
     flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
 )
 _define(flags.DEFINE_boolean, "final_fit", "train on all training images and keep the last weights", False)
-_define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to", 32)
+_define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
 _define(flags.DEFINE_string, "strategy", f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto")
 _define(flags.DEFINE_string, "precision", f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto")
 _define(flags.DEFINE_boolean, "sync_batch_norm", "batch-norm statistics over all replicas", None)
@@ -96,6 +96,7 @@ def config_from_flags() -> Config:
         name: FLAGS[flag].value
         for flag, name in {
             "dataset": "dataset",
+            "image_size": "image_size",
             "epochs": "epochs",
             "batch_size": "batch_size",
             "seed": "seed",
@@ -147,19 +148,10 @@ def main(argv: list[str]) -> None:
         list_recipes()
         return
     config = config_from_flags()
-    if FLAGS.image_size != 32 and config.dataset != "folder":
-        raise ConfigError(f"image_size is {FLAGS.image_size}; allowed with the dataset {config.dataset}: 32")
-
     cli.import_tensorflow()
-    from . import datasets
     from .train import train_and_evaluate
 
-    dataset = None
-    if config.dataset == "folder":
-        dataset = datasets.load("folder", FLAGS.data_dir, image_size=FLAGS.image_size)
-    train_and_evaluate(
-        config, FLAGS.workdir, data_dir=FLAGS.data_dir, dataset=dataset, overwrite=FLAGS.overwrite
-    )
+    train_and_evaluate(config, FLAGS.workdir, data_dir=FLAGS.data_dir, overwrite=FLAGS.overwrite)
 
 
 def command() -> int:

@@ -35,6 +35,11 @@ RECORDED = (
 )  # beside a Config in config.json
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
 
+_UNUSED = {  # settings that would change nothing
+    "adam": ("momentum", "nesterov", "weight_decay", "bias_multiplier"),
+    "adamw": ("momentum", "nesterov", "bias_multiplier"),
+}
+
 
 class _Section:
     """Checks the fields of a dataclass against their annotations, then their ranges (`_check`)."""
@@ -144,6 +149,12 @@ class Optimizer(_Section):
 
     def _check(self) -> None:
         self._one_of("name", OPTIMIZERS)
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in _UNUSED.get(self.name, ()):
+            if getattr(self, name) != usual[name]:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, which {self.name} does not use; allowed: {usual[name]}"
+                )
         self._between("learning_rate", 0, 100, exclusive=True)
         self._between("momentum", 0, 0.9999)
         self._between("weight_decay", 0, 1)
@@ -215,6 +226,7 @@ class Config(_Section):
 
     # data
     dataset: str = "cifar10"
+    image_size: int = 32  # side that the images of a folder are resized to
     validation_fraction: float | None = (
         0.1  # of the training images; None: train on all, keep the last weights
     )
@@ -256,6 +268,9 @@ class Config(_Section):
         self._one_of("pixels", PIXELS)
         self._one_of("strategy", STRATEGIES)
         self._one_of("precision", PRECISIONS)
+        self._between("image_size", 8, 512)
+        if self.image_size != 32 and self.dataset != "folder":
+            raise ConfigError(f"image_size is {self.image_size}; allowed with the dataset {self.dataset}: 32")
         self._between("epochs", 0, 100_000, exclusive=True)
         self._between("batch_size", 1, 1_000_000)
         if self.validation_fraction is not None:

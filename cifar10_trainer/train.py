@@ -86,7 +86,7 @@ def train_and_evaluate(
     saved = _prepare(workdir, config, overwrite, chief)
 
     # ---- data ---------------------------------------------------------------------------------------------------
-    data = dataset or datasets.load(config.dataset, data_dir)
+    data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
     split = datasets.split(data, config.validation_fraction, config.validation_split, config.seed)
     train_images, train_labels, val_images, val_labels = split
     replicas = strategy.num_replicas_in_sync

@@ -79,6 +79,10 @@ def trained(monkeypatch):
 EFFECTS = {
     "recipe": (["--recipe=vgg.3"], RECIPES["vgg.3"]),
     "dataset": (["--dataset=folder"], DEFAULT.override(dataset="folder")),
+    "image_size": (
+        ["--dataset=folder", "--image_size=24"],
+        DEFAULT.override(dataset="folder", image_size=24),
+    ),
     "epochs": (["--epochs=2.5"], DEFAULT.override(epochs=2.5)),
     "batch_size": (["--batch_size=96"], DEFAULT.override(batch_size=96)),
     "learning_rate": (["--learning_rate=0.25"], DEFAULT.override(optimizer__learning_rate=0.25)),
@@ -104,7 +108,6 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "data_dir",
     "debug",
     "help",
-    "image_size",
     "list_recipes",
     "overwrite",
     "workdir",
@@ -120,17 +123,14 @@ def test_flag_and_config(flag, trained):
     argv, expected = EFFECTS[flag]
     assert expected != DEFAULT
     assert config_of(*argv) == expected
-    if flag != "dataset":  # a folder is loaded first
-        assert invoke(*argv) == 0
-        assert [call["config"] for call in trained] == [expected]
+    assert invoke(*argv) == 0
+    assert [call["config"] for call in trained] == [expected]
 
 
 def test_no_flags_are_the_default_recipe(trained):
     assert config_of() == DEFAULT
     assert invoke() == 0
-    assert trained == [
-        {"config": DEFAULT, "workdir": None, "data_dir": None, "dataset": None, "overwrite": False}
-    ]
+    assert trained == [{"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False}]
 
 
 def test_zero_is_a_value_and_not_the_lack_of_one():
@@ -242,19 +242,6 @@ def test_workdir_data_dir_and_overwrite(trained):
     assert invoke("--workdir=here", "--data_dir=there", "--overwrite") == 0
     (call,) = trained
     assert (call["workdir"], call["data_dir"], call["overwrite"]) == ("here", "there", True)
-
-
-def test_image_size_is_that_of_a_folder(trained, tmp_path):
-    from PIL import Image
-
-    for name in ("cats", "dogs"):
-        (tmp_path / "pictures/train" / name).mkdir(parents=True)
-        Image.new("RGB", (20, 20)).save(tmp_path / "pictures/train" / name / "1.png")
-    folder = ["--dataset=folder", f"--data_dir={tmp_path / 'pictures'}"]
-    assert invoke(*folder, "--image_size=24") == 0
-    assert invoke(*folder) == 0
-    assert [call["dataset"].input_shape for call in trained] == [(24, 24, 3), (32, 32, 3)]
-    assert trained[0]["dataset"].class_names == ("cats", "dogs")
 
 
 def test_list_recipes(capsys, trained):

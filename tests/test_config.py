@@ -281,13 +281,30 @@ def test_override_reaches_into_sections_and_options():
 
 def test_override_replaces_a_section_and_then_a_value_in_it():
     changed = RECIPES["fast.85"].override(
-        optimizer__momentum=0.7, optimizer=Optimizer(name="adam"), options={}, options__depth=1
+        optimizer__learning_rate=0.7, optimizer=Optimizer(name="adam"), options={}, options__depth=1
     )
-    assert changed.optimizer == Optimizer(name="adam", momentum=0.7)
+    assert changed.optimizer == Optimizer(name="adam", learning_rate=0.7)
     assert changed.options == {"depth": 1}
     assert Config().override(optimizer={"name": "adam"}, optimizer__learning_rate=1).optimizer == Optimizer(
         name="adam", learning_rate=1
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("adam", "momentum"), ("adam", "weight_decay"), ("adam", "bias_multiplier"), ("adamw", "momentum")],
+)
+def test_settings_that_an_optimizer_does_not_use_are_refused(name, setting):
+    with pytest.raises(ConfigError, match=rf"{setting} is 0.5, which {name} does not use"):
+        Optimizer(name=name, **{setting: 0.5})
+
+
+def test_image_size_is_for_folders():
+    assert Config(dataset="folder", image_size=64).image_size == 64
+    with pytest.raises(ConfigError, match="image_size is 64; allowed with the dataset cifar10: 32"):
+        Config(image_size=64)
+    with pytest.raises(ConfigError, match="image_size is 4; allowed: from 8 to 512"):
+        Config(dataset="folder", image_size=4)
 
 
 def test_override_checks_a_section_when_it_is_complete():

@@ -141,8 +141,8 @@ def replicas4(out):
 def digits_config(**changes):
     from cifar10_trainer.recipes import RECIPES
 
-    options = {"options__filters": (4, 8), "precision": "float32", "batch_size": 100, "epochs": 2}
-    return RECIPES["fast.digits"].override(**options, **changes)
+    options = {"options__filters": (4, 8), "precision": "float32", "batch_size": 100, "epochs": 2.0}
+    return RECIPES["fast.digits"].override(**{**options, **changes})
 
 
 def worker(out):

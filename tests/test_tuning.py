@@ -285,9 +285,9 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
 
 def failing(hp):
     kind = hp.Choice("kind", ["fine", "diverges", "too deep", "too large"])
-    if kind == "diverges":  # no batch norm, and a rate that nothing stands
+    if kind == "diverges":  # no batch norm, and weights that every step multiplies by 1 - 99
         plain = RECIPES["vgg.1"].override(epochs=1, batch_size=32, options={"filters": (4,), "dense": 8})
-        return plain.override(optimizer__learning_rate=99)
+        return plain.override(optimizer__learning_rate=99, optimizer__weight_decay=1)
     return TINY.override(
         options__filters=(4,) * 6 if kind == "too deep" else (4,),
         batch_size=10**6 if kind == "too large" else 32,
