@@ -32,10 +32,16 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
         requested = "mirrored" if len(gpus) > 1 else "none"
     if requested == "none":
         return tf.distribute.get_strategy(), f"on one device: {(gpus or cpus)[0].name}"
-    devices = [d.name for d in gpus or cpus]
-    return tf.distribute.MirroredStrategy(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
+    devices = tuple(d.name for d in gpus or cpus)
+    return _mirrored(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
 
 
+@functools.cache  # the reductions of two such strategies in one process would get in each other's way
+def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
+    return tf.distribute.MirroredStrategy(devices)
+
+
+@functools.cache
 def _multi_worker() -> tuple[tf.distribute.Strategy, str]:
     if not _cluster():
         raise ConfigError(
@@ -76,7 +82,7 @@ def mean_over_workers(strategy: tf.distribute.Strategy, *values: float) -> tuple
     return tuple(_mean_function(strategy)(tf.constant(values, tf.float64)).numpy().tolist())
 
 
-@functools.lru_cache
+@functools.cache
 def _mean_function(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf.Tensor]:
     def mean(values):
         mine = strategy.run(tf.identity, args=(values,))

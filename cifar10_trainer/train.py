@@ -83,7 +83,7 @@ def train_and_evaluate(
     say(f"strategy: {why}")
     policy, why = runtime.choose_precision(config.precision)
     say(f"precision: {policy}: {why}")
-    saved = _prepare(workdir, config, overwrite, chief)
+    saved = None if overwrite else _unfinished(workdir, config)
 
     # ---- data ---------------------------------------------------------------------------------------------------
     data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
@@ -116,6 +116,8 @@ def train_and_evaluate(
     say(
         f"model: {config.recipe}, {model.count_params():,} parameters; {engine.steps:,} steps of {config.batch_size}"
     )
+    if chief:
+        _make_folder(workdir, overwrite)  # not sooner, so that a failure until here leaves nothing behind
     run = _Run(
         engine,
         config,
@@ -195,20 +197,23 @@ def train_and_evaluate(
     return metrics
 
 
-def _prepare(workdir: Path, config: Config, overwrite: bool, chief: bool) -> dict | None:
-    """Makes the run folder, or finds the state to resume from in it. Raises ConfigError where it is taken."""
-    if chief:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / ".writable").touch()
-            (workdir / ".writable").unlink(missing_ok=True)
-            for path in (workdir / name for name in WRITTEN if overwrite):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir"
-            ) from error
-    if overwrite or not (workdir / "config.json").exists():
+def _make_folder(workdir: Path, overwrite: bool) -> None:
+    """Makes the run folder; empties it of an earlier run where that may be replaced. Raises RunError."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / ".writable").touch()
+        (workdir / ".writable").unlink(missing_ok=True)
+        for path in (workdir / name for name in WRITTEN if overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir"
+        ) from error
+
+
+def _unfinished(workdir: Path, config: Config) -> dict | None:
+    """The state of an unfinished run of `config` in the folder, if any. Raises ConfigError where it is taken."""
+    if not (workdir / "config.json").exists():
         return None
     way_out = "choose another --workdir, or replace it with --overwrite"
     if (workdir / "metrics.json").exists():
@@ -228,14 +233,17 @@ def _prepare(workdir: Path, config: Config, overwrite: bool, chief: bool) -> dic
     if not (workdir / "state.npz").exists():
         return None
     try:
-        with np.load(workdir / "state.npz", allow_pickle=False) as arrays:
+        with open(workdir / "state.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise RunError(_damaged(workdir, error)) from error
 
 
 def _damaged(workdir: Path, error: Exception) -> str:
-    return f"{workdir / 'state.npz'} is damaged ({error}); delete it to begin this run again"
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"{workdir / 'state.npz'} is damaged, or of other data ({reason}); delete it to begin this run again"
+    )
 
 
 def _pixel_statistics(

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from glob import glob
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,32 @@ def listening_address(wanted: str | None) -> str:
         raise RunError(
             f"cannot listen on {wanted}: {error.strerror}; choose another --chief=HOST:PORT"
         ) from error
+
+
+class PatientClient:
+    """KerasTuner's client of the chief, which asks again where the chief was lost in the middle of an answer.
+
+    It waits by itself for a chief that is not there. Asking twice does no harm: see `SearchOracle`.
+    """
+
+    def __init__(self, client: Any, patience: float):
+        self._client, self._patience = client, patience
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._client, name)
+        return partial(self._ask, attribute) if callable(attribute) else attribute
+
+    def _ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        import grpc
+
+        end = time.monotonic() + self._patience
+        while True:
+            try:
+                return method(*arguments, **options)
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
 
 
 class Team:

@@ -343,7 +343,9 @@ def work(space: SpaceFunction, dataset: DatasetOrLoader, o: Options, tuner_id: s
     with parallel.distributed(tuner_id, o.chief), _plain_errors(o):
         mine = _make_oracle(record, hp, o)
         folder = Path(o.workdir) / "trials"
-        Trainer(mine, space, data, folder, search=mine.search, lease=o.lease, verbose=o.verbose).search()
+        trainer = Trainer(mine, space, data, folder, search=mine.search, lease=o.lease, verbose=o.verbose)
+        trainer.oracle = parallel.PatientClient(trainer.oracle, o.patience)
+        trainer.search()
     if o.verbose:
         print("the search is over")
 
