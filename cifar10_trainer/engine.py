@@ -20,7 +20,7 @@ import tensorflow as tf
 from . import augment, models, optim, runtime
 from .config import Config
 from .errors import ConfigError, RunError
-from .pipeline import Fetcher, Order, index_data, training_data
+from .pipeline import Fetcher, Order, index_data, training_data, tuned_by_hand
 
 EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
 
@@ -386,7 +386,8 @@ class Engine:
                 for i in range(local)
             ]
             starts = tf.data.Dataset.from_tensor_slices(tf.constant(mine) * part)
-            return starts.map(lambda s: padded_slice(images_t, labels_t, s, part)).prefetch(2)
+            batches = starts.map(lambda s: padded_slice(images_t, labels_t, s, part)).prefetch(2)
+            return batches.with_options(tuned_by_hand())
 
         images_t, labels_t = tf.constant(images), tf.constant(labels, tf.int32)
         iterator = iter(self.strategy.distribute_datasets_from_function(data))

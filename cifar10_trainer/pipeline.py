@@ -12,6 +12,7 @@ what an uninterrupted one sees, and what an image becomes does not depend on bat
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,15 +119,13 @@ def resize(images, size: int):
 
 def training_data(order: Order, start: int, stop: int, *, table, labels, fetcher: Fetcher, context=None):
     """A prefetched tf.data pipeline of finished batches: the CPU's way."""
-    parallel = tf.data.Options()
-    parallel.deterministic = True
     return (
         index_data(order, start, stop, context)
         .map(
-            lambda index, numbers: fetcher(table, labels, index, numbers), num_parallel_calls=tf.data.AUTOTUNE
+            lambda index, numbers: fetcher(table, labels, index, numbers),
+            num_parallel_calls=os.cpu_count(),
         )
-        .prefetch(tf.data.AUTOTUNE)
-        .with_options(parallel)
+        .prefetch(4)
     )
 
 
@@ -134,4 +133,12 @@ def index_data(order: Order, start: int, stop: int, context=None) -> tf.data.Dat
     """A prefetched tf.data pipeline of `order` alone, for a step that fetches by itself."""
     here, workers = (context.input_pipeline_id, context.num_input_pipelines) if context else (0, 1)
     local = order.replicas // workers
-    return order.dataset(start, stop, here * local, local).prefetch(2)
+    return order.dataset(start, stop, here * local, local).prefetch(2).with_options(tuned_by_hand())
+
+
+def tuned_by_hand() -> tf.data.Options:
+    """No autotuning: the end of an iterator waits, for up to a minute, for the thread that does it."""
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    return options

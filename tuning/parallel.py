@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from glob import glob
@@ -35,17 +35,10 @@ CHIEF = "chief"  # KerasTuner knows the chief by this word in its id
 
 
 @contextlib.contextmanager
-def distributed(tuner_id: str, address: str) -> Iterator[None]:
-    """Makes KerasTuner, within, the chief at `address` (tuner_id: CHIEF) or a worker of it."""
-    host, _, port = address.rpartition(":")
-    names = {
-        "KERASTUNER_TUNER_ID": tuner_id,
-        "KERASTUNER_ORACLE_IP": host,
-        "KERASTUNER_ORACLE_PORT": port,
-        "no_grpc_proxy": host,  # a proxy for the web would be asked for the chief, too
-    }
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables, within."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
@@ -53,6 +46,19 @@ def distributed(tuner_id: str, address: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def distributed(tuner_id: str, address: str) -> contextlib.AbstractContextManager[None]:
+    """Makes KerasTuner, within, the chief at `address` (tuner_id: CHIEF) or a worker of it."""
+    host, _, port = address.rpartition(":")
+    return environment(
+        {
+            "KERASTUNER_TUNER_ID": tuner_id,
+            "KERASTUNER_ORACLE_IP": host,
+            "KERASTUNER_ORACLE_PORT": port,
+            "no_grpc_proxy": host,  # a proxy for the web would be asked for the chief, too
+        }
+    )
 
 
 def listening_address(wanted: str | None) -> str:

@@ -16,6 +16,7 @@ from cifar10_trainer.errors import ConfigError, unknown
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
 from .options import DEFAULT_TUNER, LOOPBACK, OBJECTIVES, ROLES, TUNERS, Options
+from .parallel import environment
 from .space import DEFAULT_SPACE, SPACE, Space, parse
 
 USAGE = """usage: python -m tuning.search [flags]
@@ -53,7 +54,7 @@ _define(
 _define(flags.DEFINE_boolean, "baseline", "make the recipe itself the first trial", True)
 _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's")
 _define(flags.DEFINE_string, "data_dir", "where the images are, as for python -m cifar10_trainer")
-_define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to", 32)
+_define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
 _define(
     flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
 )
@@ -89,7 +90,7 @@ def base_from_flags() -> Config:
         raise unknown("recipe", recipe, RECIPES)
     changes: dict[str, Any] = {
         name: FLAGS[name].value
-        for name in ("dataset", "epochs", "validation_fraction", "seed")
+        for name in ("dataset", "image_size", "epochs", "validation_fraction", "seed")
         if FLAGS[name].value is not None
     }
     return RECIPES[recipe].override(**changes)
@@ -110,19 +111,20 @@ def main(argv: list[str]) -> None:
     base = base_from_flags()
     options = options_from_flags(base.recipe)
 
-    cli.import_tensorflow()
+    # A chief trains nothing: its workers shall find the GPUs free.
+    leads = options.local_workers or options.role == "chief"
+    with environment({"CUDA_VISIBLE_DEVICES": "-1"} if leads else {}):
+        cli.import_tensorflow()
     from cifar10_trainer import datasets
 
     from .tuner import tune
 
-    load = partial(datasets.load, base.dataset, FLAGS.data_dir, image_size=FLAGS.image_size)
+    load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size)
     found = tune(Space(base, ranges), load, **vars(options))
     if found:
         command = ["python", "-m", "cifar10_trainer", f"--config={found.workdir / 'best_config.json'}"]
         if FLAGS.data_dir:
             command.append(f"--data_dir={FLAGS.data_dir}")
-        if FLAGS.image_size != 32:
-            command.append(f"--image_size={FLAGS.image_size}")
         print(f"train it: {shlex.join(command)}")
 
 

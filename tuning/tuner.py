@@ -276,9 +276,9 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
     record, hp = describe(space, data)
     with _claimed(workdir, o, record):
         # ---- what is searched
-        found = _make_oracle(record, hp, o)
+        chooser = _make_oracle(record, hp, o)
         board = Leaderboard(
-            found,
+            chooser,
             workdir,
             lambda hp: make_config(space, hp, data.name),
             target=o.target,
@@ -287,46 +287,48 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
             say=say,
         )
         trainer = Trainer(
-            found,
+            chooser,
             space,
             data,
             workdir / "trials",
-            search=found.search,
+            search=chooser.search,
             lease=o.lease,
-            live=sys.stdout.isatty(),
+            live=bool(o.verbose) and sys.stdout.isatty(),
         )
-        found.reload()
+        chooser.reload()
         names, target = ", ".join(p.name for p in hp.space), f"{100 * o.target:.4g}%"
         say(f"search: {o.tuner} over {names}; {o.max_trials} trials; target {target} validation accuracy")
         say(
             f"data: {data.name} from {data.source}: {len(data.train_images):,} images to train and validate on"
         )
-        if found.trials:
-            say(f"resumed: {len(found.end_order)} trials are done")
+        if chooser.trials:
+            say(f"resumed: {len(chooser.end_order)} trials are done")
             board.write()
 
         # ---- the trials
         try:
-            _search(trainer, found, space, dataset, o, say)
+            _search(trainer, chooser, space, dataset, o, say)
         except (Interrupted, KeyboardInterrupt) as error:
-            done = f"{len(found.end_order)} of {o.max_trials} trials are done, and kept in {workdir}"
+            done = f"{len(chooser.end_order)} of {o.max_trials} trials are done, and kept in {workdir}"
             raise Interrupted(f"interrupted: {done}; the same command goes on from there") from error
 
-        # ---- what was found
-        board.write()
-        rows, config = board.rows(), board.best_config()
-        if config is None:
-            reasons = [r.reason for r in sorted(rows, key=lambda r: r.trial) if r.reason]
-            raise RunError(f"all {len(rows)} trials failed; the first: {(reasons or ['it never began'])[0]}")
-        logarithmic = [p.name for p in hp.space if getattr(p, "sampling", "") == "log"]
-        search_figure(rows, logarithmic, o.target, workdir / "search.png")
-        if not _over(found, o):
-            say(f"the space holds no more than these {len(rows)} trials")
-        say(f"\n{board.table()}\n\n{board.verdict()}")
-        say(
-            f"files: {workdir}/ (leaderboard.csv, search.png, best_config.json; tensorboard --logdir={workdir})"
-        )
-        return Found(workdir, rows, config)
+        return _conclude(board, hp, o, say)
+
+
+def _conclude(board: Leaderboard, hp: kt.HyperParameters, o: Options, say: Callable[[str], None]) -> Found:
+    """Writes and tells what was found. Raises RunError where every trial failed."""
+    board.write()
+    rows, config, workdir = board.rows(), board.best_config(), board.workdir
+    if config is None:
+        reasons = [r.reason for r in sorted(rows, key=lambda r: r.trial) if r.reason]
+        raise RunError(f"all {len(rows)} trials failed; the first: {(reasons or ['it never began'])[0]}")
+    logarithmic = [p.name for p in hp.space if getattr(p, "sampling", "") == "log"]
+    search_figure(rows, logarithmic, o.target, workdir / "search.png")
+    if not _over(board.oracle, o):
+        say(f"the space holds no more than these {len(rows)} trials")
+    say(f"\n{board.table()}\n\n{board.verdict()}")
+    say(f"files: {workdir}/ (leaderboard.csv, search.png, best_config.json; tensorboard --logdir={workdir})")
+    return Found(workdir, rows, config)
 
 
 def work(space: SpaceFunction, dataset: DatasetOrLoader, o: Options, tuner_id: str) -> None:
@@ -396,14 +398,14 @@ def _make_oracle(record: dict[str, Any], hp: kt.HyperParameters, o: Options) -> 
 
 def _search(
     trainer: Trainer,
-    found: oracle.SearchOracle,
+    chooser: oracle.SearchOracle,
     space: SpaceFunction,
     dataset: DatasetOrLoader,
     o: Options,
     say: Callable[[str], None],
 ) -> None:
     """Runs trials until there are no more: in this process, or in others of which it is the chief."""
-    if _over(found, o):
+    if _over(chooser, o):
         return
     if o.role == "alone" and not o.local_workers:
         with _plain_errors(o):
@@ -411,18 +413,18 @@ def _search(
         return
     address = parallel.listening_address(o.chief)
     if o.role == "chief":
-        found.wait_for_former_workers()
+        chooser.wait_for_former_workers()
         say(
             f"chief: listening at {address}, without a password; for a worker, add --role=worker --chief={address}"
         )
     team = parallel.Team(space, dataset, o, address, say)
     with parallel.distributed(parallel.CHIEF, address):
-        parallel.lead(trainer, found, team)
+        parallel.lead(trainer, chooser, team)
 
 
-def _over(found: oracle.SearchOracle, o: Options) -> bool:
-    reached = o.stop_at_target and (found.best_accuracy() or 0) >= o.target
-    return reached or len(found.end_order) >= o.max_trials
+def _over(chooser: oracle.SearchOracle, o: Options) -> bool:
+    reached = o.stop_at_target and (chooser.best_accuracy() or 0) >= o.target
+    return reached or len(chooser.end_order) >= o.max_trials
 
 
 @contextlib.contextmanager
