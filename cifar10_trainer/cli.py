@@ -21,7 +21,7 @@ def define_common(flag_values: flags.FlagValues) -> None:
 
 def import_tensorflow() -> None:
     """Imports TensorFlow and finds its devices, without the dozen lines its C++ side prints whatever it is told."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     with tempfile.TemporaryFile() as said:
         stderr = os.dup(2)

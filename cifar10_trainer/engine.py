@@ -160,6 +160,8 @@ class Engine:
         self.config = config
         self.strategy = strategy
         self.replicas = strategy.num_replicas_in_sync
+        ids = strategy.experimental_distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+        self._replica_ids = strategy.experimental_local_results(ids)  # of this worker
         self.num_classes = num_classes
         self.on_device = gpu if on_device is None else on_device
         self.compiled = gpu and not config.synchronize_batch_norm if compiled is None else compiled
@@ -276,7 +278,8 @@ class Engine:
             loss = hits = tf.constant(0.0, tf.float64)
             for _ in tf.range(count):
                 others, part, right = self.strategy.run(
-                    lambda batch, data: self._replica_step(batch, data, fetcher), args=(next(iterator), data)
+                    lambda batch, data: self._replica_step(batch, data, fetcher),
+                    args=(self._next(iterator), data),
                 )
                 self._apply_others(others)
                 total, right = (
@@ -323,8 +326,26 @@ class Engine:
                     context=context,
                 )
 
-            self._iterator = key, iter(self.strategy.distribute_datasets_from_function(data))
+            self._iterator = key, iter(data(self._context()))
         return self._iterator[1]
+
+    def _context(self) -> tf.distribute.InputContext:
+        """This worker's part of the data.
+
+        Its iterators are plain ones. TensorFlow's distributed ones tune themselves in threads of their own,
+        and the end of such a thread takes up to a minute.
+        """
+        local = len(self._replica_ids)
+        return tf.distribute.InputContext(
+            self.replicas // local, self._replica_ids[0] // local, num_replicas_in_sync=self.replicas
+        )
+
+    def _next(self, iterator):
+        """A batch for each replica of this worker, from the next elements of its iterator."""
+        batches = {replica: next(iterator) for replica in self._replica_ids}
+        return self.strategy.experimental_distribute_values_from_function(
+            lambda context: batches[context.replica_id_in_sync_group]
+        )
 
     def train(self, count: int) -> dict[str, float]:
         """Takes up to `count` steps, and returns the mean loss and accuracy since `progress` was cleared.
@@ -368,7 +389,7 @@ class Engine:
             def run(data, count):
                 loss = hits = tf.constant(0.0)
                 for _ in tf.range(count):
-                    part, right = self.strategy.run(self._replica_evaluation, args=(next(data),))
+                    part, right = self.strategy.run(self._replica_evaluation, args=(self._next(data),))
                     loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
                     hits += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
                 return loss, hits
@@ -390,7 +411,7 @@ class Engine:
             return batches.with_options(tuned_by_hand())
 
         images_t, labels_t = tf.constant(images), tf.constant(labels, tf.int32)
-        iterator = iter(self.strategy.distribute_datasets_from_function(data))
+        iterator = iter(data(self._context()))
         loss, hits = self._evaluate(iterator, tf.constant(rounds))
         return {"loss": float(loss) / len(images), "accuracy": float(hits) / len(images)}
 

@@ -175,3 +175,11 @@ def check_batch(batch_size: int, n: int, replicas: int) -> None:
 def out_of_memory(error: Exception) -> RunError:
     """The one-line error for a TensorFlow ResourceExhaustedError."""
     return RunError(f"out of memory: use a smaller --batch_size ({str(error).splitlines()[0][:200]})")
+
+
+def lost_worker(error: Exception) -> RunError:
+    """The one-line error for what TensorFlow raises when a process of the cluster has gone."""
+    return RunError(
+        "another worker of the cluster has gone; start all of them again with the same --workdir, to go on from"
+        f" what was saved last ({' '.join(str(error).split())[-200:]})"
+    )

@@ -17,6 +17,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from . import datasets, models, report, runtime, scoring
 from .config import Config
@@ -144,8 +145,11 @@ def train_and_evaluate(
         report.write_atomic(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
     # ---- train --------------------------------------------------------------------------------------------------
-    with _Signals() as signals:
-        run.loop(val_images, val_labels, signals)
+    try:
+        with _Signals() as signals:
+            run.loop(val_images, val_labels, signals)
+    except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
+        raise runtime.lost_worker(error) from error
     say(f"trained: {run.history[-1]['epoch']} epochs in {run.seconds():,.1f} s; kept epoch {run.best_epoch}")
 
     # ---- evaluate -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, S
 from cifar10_trainer.engine import Engine, FusedBatchNormalization, accelerate
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.models import fast
+from cifar10_trainer.pipeline import index_data, training_data
 from cifar10_trainer.recipes import RECIPES
 
 SGD = Optimizer(name="sgd", learning_rate=0.05, momentum=0.9)
@@ -343,6 +344,20 @@ def test_running_out_of_memory_is_one_line(monkeypatch):
     ) as info:
         engine.train(1)
     assert "\n" not in str(info.value)
+
+
+def test_no_thread_tunes_the_data():
+    """The end of an iterator waits for such a thread, for up to a minute: at each change of size, and at the end."""
+    engine = make_engine(FAST)
+    for on_device in (False, True):
+        engine.on_device = on_device
+        data = engine._batches(8, None)
+        assert type(data).__name__ == "OwnedIterator"  # no distributed one, whose own iterators are tuned
+        engine._iterator = None
+    index = index_data(engine.order, 0, 8)
+    fetcher = engine._fetcher(None)
+    batches = training_data(engine.order, 0, 8, table=engine.table, labels=engine.labels, fetcher=fetcher)
+    assert [data.options().autotune.enabled for data in (index, batches)] == [False, False]
 
 
 # --- the images' sizes ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -69,20 +70,18 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.fixture
-def better_each_epoch(monkeypatch):
-    def scripted(engine, images, labels):
-        return {"loss": 1.0, "accuracy": engine.step / engine.steps}
-
-    monkeypatch.setattr(Engine, "evaluate", scripted)
-
-
-@pytest.fixture
-def begun(tmp_path, few):
-    """A run folder that was interrupted after the first of four epochs."""
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, few):
+    workdir = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(RunError, match="stopped by SIGTERM at step 4 of 16"):
-        run(TINY, tmp_path / "run", few, after(1, interrupt))
-    return tmp_path / "run"
+        run(TINY, workdir, few, after(1, interrupt))
+    return workdir
+
+
+@pytest.fixture
+def begun(tmp_path, interrupted):
+    """A run folder that was interrupted after the first of four epochs."""
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
 
 
 def one_line(info) -> str:
