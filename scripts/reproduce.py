@@ -149,9 +149,10 @@ def rewrite(path: Path, name: str, content: str) -> None:
 
 
 def run(name: str, seed: int, epochs: float | None) -> None:
-    """Trains one recipe with one seed, or goes on where it was cut, and keeps the record."""
-    from cifar10_trainer.train import train_and_evaluate
+    """Trains one recipe with one seed, or goes on where it was cut, and keeps the record.
 
+    In a process of its own, because a run's clock starts with its process.
+    """
     config: Config = RECIPES[name].override(seed=seed)
     if epochs is not None and epochs < config.epochs:
         config = config.override(epochs=epochs)
@@ -160,20 +161,23 @@ def run(name: str, seed: int, epochs: float | None) -> None:
         return
     workdir = ROOT / "runs" / "reproduce" / f"{name}-{config.epochs:g}-{seed}"
     if not (workdir / "metrics.json").exists():
-        train_and_evaluate(config, workdir, data_dir=FLAGS.data_dir, verbose=1)
-    command = f"python scripts/reproduce.py {name}" + (
-        f" --epochs={epochs:g}" if config.epochs == epochs else ""
-    )
-    print(f"record: {keep(workdir, command).relative_to(ROOT)}")
+        command = [sys.executable, "-m", "cifar10_trainer", f"--recipe={name}", f"--seed={seed}"]
+        command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
+        if FLAGS.data_dir:
+            command.append(f"--data_dir={FLAGS.data_dir}")
+        if subprocess.run(command, check=False, cwd=ROOT).returncode:
+            raise RunError(f"{name} with seed {seed} did not end well; its own line above says why")
+    shown = f"python scripts/reproduce.py {name}"
+    if config.epochs == epochs:
+        shown += f" --epochs={epochs:g}"
+    print(f"record: {keep(workdir, shown).relative_to(ROOT)}")
 
 
 def main(argv: list[str]) -> None:
     if FLAGS.record:
         print(f"record: {keep(Path(FLAGS.record)).relative_to(ROOT)}")
     elif not FLAGS.table:
-        names = chosen(argv)
-        cli.import_tensorflow()
-        for name in names:
+        for name in chosen(argv):
             for seed in range(FLAGS.seeds):
                 run(name, seed, FLAGS.epochs)
                 rewrite(ROOT / "README.md", "results", table(load_records()))
