@@ -38,7 +38,7 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
 
 @functools.cache  # the reductions of two such strategies in one process would get in each other's way
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    return tf.distribute.MirroredStrategy(devices)
+    return tf.distribute.MirroredStrategy(list(devices))
 
 
 @functools.cache

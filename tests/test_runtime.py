@@ -16,6 +16,17 @@ from cifar10_trainer import runtime
 from cifar10_trainer.errors import ConfigError, RunError
 
 
+@pytest.fixture(autouse=True)
+def no_strategies_from_before():
+    """A process has one strategy of a kind for good; here each test begins without."""
+    caches = (runtime._mirrored, runtime._multi_worker)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.fixture
 def devices(monkeypatch):
     """Pretends that there are so many GPUs: devices(gpus)."""
