@@ -10,6 +10,7 @@ function of (seed, step), a run restored at step n goes on exactly as if it had 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -188,9 +189,8 @@ class Engine:
                 values = [*self.twin.trainable_variables, *self._statistics()]
                 self.averages = [tf.Variable(v.numpy(), trainable=False) for v in values]
 
-        table = augment.pixel_table(tf.constant(images))
+        self.table = augment.pixel_table(tf.constant(images))
         self.labels = tf.constant(labels, tf.int32)
-        self.table = table
         if self.on_device:
             self.table, self.labels = (
                 strategy.experimental_distribute_values_from_function(lambda _, x=x: tf.identity(x))
@@ -312,11 +312,11 @@ class Engine:
         """Batches from the present step to `end`; made once for a stretch of steps without a break."""
         key = (end, size)
         if self._iterator is None or self._iterator[0] != key:
-
-            def data(context):
-                if self.on_device:
-                    return index_data(self.order, self.step, end, context)
-                return training_data(
+            context = self._context()
+            if self.on_device:
+                data = index_data(self.order, self.step, end, context)
+            else:
+                data = training_data(
                     self.order,
                     self.step,
                     end,
@@ -325,8 +325,7 @@ class Engine:
                     fetcher=self._fetcher(size),
                     context=context,
                 )
-
-            self._iterator = key, iter(data(self._context()))
+            self._iterator = key, iter(data)
         return self._iterator[1]
 
     def _context(self) -> tf.distribute.InputContext:
@@ -383,37 +382,29 @@ class Engine:
 
     def evaluate(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Mean loss and accuracy over all of the images, computed by the twin on all replicas, plain (one view)."""
-        if not hasattr(self, "_evaluate"):
-
-            @tf.function(reduce_retracing=True)
-            def run(data, count):
-                loss = hits = tf.constant(0.0)
-                for _ in tf.range(count):
-                    part, right = self.strategy.run(self._replica_evaluation, args=(self._next(data),))
-                    loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
-                    hits += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
-                return loss, hits
-
-            self._evaluate = run
         part = EVALUATION_BATCH
         rounds = -(-len(images) // (part * self.replicas))
-
-        def data(context):
-            workers = context.num_input_pipelines
-            local = self.replicas // workers
-            mine = [
-                r * self.replicas + context.input_pipeline_id * local + i
-                for r in range(rounds)
-                for i in range(local)
-            ]
-            starts = tf.data.Dataset.from_tensor_slices(tf.constant(mine) * part)
-            batches = starts.map(lambda s: padded_slice(images_t, labels_t, s, part)).prefetch(2)
-            return batches.with_options(tuned_by_hand())
-
+        starts = [(r * self.replicas + i) * part for r in range(rounds) for i in self._replica_ids]
         images_t, labels_t = tf.constant(images), tf.constant(labels, tf.int32)
-        iterator = iter(data(self._context()))
-        loss, hits = self._evaluate(iterator, tf.constant(rounds))
+        data = tf.data.Dataset.from_tensor_slices(tf.constant(starts))
+        data = data.map(lambda s: padded_slice(images_t, labels_t, s, part)).prefetch(2)
+        loss, hits = self._evaluation(iter(data.with_options(tuned_by_hand())), tf.constant(rounds))
         return {"loss": float(loss) / len(images), "accuracy": float(hits) / len(images)}
+
+    @functools.cached_property
+    def _evaluation(self) -> Callable:
+        """The compiled loop of an evaluation: (iterator, count) -> sums of loss and of right answers."""
+
+        @tf.function(reduce_retracing=True)
+        def loop(iterator, count):
+            loss = hits = tf.constant(0.0)
+            for _ in tf.range(count):
+                part, right = self.strategy.run(self._replica_evaluation, args=(self._next(iterator),))
+                loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
+                hits += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
+            return loss, hits
+
+        return loop
 
     def _replica_evaluation(self, batch):
         images, labels, weight = batch

@@ -139,7 +139,6 @@ def torch_steps(pixels, labels, batch: int, quick: bool) -> dict[str, Callable[[
     import torch
     from torch import nn
 
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     x = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(labels)
 
@@ -293,7 +292,7 @@ def main(argv: list[str]) -> None:
     if not (ROOT / "README.md").exists():
         raise ConfigError("the benchmark runs in a checkout; its README.md is not there")
     cli.import_tensorflow()
-    from reproduce import rewrite
+    from reproduce import commit, rewrite
 
     from cifar10_trainer import report, runtime
 
@@ -301,9 +300,8 @@ def main(argv: list[str]) -> None:
     for name in argv or SECTIONS:
         print(f"== {name}: {SECTIONS[name].__doc__}")
         record["sections"][name] = SECTIONS[name](FLAGS.quick)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     record.update(
-        date=time.strftime("%Y-%m-%d"), commit=commit.stdout.strip(), environment=runtime.describe(),
+        date=time.strftime("%Y-%m-%d"), commit=commit(), environment=runtime.describe(),
         command="python " + " ".join(sys.orig_argv[1:]),
     )  # fmt: skip
     RECORD.parent.mkdir(exist_ok=True)

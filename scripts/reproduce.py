@@ -72,12 +72,9 @@ def keep(workdir: Path, command: str | None = None) -> Path:
         config, metrics = (json.loads((workdir / f"{n}.json").read_text()) for n in ("config", "metrics"))
     except OSError as error:
         raise RunError(f"{workdir} holds no finished run: {error.strerror}: {error.filename}") from error
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     record = {
         "date": time.strftime("%Y-%m-%d", time.localtime((workdir / "metrics.json").stat().st_mtime)),
-        "commit": commit,
+        "commit": commit(),
         "command": command or config["command"],
         "environment": config.pop("environment"),
         "metrics": metrics,
@@ -88,6 +85,12 @@ def keep(workdir: Path, command: str | None = None) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     report.write_atomic(path, json.dumps(record, indent=1) + "\n")
     return path
+
+
+def commit() -> str:
+    """The checkout's commit, short; empty where there is none."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def load_records() -> list[dict[str, Any]]:
