@@ -1,8 +1,8 @@
 """The one training step and loop, the same for every strategy, precision and device.
 
-`Engine` trains an accelerated twin of a plain Keras model: batch norm in one fused kernel, the compute dtype of
-the policy, no softmax. A step is a pure function of variables' values (`stateless_call`), so that XLA can compile it
-on a GPU; several steps run in one loop inside the graph. `Model.fit` does none of this under every strategy.
+`Engine` trains the accelerated twin (`twin.py`) of a plain Keras model. A step is a pure function of variables'
+values (`stateless_call`), so that XLA can compile it on a GPU; several steps run in one loop inside the graph.
+`Model.fit` does none of this under every strategy.
 
 The engine's whole state is a dictionary of arrays: `state()` and `restore()`. With the data's order being a
 function of (seed, step), a run restored at step n goes on exactly as if it had never stopped.
@@ -20,98 +20,11 @@ import tensorflow as tf
 
 from . import augment, models, optim, runtime
 from .config import Config
-from .errors import ConfigError, RunError
+from .errors import RunError
 from .pipeline import Fetcher, Order, index_data, training_data, tuned_by_hand
+from .twin import accelerate, check_sizes
 
 EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
-
-
-@keras.saving.register_keras_serializable("cifar10_trainer")
-class FusedBatchNormalization(keras.layers.BatchNormalization):
-    """Keras's batch norm over the last axis, in one kernel forward and one backward: bfloat16 in, float32 statistics.
-
-    Same weights, same results within rounding; epsilon is at least 1.001e-5, as the kernel wants it.
-    """
-
-    def call(self, inputs, training=None, mask=None):
-        channels = inputs.shape[-1]
-        flat = tf.reshape(inputs, [-1, 1, 1, channels]) if len(inputs.shape) == 2 else inputs
-        ones, zeros = tf.ones([channels]), tf.zeros([channels])
-        scale = ones if self.gamma is None else tf.convert_to_tensor(self.gamma)
-        offset = zeros if self.beta is None else tf.convert_to_tensor(self.beta)
-        epsilon = max(self.epsilon, 1.001e-5)
-        if not (training and self.trainable):
-            mean, variance = (
-                tf.convert_to_tensor(self.moving_mean),
-                tf.convert_to_tensor(self.moving_variance),
-            )
-            output, *_ = tf.compat.v1.nn.fused_batch_norm(
-                flat, scale, offset, mean, variance, epsilon=epsilon, is_training=False
-            )
-            return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
-        output, mean, variance = tf.compat.v1.nn.fused_batch_norm(flat, scale, offset, epsilon=epsilon)
-        # The kernel's variance is the unbiased one; Keras keeps the biased.
-        count = tf.cast(tf.size(flat) // channels, tf.float32)
-        variance = variance * ((count - 1) / count)
-        for average, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            old = tf.convert_to_tensor(average)
-            average.assign(old * self.momentum + new * (1 - self.momentum))
-        return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
-
-
-def accelerate(
-    model: keras.Model, policy: str, *, any_size: bool = False, synchronize: bool = False
-) -> keras.Model:
-    """A twin of `model` up to its logits, faster to train: the same variables in the same order, and their values.
-
-    The twin computes in `policy`; preprocessing and everything from the logits on stay in float32.
-
-    Args:
-        model: functional, with a layer "logits".
-        policy: a Keras dtype policy's name.
-        any_size: whether the twin takes images of any height and width.
-        synchronize: whether batch norm takes its statistics over all replicas (Keras's own, unfused kernel).
-    """
-    body = keras.Model(model.input, model.get_layer("logits").output)
-    head = {"preprocess", "head", "logits"}
-
-    def twin(layer):
-        config = layer.get_config()
-        if layer.name not in head:
-            config["dtype"] = policy
-        if type(layer) is keras.layers.BatchNormalization and config["axis"] in (
-            -1,
-            len(layer.output.shape) - 1,
-        ):
-            if synchronize:
-                return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
-            return FusedBatchNormalization.from_config(config)
-        return layer.__class__.from_config(config)
-
-    shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
-    result = keras.models.clone_model(body, input_tensors=keras.Input(shape), clone_function=twin)
-    for old, new in zip(body.layers, result.layers, strict=True):
-        new.trainable = old.trainable
-    result.set_weights(body.get_weights())
-    return result
-
-
-def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
-    """Raises ConfigError where the weights of `model` do not fit square images of these sides."""
-    for side in {min(sizes), max(sizes)}:
-        try:
-            twin = keras.models.clone_model(
-                model, input_tensors=keras.Input((side, side, model.input_shape[-1]))
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger ones"
-            ) from error
-        if [w.shape for w in twin.weights] != [w.shape for w in model.weights]:
-            raise ConfigError(
-                f"sizes is {sizes}, but {model.name} flattens its maps, so it takes images of one size;"
-                " allowed: () for them as they are"
-            )
 
 
 @dataclass

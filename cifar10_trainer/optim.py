@@ -50,6 +50,28 @@ class Course(keras.optimizers.schedules.LearningRateSchedule):
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
+class Adam(keras.optimizers.Adam):
+    """Keras's Adam, each variable in one kernel: a step reads and writes it once, not once an operation."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        index = self._get_variable_index(variable)
+        dtype = variable.dtype
+        step = tf.cast(self.iterations + 1, dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.cast(self.beta_1, dtype) ** step,
+            beta2_power=tf.cast(self.beta_2, dtype) ** step,
+            lr=tf.cast(learning_rate, dtype),
+            beta1=tf.cast(self.beta_1, dtype),
+            beta2=tf.cast(self.beta_2, dtype),
+            epsilon=tf.cast(self.epsilon, dtype),
+            grad=gradient,
+        )
+
+
+@keras.saving.register_keras_serializable("cifar10_trainer")
 class SGD(keras.optimizers.SGD):
     """Keras's SGD with L2 in the gradient, and a learning rate of their own for batch-norm offsets.
 
@@ -68,7 +90,17 @@ class SGD(keras.optimizers.SGD):
             gradient = gradient * self.bias_multiplier
         if self.l2:
             gradient = gradient + self.l2 * tf.convert_to_tensor(variable)
-        super().update_step(gradient, variable, learning_rate)
+        if not self.momentum:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        tf.raw_ops.ResourceApplyKerasMomentum(  # Keras's own rule, in one kernel
+            var=variable.handle,
+            accum=self.momentums[self._get_variable_index(variable)].value.handle,
+            lr=tf.cast(learning_rate, variable.dtype),
+            grad=gradient,
+            momentum=tf.cast(self.momentum, variable.dtype),
+            use_nesterov=self.nesterov,
+        )
 
     def get_config(self):
         return {**super().get_config(), "l2": self.l2, "bias_multiplier": self.bias_multiplier}
@@ -130,7 +162,7 @@ def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> kera
     constant = schedule.name in ("constant", "plateau") and not schedule.warmup
     rate = o.learning_rate if constant else Course(o.learning_rate, steps, schedule)
     if o.name == "adam":
-        return keras.optimizers.Adam(rate, clipnorm=None, global_clipnorm=o.clip_norm)
+        return Adam(rate, global_clipnorm=o.clip_norm)
     if o.name == "adamw":
         return keras.optimizers.AdamW(rate, weight_decay=o.weight_decay, global_clipnorm=o.clip_norm)
     kind = SGD if o.name == "sgd" else Muon

@@ -12,11 +12,12 @@ import tensorflow as tf
 
 from cifar10_trainer import models, runtime, scoring
 from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, Schedule
-from cifar10_trainer.engine import Engine, FusedBatchNormalization, accelerate
+from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.models import fast
 from cifar10_trainer.pipeline import index_data, training_data
 from cifar10_trainer.recipes import RECIPES
+from cifar10_trainer.twin import FastDropout, FusedBatchNormalization, accelerate
 
 SGD = Optimizer(name="sgd", learning_rate=0.05, momentum=0.9)
 ADAM = Optimizer(name="adam", learning_rate=0.01)
@@ -109,6 +110,43 @@ def test_fused_batch_norm_is_keras_batch_norm(policy, shape, scale_and_center, m
     for one, other, before in zip(moving, plain_moving, weights[-2:], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
         assert np.array_equal(one, before) == (mode != "training")
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
+def test_fast_dropout_is_dropout(policy, rate):
+    layer = FastDropout(rate, seed=1, dtype=policy)
+    ones = tf.ones([999, 101])  # an odd number of numbers
+    first, second = (tf.cast(layer(ones, training=True), tf.float32).numpy() for _ in range(2))
+    # Keras's own values, within the eight bits of bfloat16
+    kept = float(keras.ops.max(keras.layers.Dropout(rate, dtype="float32")(ones, training=True)))
+    for output in (first, second):
+        assert output.shape == (999, 101)
+        assert set(np.unique(output == 0)) == {False, True}
+        np.testing.assert_allclose(output[output != 0], kept, rtol=4e-3 if "b" in policy else 1e-4)
+        # five standard deviations of a share of 100,899 numbers
+        assert abs((output == 0).mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / output.size)
+    zeros = [(x == 0).ravel() for x in (first, second, np.roll(first, 1, 0), np.roll(first, 1, 1))]
+    for other in zeros[1:]:  # neither the next call nor a neighbour: correlation below five in sqrt(n)
+        assert abs(np.corrcoef(zeros[0], other)[0, 1]) < 5 / np.sqrt(first.size)
+    assert layer(ones) is ones or np.array_equal(layer(ones), ones)
+
+
+def test_fast_dropout_gates_its_gradient():
+    layer = FastDropout(0.25, seed=3)
+    x = tf.Variable(np.random.default_rng(0).normal(1, 0.1, (64, 32)).astype(np.float32))
+    with tf.GradientTape() as tape:
+        output = layer(x, training=True)
+    np.testing.assert_allclose(tape.gradient(output, x), np.where(output.numpy() == 0, 0, 4 / 3), rtol=1e-4)
+
+
+def test_the_twin_drops_fast():
+    twin = accelerate(
+        models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10), "float32"
+    )
+    found = [layer for layer in twin.layers if isinstance(layer, keras.layers.Dropout)]
+    assert [layer.rate for layer in found] == [0.2, 0.3, 0.4, 0.4]
+    assert all(type(layer) is FastDropout for layer in found)
 
 
 # --- the twin -------------------------------------------------------------------------------------------
@@ -471,7 +509,8 @@ np.save("probabilities.npy", model.predict(np.load("images.npy"), verbose=0))
 
 
 def test_it_learns():
-    engine = make_engine(VGG.override(options__batch_norm=False, optimizer=ADAM, epochs=30))
+    options = {"filters": (8, 16), "dense": 32}  # narrower ones often die of their ReLUs
+    engine = make_engine(VGG.override(options=options, optimizer=ADAM, epochs=60))
     before = engine.evaluate(*pictures())
     while engine.step < engine.steps:
         engine.train(100)

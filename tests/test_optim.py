@@ -298,7 +298,7 @@ def used_by(name, **settings):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("sgd", SGD), ("muon", Muon), ("adam", keras.optimizers.Adam), ("adamw", keras.optimizers.AdamW)],
+    [("sgd", SGD), ("muon", Muon), ("adam", optim.Adam), ("adamw", keras.optimizers.AdamW)],
 )
 def test_make_optimizer(name, kind):
     given = Optimizer(
