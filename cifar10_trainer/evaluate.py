@@ -114,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The images and labels of split `name`; training and validation images are parted as `settings` say.
 
-    settings: validation_fraction, validation_split and seed of the run; without them all training images are
+    settings: validation_fraction, _split and _fold, and seed of the run; without them all training images are
     for training. Raises ConfigError when the split is empty.
     """
     if name == "test":
@@ -122,7 +122,8 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
         others = "validation, train"
     else:
         fraction, kind = settings.get("validation_fraction"), settings.get("validation_split", "stratified")
-        parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0))
+        fold = settings.get("validation_fold", 0)
+        parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0), fold)
         images, labels = parts[:2] if name == "train" else parts[2:]
         others = "test, train; or --workdir with the run that parted the training images"
     if len(labels) == 0:

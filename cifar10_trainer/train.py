@@ -31,6 +31,7 @@ WRITTEN = (  # what a run writes, and --overwrite removes
     "history.csv",
     "metrics.json",
     "model.keras",
+    "model.h5",
     "state.npz",
     "classification_report.txt",
     "report.html",
@@ -52,6 +53,8 @@ def train_and_evaluate(
     verbose: int = 1,
     full_report: bool = True,
     score_test: bool = True,
+    hdf5: bool = False,
+    since: float | None = None,
 ) -> dict[str, Any]:
     """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
 
@@ -69,6 +72,8 @@ def train_and_evaluate(
         verbose: 1: words and a progress bar; 0: nothing.
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
         score_test: whether to score the test images; a search does not.
+        hdf5: whether to leave the model in the older format as well, as model.h5.
+        since: when this run's clock began, as from `time.time()`; None: when this process began.
 
     Returns: the contents of metrics.json.
     Raises: ConfigError for what cannot be; RunError for what failed, and for an interrupted run.
@@ -88,7 +93,8 @@ def train_and_evaluate(
 
     # ---- data ---------------------------------------------------------------------------------------------------
     data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
-    split = datasets.split(data, config.validation_fraction, config.validation_split, config.seed)
+    fraction, kind = config.validation_fraction, config.validation_split
+    split = datasets.split(data, fraction, kind, config.seed, config.validation_fold)
     train_images, train_labels, val_images, val_labels = split
     replicas = strategy.num_replicas_in_sync
     runtime.check_batch(config.batch_size, len(train_images), replicas)
@@ -128,6 +134,7 @@ def train_and_evaluate(
         callbacks=callbacks,
         verbose=verbose,
         full_report=full_report,
+        since=since or runtime.process_start(),
     )
     if saved:
         run.restore(saved)
@@ -155,6 +162,8 @@ def train_and_evaluate(
     # ---- evaluate -----------------------------------------------------------------------------------------
     kept = workdir / "model.keras"  # a worker that does not share the chief's folder has none, and no scores
     best = keras.models.load_model(kept, compile=False) if chief or kept.exists() else None
+    if chief and hdf5:
+        _write_model(best, workdir / "model.h5")
     images, labels = (
         (data.test_images, data.test_labels) if len(data.test_labels) else (val_images, val_labels)
     )
@@ -223,7 +232,9 @@ def _unfinished(workdir: Path, config: Config) -> dict | None:
     if (workdir / "metrics.json").exists():
         raise ConfigError(f"{workdir} holds a finished run; {way_out}")
     try:
-        there = dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+        there = Config.from_record(
+            dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+        ).to_dict()
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{workdir / 'config.json'} is damaged ({error}); {way_out}") from error
     ours = config.to_dict()
@@ -248,6 +259,18 @@ def _damaged(workdir: Path, error: Exception) -> str:
     return (
         f"{workdir / 'state.npz'} is damaged, or of other data ({reason}); delete it to begin this run again"
     )
+
+
+def _write_model(model: keras.Model, path: Path) -> None:
+    """Saves `model` in the format that the name of `path` ends in, whole or not at all. Raises RunError."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        model.save(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}; make room or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _pixel_statistics(
@@ -294,7 +317,7 @@ class _Signals:
 class _Run:
     """The loop over epochs, and what it remembers."""
 
-    def __init__(self, engine, config, workdir, *, chief, began, callbacks, verbose, full_report):
+    def __init__(self, engine, config, workdir, *, chief, began, callbacks, verbose, full_report, since):
         self.engine, self.config, self.workdir = engine, config, workdir
         self.chief, self.full_report = chief, full_report
         self.history: list[dict[str, Any]] = []
@@ -302,7 +325,8 @@ class _Run:
         self.images, self.step_seconds = 0, 0.0
         self._memories: list[dict[str, Any]] = []  # of callbacks, from before this process
         # When this process began to train, and what earlier ones spent: on it, and on starting.
-        self._began, self._before, self._starts, self._saved = began, 0.0, 0.0, time.time()
+        self._since, self._began, self._saved = since, began, time.time()
+        self._before, self._starts = 0.0, 0.0
         # The callbacks' model shares the plain model's layers, so that an optimizer attached to it is not saved.
         self._face = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
         self._face.optimizer = engine.optimizer
@@ -358,7 +382,7 @@ class _Run:
 
     def elapsed(self) -> float:
         """Spent in this run by all processes, from the start of the first."""
-        return self.seconds() + self._starts + self._began - runtime.process_start()
+        return self.seconds() + self._starts + self._began - self._since
 
     def loop(self, val_images, val_labels, signals) -> None:
         """Trains from where the engine stands to the end, or until a callback or a signal stops it."""
@@ -446,14 +470,7 @@ class _Run:
 
     def _save_model(self) -> None:
         if self.chief:
-            path, temporary = self.workdir / "model.keras", self.workdir / ".model.keras"
-            try:
-                self.engine.model.save(temporary)
-                os.replace(temporary, path)
-            except OSError as error:
-                raise RunError(f"cannot write {path}: {error}; make room or choose another folder") from error
-            finally:
-                temporary.unlink(missing_ok=True)
+            _write_model(self.engine.model, self.workdir / "model.keras")
 
     # -- resuming ----------------------------------------------------------------------------------------------
 
