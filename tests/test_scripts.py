@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,56 @@ def test_tutorial_four_of_the_benchmark_is_the_recipe():
     ours = models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10)
     assert peer.count_params() == ours.count_params() == 1_345_066
     assert [w.shape for w in peer.weights] == [w.shape for w in ours.weights]
+
+
+def outputs(notebook):
+    """For each code cell that shows something the kinds of its outputs, and all the text shown."""
+    kinds, text = [], ""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and cell["outputs"]:
+            kinds.append([sorted(o.get("data", [o.get("name", o["output_type"])])) for o in cell["outputs"]])
+            text += "".join(line for o in cell["outputs"] for line in o.get("text", []))
+    return kinds, text
+
+
+def read_notebook(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_the_notebook_shows_what_was_executed():
+    path = ROOT / "scripts" / "tutorial1.ipynb"
+    notebook, raw = read_notebook(path), path.read_text(encoding="utf-8")
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    kinds, text = outputs(notebook)
+    assert len(kinds) == len(code) - 1  # all but the first, the imports
+    assert sum(["image/png", "text/plain"] in kind for kind in kinds) == 5
+    assert "Traceback" not in raw and not any("error" in kind for cell in kinds for kind in cell)
+    assert not re.search(r"/(home|root|tmp|usr|opt|work|mnt|Users)/", raw), "a path of one machine"
+    assert len(raw) < 300_000
+    for step in ("test accuracy", "precision    recall", "kept: epoch", "the same from HDF5: True"):
+        assert step in text
+
+
+@pytest.mark.slow
+def test_the_notebook_executes_on_the_embedded_data(tmp_path):
+    script = ROOT / "scripts" / "notebook.py"
+    done = subprocess.run(
+        [sys.executable, script, "--output=executed.ipynb"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [p.name for p in tmp_path.iterdir()] == ["executed.ipynb"]
+    found, committed = (
+        read_notebook(tmp_path / "executed.ipynb"),
+        read_notebook(ROOT / "scripts/tutorial1.ipynb"),
+    )
+    assert [cell["source"] for cell in found["cells"]] == [cell["source"] for cell in committed["cells"]]
+    kinds, text = outputs(found)
+    assert kinds == outputs(committed)[0]
+    assert float(re.search(r"test accuracy ([\d.]+)%", text)[1]) > 90  # ten classes: 10 by chance
+    accuracies = re.findall(r"accuracy(?: of the loaded model:)? ([\d.]+)%", text)
+    assert accuracies[0] == accuracies[-1], "the saved model scores what training reported"
+    assert "the same from HDF5: True" in text
 
 
 def test_readme_commands_are_there_for_the_checks():

@@ -169,8 +169,8 @@ def test_the_folder_is_complete(whole):
         "figures",
         "tensorboard",
     }
-    figures = ["sample_images", "class_distribution", "training_curves", "confusion_matrix"]
-    for name in (*figures, "misclassified_examples"):
+    figures = ["sample_images", "random_samples", "class_distribution", "training_curves"]
+    for name in (*figures, "confusion_matrix", "misclassified_examples"):
         with Image.open(workdir / "figures" / f"{name}.png") as image:
             assert min(image.size) > 100
     events = [p for p in (workdir / "tensorboard").rglob("*") if "tfevents" in p.name]
