@@ -62,56 +62,56 @@ def cross_validate(
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError("folds on a cluster of workers; allowed: one machine")
     data = _without_test_images(dataset or datasets.load(config.dataset, data_dir, config.image_size), folds)
+    (workdir / "folds.json").unlink(missing_ok=True)
+    more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
+    taken = ("n_validation", "epochs", "best_epoch", "train_seconds")
     runs = []
-    for fold in range(folds):
-        say(f"{'' if fold == 0 else chr(10)}-- fold {fold + 1} of {folds}")
-        one = config.override(
-            validation_fraction=1 / folds, validation_split="stratified", validation_fold=fold
-        )
-        folder = workdir / f"fold-{fold + 1}-of-{folds}"
-        metrics = None if overwrite else _finished(folder, one)
-        if metrics is None:
-            try:
-                metrics = train_and_evaluate(
-                    one,
-                    folder,
-                    data_dir=data_dir,
-                    dataset=data,
-                    overwrite=overwrite,
-                    verbose=verbose,
-                    since=since,
-                )
-            except Interrupted as error:
-                raise Interrupted(
-                    f"stopped in fold {fold + 1} of {folds}; everything is saved in {workdir}; the same command with"
-                    f" --workdir={workdir} goes on from there"
-                ) from error
-        else:
-            say(f"finished before: {100 * metrics['best_val_accuracy']:.2f}%")
-        names = ("n_validation", "epochs", "best_epoch", "train_seconds")
-        runs.append(
-            {"fold": fold + 1, "val_accuracy": metrics["best_val_accuracy"], **{n: metrics[n] for n in names}}
-        )
-        keras.utils.clear_session()  # k models are more than one
+    for i in range(folds):
+        say(f"-- fold {i + 1} of {folds}")
+        one = config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
+        metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+        accuracy = metrics["best_val_accuracy"]
+        say(f"   {100 * accuracy:.2f}%\n")
+        runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
         since = time.time()
+    summary = _summary(config, data, runs)
+    report.write_atomic(workdir / "folds.json", json.dumps(summary, indent=2) + "\n")
+    mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
+    each = ", ".join(f"{100 * run['val_accuracy']:.2f}" for run in runs)
+    say(f"{folds} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})")
+    say(f"  files  {workdir}/  (folds.json)")
+    return summary
+
+
+def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:
+    """The metrics of one fold: those of the finished run in its folder, or of one that is trained, or resumed, now."""
+    metrics = None if overwrite else _finished(folder, config)
+    if metrics is not None:
+        return metrics
+    try:
+        return train_and_evaluate(config, folder, overwrite=overwrite, **more)
+    except Interrupted as error:
+        raise Interrupted(
+            f"stopped in {folder.name}; everything is saved in {folder.parent}; the same command with"
+            f" --workdir={folder.parent} goes on from there"
+        ) from error
+    finally:
+        keras.utils.clear_session()  # k models are more than one
+
+
+def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What folds.json holds."""
     accuracies = [run["val_accuracy"] for run in runs]
-    summary = {
+    return {
         "recipe": config.recipe,
         "dataset": data.name,
-        "folds": folds,
+        "folds": len(runs),
         "seed": config.seed,
         "n_train": len(data.train_labels),
         "val_accuracy_mean": statistics.mean(accuracies),
         "val_accuracy_std": statistics.stdev(accuracies),
         "runs": runs,
     }
-    report.write_atomic(workdir / "folds.json", json.dumps(summary, indent=2) + "\n")
-    each = ", ".join(f"{100 * a:.2f}" for a in accuracies)
-    say(
-        f"\n{folds} folds: validation accuracy {100 * summary['val_accuracy_mean']:.2f}%"
-        f" ± {100 * summary['val_accuracy_std']:.2f} ({each})\n  files  {workdir}/  (folds.json)"
-    )
-    return summary
 
 
 def _without_test_images(data: Dataset, folds: int) -> Dataset:

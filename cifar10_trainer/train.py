@@ -139,15 +139,7 @@ def train_and_evaluate(
     if saved:
         run.restore(saved)
         say(f"resumed at step {engine.step:,} of {engine.steps:,}")
-    record = {
-        **config.to_dict(),
-        "class_names": list(data.class_names),
-        "data_dir": data_dir and str(data_dir),
-        "data_source": data.source,
-        "parameters": model.count_params(),
-        "command": "python " + " ".join(sys.orig_argv[1:]),
-        "environment": runtime.describe(),
-    }
+    record = _record(config, data, data_dir, model)
     if chief:
         report.write_atomic(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
@@ -164,14 +156,8 @@ def train_and_evaluate(
     best = keras.models.load_model(kept, compile=False) if chief or kept.exists() else None
     if chief and hdf5:
         _write_model(best, workdir / "model.h5")
-    images, labels = (
-        (data.test_images, data.test_labels) if len(data.test_labels) else (val_images, val_labels)
-    )
-    scores: dict[int, dict[str, float]] = {}
-    probabilities = np.zeros((0, data.num_classes), np.float32)
-    for views in sorted({1, config.views}) if score_test and best and len(labels) else ():
-        probabilities = scoring.predict_probabilities(best, images, views=views)
-        scores[views] = scoring.score(labels, probabilities)
+    to_score = split[2:] if len(data.test_labels) == 0 else (data.test_images, data.test_labels)
+    scores, probabilities = _score(best if score_test else None, *to_score, data.num_classes, config.views)
     tested = scores if len(data.test_labels) else {}
     metrics = {
         "recipe": config.recipe,
@@ -208,6 +194,31 @@ def train_and_evaluate(
         (workdir / "state.npz").unlink(missing_ok=True)
     _summarise(say, metrics, workdir)
     return metrics
+
+
+def _record(config: Config, data: Dataset, data_dir: str | None, model: keras.Model) -> dict[str, Any]:
+    """What config.json holds: the config, and what the run found (`config.RECORDED`)."""
+    return {
+        **config.to_dict(),
+        "class_names": list(data.class_names),
+        "data_dir": data_dir and str(data_dir),
+        "data_source": data.source,
+        "parameters": model.count_params(),
+        "command": "python " + " ".join(sys.orig_argv[1:]),
+        "environment": runtime.describe(),
+    }
+
+
+def _score(
+    model: keras.Model | None, images: np.ndarray, labels: np.ndarray, classes: int, views: int
+) -> tuple[dict[int, dict[str, float]], np.ndarray]:
+    """({views: scores} of one view and of `views`, probabilities [n, classes] of `views`); empty without a model."""
+    scores: dict[int, dict[str, float]] = {}
+    probabilities = np.zeros((0, classes), np.float32)
+    for number in sorted({1, views}) if model and len(labels) else ():
+        probabilities = scoring.predict_probabilities(model, images, views=number)
+        scores[number] = scoring.score(labels, probabilities)
+    return scores, probabilities
 
 
 def _make_folder(workdir: Path, overwrite: bool) -> None:

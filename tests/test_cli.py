@@ -132,7 +132,8 @@ def test_flag_and_config(flag, trained):
 def test_no_flags_are_the_default_recipe(trained):
     assert config_of() == DEFAULT
     assert invoke() == 0
-    assert trained == [{"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False}]
+    expected = {"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False, "hdf5": False}
+    assert trained == [expected]
 
 
 def test_zero_is_a_value_and_not_the_lack_of_one():
