@@ -95,7 +95,7 @@ def train_and_evaluate(
     data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
     fraction, kind = config.validation_fraction, config.validation_split
     split = datasets.split(data, fraction, kind, config.seed, config.validation_fold)
-    train_images, train_labels, val_images, val_labels = split
+    train_images, _, val_images, val_labels = split
     replicas = strategy.num_replicas_in_sync
     runtime.check_batch(config.batch_size, len(train_images), replicas)
     say(
@@ -111,15 +111,7 @@ def train_and_evaluate(
     )
     if config.whitening:
         fast.whiten(model, train_images, mean, std)
-    engine = Engine(
-        model,
-        config,
-        train_images,
-        train_labels,
-        strategy=strategy,
-        policy=policy,
-        num_classes=data.num_classes,
-    )
+    engine = Engine(model, config, *split[:2], strategy=strategy, policy=policy, num_classes=data.num_classes)
     say(
         f"model: {config.recipe}, {model.count_params():,} parameters; {engine.steps:,} steps of {config.batch_size}"
     )
