@@ -29,7 +29,7 @@ setup(
         "tensorboard",  # imported by keras-tuner, which does not declare it
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "pytest-xdist"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "nbclient", "ipykernel"],
         "dev": ["ruff", "mypy", "build"],
     },
     entry_points={"console_scripts": ["cifar10-trainer = cifar10_trainer.__main__:command"]},

@@ -18,14 +18,26 @@ from .recipes import DEFAULT_RECIPE, RECIPES
 
 if TYPE_CHECKING:
     from .datasets import load as load
+    from .folds import cross_validate as cross_validate
     from .models.fast import build as build_model
     from .train import train_and_evaluate as train
 
 __version__ = "1.0.0"
-__all__ = ["DEFAULT_RECIPE", "RECIPES", "Config", "ConfigError", "RunError", "build_model", "load", "train"]
+__all__ = [
+    "DEFAULT_RECIPE",
+    "RECIPES",
+    "Config",
+    "ConfigError",
+    "RunError",
+    "build_model",
+    "cross_validate",
+    "load",
+    "train",
+]
 
 _LATE = {
     "build_model": ("models.fast", "build"),
+    "cross_validate": ("folds", "cross_validate"),
     "load": ("datasets", "load"),
     "train": ("train", "train_and_evaluate"),
 }

@@ -1,4 +1,4 @@
-"""python -m cifar10_trainer: flags -> Config -> train_and_evaluate."""
+"""python -m cifar10_trainer: flags -> Config -> train_and_evaluate, or cross_validate."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ _define(
     flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
 )
 _define(flags.DEFINE_boolean, "final_fit", "train on all training images and keep the last weights", False)
+_define(
+    flags.DEFINE_integer, "folds", "cross-validate: train once for each of so many parts, validated on it"
+)
 _define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
 _define(flags.DEFINE_string, "strategy", f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto")
 _define(flags.DEFINE_string, "precision", f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto")
@@ -69,6 +72,7 @@ _define(
     "the run folder; an unfinished run of the same configuration in it is resumed; default: runs/<recipe>-<time>",
 )
 _define(flags.DEFINE_boolean, "overwrite", "replace the run that is in --workdir", False)
+_define(flags.DEFINE_boolean, "hdf5", "leave the model as model.h5, too", False)
 
 
 def read_config(path: str) -> Config:
@@ -148,10 +152,20 @@ def main(argv: list[str]) -> None:
         list_recipes()
         return
     config = config_from_flags()
-    cli.import_tensorflow()
-    from .train import train_and_evaluate
+    where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite}
+    if FLAGS.folds is None:
+        cli.import_tensorflow()
+        from .train import train_and_evaluate
 
-    train_and_evaluate(config, FLAGS.workdir, data_dir=FLAGS.data_dir, overwrite=FLAGS.overwrite)
+        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, **where)
+        return
+    for flag in ("final_fit", "hdf5", "validation_fraction"):
+        if FLAGS[flag].present:
+            raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
+    cli.import_tensorflow()
+    from .folds import cross_validate
+
+    cross_validate(config, FLAGS.folds, FLAGS.workdir, **where)
 
 
 def command() -> int:

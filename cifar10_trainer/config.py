@@ -231,6 +231,7 @@ class Config(_Section):
         0.1  # of the training images; None: train on all, keep the last weights
     )
     validation_split: str = "stratified"  # "last": the last ones, as tutorials do
+    validation_fold: int = 0  # stratified: which of the equal parts of that size, from 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     # model
@@ -279,6 +280,7 @@ class Config(_Section):
         self._between("validation_interval", 1, 100_000)
         self._between("target", 0, 1)
         self._between("seed", 0, 2**31 - 1)
+        self._check_fold()
         if self.views not in (1, 2, 6):
             raise ConfigError(f"views is {self.views}; allowed: 1, 2, 6")
         if self.early_stopping is not None:
@@ -290,6 +292,21 @@ class Config(_Section):
             raise ConfigError(
                 "validation_fraction is None, but early stopping and the plateau schedule watch val_loss;"
                 " allowed: a fraction, or neither of them"
+            )
+        if needs_validation and self.validation_interval > 1:
+            raise ConfigError(
+                f"validation_interval is {self.validation_interval}, but early stopping and the plateau schedule"
+                " watch val_loss after every epoch; allowed: 1, or neither of them"
+            )
+
+    def _check_fold(self) -> None:
+        parts = int(1 / self.validation_fraction + 1e-9) if self.validation_fraction else 1
+        if self.validation_split != "stratified":
+            parts = 1
+        if not 0 <= self.validation_fold < parts:
+            raise ConfigError(
+                f"validation_fold is {self.validation_fold}; allowed with the {self.validation_split} split and"
+                f" validation_fraction {self.validation_fraction}: from 0 to {parts - 1}"
             )
 
     def to_dict(self) -> dict[str, Any]:

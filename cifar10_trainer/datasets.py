@@ -140,7 +140,7 @@ def load(
 
 
 def split(
-    dataset: Dataset, fraction: float | None, kind: str = "stratified", seed: int = 0
+    dataset: Dataset, fraction: float | None, kind: str = "stratified", seed: int = 0, fold: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Training images, training labels, validation images, validation labels.
 
@@ -148,6 +148,8 @@ def split(
         None: train on all, the validation arrays are empty. A dataset with its own validation images keeps
         them, whatever the fraction.
     kind: "stratified" draws each class's share at random from `seed`; "last" takes the last images.
+    fold: which of the 1 / fraction stratified parts is the validation set, from 0. Together they are all the
+        training images, each once.
 
     Both parts keep the order of the dataset. The test images are not looked at. Raises ConfigError on a value
     out of range, an empty validation set or a class left without a training image.
@@ -164,7 +166,7 @@ def split(
 
     count = round(labels.size * fraction)
     if kind == "stratified":
-        held_out = _stratified(labels, fraction, seed)
+        held_out = _stratified(labels, fraction, seed, fold)
     else:
         held_out = np.arange(labels.size) >= labels.size - count
     if count == 0:
@@ -216,17 +218,23 @@ def _reason(error: BaseException) -> str:
     return text.partition("\n")[0].rstrip(":")
 
 
-def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A bool mask of round(n * fraction) images, drawn from each class in proportion (largest remainders)."""
+def _stratified(labels: np.ndarray, fraction: float, seed: int, fold: int = 0) -> np.ndarray:
+    """A bool mask of round(n * fraction) images, drawn from each class in proportion; fold 1 is drawn after fold 0."""
+    starts, ends = (_shares(labels, min(part * fraction, 1.0)) for part in (fold, fold + 1))
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(labels.size, bool)
+    for k, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        mask[rng.permutation(np.flatnonzero(labels == k))[start:end]] = True
+    return mask
+
+
+def _shares(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """How many images of each class are its share of round(n * fraction), by largest remainders."""
     exact = np.bincount(labels) * fraction
     counts = np.floor(exact).astype(int)
     short = round(labels.size * fraction) - counts.sum()
     counts[np.argsort(counts - exact, kind="stable")[:short]] += 1
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(labels.size, bool)
-    for k, count in enumerate(counts):
-        mask[rng.permutation(np.flatnonzero(labels == k))[:count]] = True
-    return mask
+    return counts
 
 
 # ---- CIFAR-10: finding it

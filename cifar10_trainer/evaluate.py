@@ -1,6 +1,6 @@
 """A saved model and a data set -> probabilities and scores (python -m cifar10_trainer.evaluate).
 
-    python -m cifar10_trainer.evaluate --workdir RUN
+    python -m cifar10_trainer.evaluate --workdir RUN --show 4
     python -m cifar10_trainer.evaluate --model FILE --dataset folder --data_dir PICTURES --views 6
 
 The model is a plain Keras file; TensorFlow is imported when there is something to compute.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ flags.DEFINE_enum(
     "views", None, ("1", "2", "6"), "views to average over; default: the run's, else 1", flag_values=FLAGS
 )
 flags.DEFINE_integer("batch_size", BATCH_SIZE, "images at once", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "show", 0, "show what the model says to the first so many images", lower_bound=0, flag_values=FLAGS
+)
 flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=FLAGS)
 
 USAGE = (
@@ -114,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The images and labels of split `name`; training and validation images are parted as `settings` say.
 
-    settings: validation_fraction, validation_split and seed of the run; without them all training images are
+    settings: validation_fraction, _split and _fold, and seed of the run; without them all training images are
     for training. Raises ConfigError when the split is empty.
     """
     if name == "test":
@@ -122,7 +126,8 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
         others = "validation, train"
     else:
         fraction, kind = settings.get("validation_fraction"), settings.get("validation_split", "stratified")
-        parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0))
+        fold = settings.get("validation_fold", 0)
+        parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0), fold)
         images, labels = parts[:2] if name == "train" else parts[2:]
         others = "test, train; or --workdir with the run that parted the training images"
     if len(labels) == 0:
@@ -130,6 +135,24 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
             f"split is {name!r}, but there are no such images in {dataset.name!r}; allowed: {others}"
         )
     return images, labels
+
+
+def first_answers(
+    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], count: int
+) -> list[dict[str, Any]]:
+    """For each of the first `count` images {"image": its number, "true", "predicted": class names, "probability"}.
+
+    labels: whole numbers [n]; probabilities: [n, classes]; probability: 0-1, of the predicted class.
+    """
+    return [
+        {
+            "image": i,
+            "true": class_names[label],
+            "predicted": class_names[row.argmax()],
+            "probability": float(f"{row.max():.6g}"),
+        }
+        for i, (label, row) in enumerate(zip(labels[:count], probabilities[:count], strict=True))
+    ]
 
 
 def main(argv: list[str]) -> None:
@@ -163,13 +186,19 @@ def main(argv: list[str]) -> None:
     # ---- the numbers
     probabilities = predict_probabilities(model, images, FLAGS.batch_size, views)
     numbers = score(labels, probabilities)
+    answers = first_answers(labels, probabilities, dataset.class_names, FLAGS.show)
     if FLAGS.json:
         about = {"model": str(path), "dataset": name, "source": dataset.source, "split": FLAGS.split}
-        print(json.dumps({**about, "views": views, **numbers}))
+        print(json.dumps({**about, "views": views, **numbers, **({"first": answers} if answers else {})}))
         return
     print(f"{path} on {numbers['n']:,} {FLAGS.split} images of {name} ({dataset.source}), views: {views}")
     print(f"accuracy {numbers['accuracy']:.4f}   loss {numbers['loss']:.4f}\n")
-    print(report.classification_report(labels, probabilities.argmax(axis=1), dataset.class_names))
+    for a in answers:
+        print(f"image {a['image']}: {a['true']}, predicted {a['predicted']} ({a['probability']:.4f})")
+    print(
+        ("\n" if answers else "")
+        + report.classification_report(labels, probabilities.argmax(axis=1), dataset.class_names)
+    )
 
 
 if __name__ == "__main__":

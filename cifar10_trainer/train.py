@@ -31,6 +31,7 @@ WRITTEN = (  # what a run writes, and --overwrite removes
     "history.csv",
     "metrics.json",
     "model.keras",
+    "model.h5",
     "state.npz",
     "classification_report.txt",
     "report.html",
@@ -52,6 +53,8 @@ def train_and_evaluate(
     verbose: int = 1,
     full_report: bool = True,
     score_test: bool = True,
+    hdf5: bool = False,
+    since: float | None = None,
 ) -> dict[str, Any]:
     """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
 
@@ -69,6 +72,8 @@ def train_and_evaluate(
         verbose: 1: words and a progress bar; 0: nothing.
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
         score_test: whether to score the test images; a search does not.
+        hdf5: whether to leave the model in the older format as well, as model.h5.
+        since: when this run's clock began, as from `time.time()`; None: when this process began.
 
     Returns: the contents of metrics.json.
     Raises: ConfigError for what cannot be; RunError for what failed, and for an interrupted run.
@@ -88,8 +93,9 @@ def train_and_evaluate(
 
     # ---- data ---------------------------------------------------------------------------------------------------
     data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
-    split = datasets.split(data, config.validation_fraction, config.validation_split, config.seed)
-    train_images, train_labels, val_images, val_labels = split
+    fraction, kind = config.validation_fraction, config.validation_split
+    split = datasets.split(data, fraction, kind, config.seed, config.validation_fold)
+    train_images, _, val_images, val_labels = split
     replicas = strategy.num_replicas_in_sync
     runtime.check_batch(config.batch_size, len(train_images), replicas)
     say(
@@ -105,15 +111,7 @@ def train_and_evaluate(
     )
     if config.whitening:
         fast.whiten(model, train_images, mean, std)
-    engine = Engine(
-        model,
-        config,
-        train_images,
-        train_labels,
-        strategy=strategy,
-        policy=policy,
-        num_classes=data.num_classes,
-    )
+    engine = Engine(model, config, *split[:2], strategy=strategy, policy=policy, num_classes=data.num_classes)
     say(
         f"model: {config.recipe}, {model.count_params():,} parameters; {engine.steps:,} steps of {config.batch_size}"
     )
@@ -128,19 +126,12 @@ def train_and_evaluate(
         callbacks=callbacks,
         verbose=verbose,
         full_report=full_report,
+        since=since or runtime.process_start(),
     )
     if saved:
         run.restore(saved)
         say(f"resumed at step {engine.step:,} of {engine.steps:,}")
-    record = {
-        **config.to_dict(),
-        "class_names": list(data.class_names),
-        "data_dir": data_dir and str(data_dir),
-        "data_source": data.source,
-        "parameters": model.count_params(),
-        "command": "python " + " ".join(sys.orig_argv[1:]),
-        "environment": runtime.describe(),
-    }
+    record = _record(config, data, data_dir, model)
     if chief:
         report.write_atomic(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
@@ -155,14 +146,10 @@ def train_and_evaluate(
     # ---- evaluate -----------------------------------------------------------------------------------------
     kept = workdir / "model.keras"  # a worker that does not share the chief's folder has none, and no scores
     best = keras.models.load_model(kept, compile=False) if chief or kept.exists() else None
-    images, labels = (
-        (data.test_images, data.test_labels) if len(data.test_labels) else (val_images, val_labels)
-    )
-    scores: dict[int, dict[str, float]] = {}
-    probabilities = np.zeros((0, data.num_classes), np.float32)
-    for views in sorted({1, config.views}) if score_test and best and len(labels) else ():
-        probabilities = scoring.predict_probabilities(best, images, views=views)
-        scores[views] = scoring.score(labels, probabilities)
+    if chief and hdf5:
+        _write_model(best, workdir / "model.h5")
+    to_score = split[2:] if len(data.test_labels) == 0 else (data.test_images, data.test_labels)
+    scores, probabilities = _score(best if score_test else None, *to_score, data.num_classes, config.views)
     tested = scores if len(data.test_labels) else {}
     metrics = {
         "recipe": config.recipe,
@@ -201,6 +188,31 @@ def train_and_evaluate(
     return metrics
 
 
+def _record(config: Config, data: Dataset, data_dir: str | None, model: keras.Model) -> dict[str, Any]:
+    """What config.json holds: the config, and what the run found (`config.RECORDED`)."""
+    return {
+        **config.to_dict(),
+        "class_names": list(data.class_names),
+        "data_dir": data_dir and str(data_dir),
+        "data_source": data.source,
+        "parameters": model.count_params(),
+        "command": "python " + " ".join(sys.orig_argv[1:]),
+        "environment": runtime.describe(),
+    }
+
+
+def _score(
+    model: keras.Model | None, images: np.ndarray, labels: np.ndarray, classes: int, views: int
+) -> tuple[dict[int, dict[str, float]], np.ndarray]:
+    """({views: scores} of one view and of `views`, probabilities [n, classes] of `views`); empty without a model."""
+    scores: dict[int, dict[str, float]] = {}
+    probabilities = np.zeros((0, classes), np.float32)
+    for number in sorted({1, views}) if model and len(labels) else ():
+        probabilities = scoring.predict_probabilities(model, images, views=number)
+        scores[number] = scoring.score(labels, probabilities)
+    return scores, probabilities
+
+
 def _make_folder(workdir: Path, overwrite: bool) -> None:
     """Makes the run folder; empties it of an earlier run where that may be replaced. Raises RunError."""
     try:
@@ -223,7 +235,9 @@ def _unfinished(workdir: Path, config: Config) -> dict | None:
     if (workdir / "metrics.json").exists():
         raise ConfigError(f"{workdir} holds a finished run; {way_out}")
     try:
-        there = dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+        there = Config.from_record(
+            dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+        ).to_dict()
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{workdir / 'config.json'} is damaged ({error}); {way_out}") from error
     ours = config.to_dict()
@@ -248,6 +262,18 @@ def _damaged(workdir: Path, error: Exception) -> str:
     return (
         f"{workdir / 'state.npz'} is damaged, or of other data ({reason}); delete it to begin this run again"
     )
+
+
+def _write_model(model: keras.Model, path: Path) -> None:
+    """Saves `model` in the format that the name of `path` ends in, whole or not at all. Raises RunError."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        model.save(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}; make room or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _pixel_statistics(
@@ -294,7 +320,7 @@ class _Signals:
 class _Run:
     """The loop over epochs, and what it remembers."""
 
-    def __init__(self, engine, config, workdir, *, chief, began, callbacks, verbose, full_report):
+    def __init__(self, engine, config, workdir, *, chief, began, callbacks, verbose, full_report, since):
         self.engine, self.config, self.workdir = engine, config, workdir
         self.chief, self.full_report = chief, full_report
         self.history: list[dict[str, Any]] = []
@@ -302,7 +328,8 @@ class _Run:
         self.images, self.step_seconds = 0, 0.0
         self._memories: list[dict[str, Any]] = []  # of callbacks, from before this process
         # When this process began to train, and what earlier ones spent: on it, and on starting.
-        self._began, self._before, self._starts, self._saved = began, 0.0, 0.0, time.time()
+        self._since, self._began, self._saved = since, began, time.time()
+        self._before, self._starts = 0.0, 0.0
         # The callbacks' model shares the plain model's layers, so that an optimizer attached to it is not saved.
         self._face = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
         self._face.optimizer = engine.optimizer
@@ -358,7 +385,7 @@ class _Run:
 
     def elapsed(self) -> float:
         """Spent in this run by all processes, from the start of the first."""
-        return self.seconds() + self._starts + self._began - runtime.process_start()
+        return self.seconds() + self._starts + self._began - self._since
 
     def loop(self, val_images, val_labels, signals) -> None:
         """Trains from where the engine stands to the end, or until a callback or a signal stops it."""
@@ -446,14 +473,7 @@ class _Run:
 
     def _save_model(self) -> None:
         if self.chief:
-            path, temporary = self.workdir / "model.keras", self.workdir / ".model.keras"
-            try:
-                self.engine.model.save(temporary)
-                os.replace(temporary, path)
-            except OSError as error:
-                raise RunError(f"cannot write {path}: {error}; make room or choose another folder") from error
-            finally:
-                temporary.unlink(missing_ok=True)
+            _write_model(self.engine.model, self.workdir / "model.keras")
 
     # -- resuming ----------------------------------------------------------------------------------------------
 

@@ -107,6 +107,8 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "config",
     "data_dir",
     "debug",
+    "folds",
+    "hdf5",
     "help",
     "list_recipes",
     "overwrite",
@@ -130,7 +132,8 @@ def test_flag_and_config(flag, trained):
 def test_no_flags_are_the_default_recipe(trained):
     assert config_of() == DEFAULT
     assert invoke() == 0
-    assert trained == [{"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False}]
+    expected = {"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False, "hdf5": False}
+    assert trained == [expected]
 
 
 def test_zero_is_a_value_and_not_the_lack_of_one():
@@ -244,6 +247,21 @@ def test_workdir_data_dir_and_overwrite(trained):
     assert (call["workdir"], call["data_dir"], call["overwrite"]) == ("here", "there", True)
 
 
+def test_hdf5(trained):
+    invoke()
+    invoke("--hdf5")
+    assert [call["hdf5"] for call in trained] == [False, True]
+
+
+def test_folds(trained, monkeypatch):
+    calls = []
+    folds = importlib.import_module("cifar10_trainer.folds")
+    monkeypatch.setattr(folds, "cross_validate", lambda *given, **more: calls.append((*given, more)))
+    assert invoke("--recipe=vgg.3", "--folds=5", "--workdir=there", "--data_dir=here", "--overwrite") == 0
+    assert calls == [(RECIPES["vgg.3"], 5, "there", {"data_dir": "here", "overwrite": True})]
+    assert not trained
+
+
 def test_list_recipes(capsys, trained):
     assert invoke("--list_recipes") == 0
     out, err = capsys.readouterr()
@@ -304,6 +322,9 @@ def test_help_shows_usage_and_every_flag(flag, capsys, trained):
         (["--validation_fraction=0"], ["validation_fraction is 0", "less than 1", "--final_fit"]),
         (["--validation_fraction=1"], ["validation_fraction is 1.0", "less than 1"]),
         (["--validation_fraction=-0.1"], ["validation_fraction is -0.1"]),
+        (["--folds=5", "--final_fit"], ["--folds and --final_fit", "one of the two"]),
+        (["--folds=5", "--validation_fraction=0.1"], ["--folds and --validation_fraction"]),
+        (["--folds=5", "--hdf5"], ["--folds and --hdf5"]),
         (["--final_fit", "--validation_fraction=0.1"], ["--final_fit and --validation_fraction"]),
         (["--final_fit", "--recipe=practical.baseline"], ["validation_fraction is None", "early stopping"]),
         (["--image_size=64"], ["image_size is 64", "allowed with the dataset cifar10: 32"]),

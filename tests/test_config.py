@@ -181,6 +181,19 @@ def test_a_value_of_another_type_is_refused(given, start):
             {"schedule": {"name": "plateau"}, "validation_fraction": None},
             ["validation_fraction is None", "plateau"],
         ),
+        (
+            {"early_stopping": 3, "validation_interval": 2},
+            ["validation_interval is 2", "early stopping", "allowed: 1"],
+        ),
+        (
+            {"schedule": {"name": "plateau"}, "validation_interval": 5},
+            ["validation_interval is 5", "plateau"],
+        ),
+        ({"validation_fraction": 0.2, "validation_fold": 5}, ["validation_fold is 5", "from 0 to 4"]),
+        ({"validation_fraction": 0.3, "validation_fold": 3}, ["validation_fold is 3", "from 0 to 2"]),
+        ({"validation_fold": -1}, ["validation_fold is -1", "from 0 to 9"]),
+        ({"validation_split": "last", "validation_fold": 1}, ["validation_fold is 1", "last", "from 0 to 0"]),
+        ({"validation_fraction": None, "validation_fold": 1}, ["validation_fold is 1", "None"]),
         ({"augmentation": {"flip": "both"}}, ["unknown flip 'both'", "none, random, alternating"]),
         ({"augmentation": {"fill": "wrap"}}, ["unknown fill 'wrap'", "reflect, nearest, constant"]),
         ({"augmentation": {"shift": -1}}, ["shift is -1", "from 0 to 16"]),
@@ -229,6 +242,8 @@ def test_errors_name_what_was_received_and_what_is_allowed(given, parts):
         {"schedule": {"start": 1, "end": 1, "warmup": 0.9}},
         {"augmentation": {"shift": 16, "rotation": 0.5, "zoom": 0.9, "cutout": 32, "mixup": 10}},
         {"target": 1, "label_smoothing": 0.99, "views": 2},
+        {"validation_fraction": 1 / 49, "validation_fold": 48},  # 49 * (1 / 49) is a little less than 1
+        {"validation_interval": 3},
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(given):

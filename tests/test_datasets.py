@@ -882,14 +882,15 @@ def test_read_image_names_what_it_cannot_read(tmp_path, kind):
 def numbered(labels, **changes) -> datasets.Dataset:
     """A dataset whose images are one pixel, holding their own index."""
     labels = np.asarray(labels, np.int64)
-    images = np.arange(labels.size).astype(np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
+    number = np.arange(labels.size)
+    images = np.stack([number % 256, number // 256, number * 0], axis=-1).astype(np.uint8)[:, None, None]
     names = tuple(f"class{k}" for k in range(labels.max() + 1))
     data = datasets.Dataset("x", images, labels, images[:0], labels[:0], names, "here")
     return replace(data, **changes)
 
 
 def indices(images) -> list[int]:
-    return images[:, 0, 0, 0].tolist()
+    return (images[:, 0, 0, 0] + 256 * images[:, 0, 0, 1].astype(int)).tolist()
 
 
 def test_last_split():
@@ -916,6 +917,25 @@ def test_stratified_split_gives_the_largest_remainders_their_due(fraction, expec
     # 0.5: 3.5, 3.5, 3, in all 10; of equal remainders the first class wins.
     val_labels = datasets.split(numbered([0] * 7 + [1] * 7 + [2] * 6), fraction)[3]
     assert np.bincount(val_labels, minlength=3).tolist() == expected
+
+
+@pytest.mark.parametrize("folds", [2, 3, 7, 10, 49])
+def test_every_training_image_is_in_exactly_one_fold(folds):
+    rng = np.random.default_rng(folds)
+    labels = rng.permutation(np.repeat([0, 1, 2], [143, 100, 59]))
+    data = numbered(labels)
+    seen = []
+    for fold in range(folds):
+        train, train_labels, val, val_labels = datasets.split(data, 1 / folds, "stratified", 4, fold)
+        seen.append(indices(val))
+        assert sorted(seen[-1] + indices(train)) == list(range(labels.size))
+        assert train_labels.tolist() == labels[indices(train)].tolist()
+        assert val_labels.tolist() == labels[seen[-1]].tolist()
+        # In proportion: sizes and classes differ from equal parts by less than an image or two of rounding.
+        assert abs(val_labels.size - labels.size / folds) <= 1
+        assert (np.abs(np.bincount(val_labels, minlength=3) - np.bincount(labels) / folds) < 2).all()
+    assert sorted(i for fold in seen for i in fold) == list(range(labels.size))
+    assert seen[0] == indices(datasets.split(data, 1 / folds, "stratified", 4)[2])
 
 
 def test_stratified_split_depends_on_the_seed_alone():

@@ -303,9 +303,29 @@ def test_evaluate_as_json(run_folder, capsys):
     }  # fmt: skip
 
 
-def test_evaluate_parts_the_training_images_as_the_run_did(run_folder, capsys, monkeypatch):
+def test_evaluate_shows_the_first_images(run_folder, capsys):
+    # In the order of the classes and files: blue/0, green/0, green/wrong (which is red), red/0.
+    assert run(["--workdir", run_folder, "--show=3"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image ")]
+    assert shown == [
+        f"image 0: blue, predicted blue ({SURE:.4f})",
+        f"image 1: green, predicted green ({SURE:.4f})",
+        f"image 2: green, predicted red ({SURE:.4f})",
+    ]
+    assert run(["--workdir", run_folder, "--show=9", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["first"]
+    assert [(a["image"], a["true"], a["predicted"]) for a in first] == [
+        (0, "blue", "blue"), (1, "green", "green"), (2, "green", "red"), (3, "red", "red"),
+    ]  # fmt: skip
+    assert [a["probability"] for a in first] == pytest.approx([SURE] * 4, rel=1e-5)
+    assert run(["--workdir", run_folder]) == 0
+    assert "image 0" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fold", [0, 2])
+def test_evaluate_parts_the_training_images_as_the_run_did(run_folder, capsys, monkeypatch, fold):
     data = datasets.load("folder", run_folder.parent / "data", 8)
-    parts = datasets.split(data, 0.25, "stratified", 3)
+    parts = datasets.split(data, 0.25, "stratified", 3, fold)
     seen = []
 
     def look(model, images, batch_size, views):
@@ -313,7 +333,7 @@ def test_evaluate_parts_the_training_images_as_the_run_did(run_folder, capsys, m
         return np.full((len(images), 3), 1 / 3)
 
     monkeypatch.setattr(evaluate, "predict_probabilities", look)
-    change_config(run_folder, views=2)
+    change_config(run_folder, views=2, **({"validation_fold": fold} if fold else {}))  # older runs have none
     for name, expected in (("train", parts[0]), ("validation", parts[2])):
         assert run(["--workdir", run_folder, "--split", name, "--json"]) == 0
         images, views = seen.pop()

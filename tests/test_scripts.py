@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,17 +33,24 @@ def between(text, name):
     return re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", text, re.S)[1]
 
 
-def record(recipe, epochs, seed, **metrics):
+def record(recipe, given, seed, **metrics):
     known = {
         "recipe": recipe, "params": 10, "best_val_accuracy": 0.8, "test_accuracy": 0.7, "views": 1,
-        "test_accuracy_views": 0.7, "total_seconds": 100.0, "seed": seed,
+        "test_accuracy_views": 0.7, "total_seconds": 100.0, "seed": seed, "epochs": given, "pflop": 1.0,
     }  # fmt: skip
-    return {"command": "python x", "config": {"epochs": epochs}, "metrics": {**known, **metrics}}
+    environment = {"processor": "AMD EPYC, 2 cores", "gpus": "none"}
+    return {
+        "command": "python scripts/reproduce.py x",
+        "config": {"epochs": given},
+        "metrics": {**known, **metrics},
+        "environment": environment,
+    }
 
 
 def test_readme_results_are_those_of_the_records(reproduce):
     text = (ROOT / "README.md").read_text()
     assert between(text, "results") == reproduce.table(reproduce.load_records())
+    assert between(text, "versus") == reproduce.versus(reproduce.load_records())
 
 
 def test_every_record_is_complete(reproduce):
@@ -87,6 +96,98 @@ def test_table_groups_seeds_and_says_what_was_cut(reproduce):
     assert "86.00 ± 1.41 (2)" in rows[2]
     claim = f"{100 * RECIPES['leaky.baseline'].origin.claim:.2f}"
     assert rows[2].split("|")[4].strip() == claim
+    assert [r.split("|")[-2].strip() for r in rows[1:]] == [
+        "`python scripts/reproduce.py x`",
+        "`python scripts/reproduce.py x --seeds=2`",
+    ]
+
+
+def test_table_says_on_what_hardware(reproduce):
+    gpu = record("leaky.baseline", 40, 1)
+    gpu["environment"]["gpus"] = "NVIDIA H100"
+    for records, expected in [
+        ([record("leaky.baseline", 40, 0)] * 2, "AMD EPYC, 2 cores"),
+        ([gpu], "NVIDIA H100"),
+        ([record("leaky.baseline", 40, 0), gpu], "AMD EPYC, 2 cores; NVIDIA H100"),
+    ]:
+        row = reproduce.table(records).splitlines()[2]
+        assert row.split("|")[-3].strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "run", "expected"),
+    [
+        ("leaky.baseline", 40, [40], "40"),
+        ("leaky.baseline", 20, [20, 20], "20 of 40"),
+        ("practical.baseline", 30, [17, 14], "14-17 of 30, stopped early"),
+        ("practical.baseline", 20, [14, 14], "14 of 30, stopped early"),
+        ("practical.baseline", 30, [30, 12], "12-30 of 30, stopped early"),
+        ("leaky.baseline", 1.5, [2], "1.5 of 40"),  # the history has a row for the half epoch, too
+        ("fast.85", 1.6, [2], "1.6"),
+        ("fast.85", 7, [7], "7"),
+        ("not.known", 3, [3], "3"),
+    ],
+)
+def test_epochs_run_of_epochs_claimed(reproduce, recipe, given, run, expected):
+    group = [record(recipe, given, seed, epochs=n) for seed, n in enumerate(run)]
+    assert reproduce.epochs_run(recipe, group) == expected
+
+
+def test_versus_takes_the_longest_of_our_runs_that_fits_a_tenth(reproduce):
+    def cells(records):
+        return [
+            [c.strip() for c in row.split("|")[1:-1]] for row in reproduce.versus(records).splitlines()[2:]
+        ]
+
+    # Half of its epochs were 0.5 PFLOP, so all of them are 1.
+    theirs = record("wide_head.baseline", 12.5, 0, pflop=0.5, test_accuracy=0.7)
+    assert cells([theirs]) == []
+    ours = [
+        record("fast.85", 2, 0, pflop=0.05, test_accuracy=0.91),
+        record("fast.85", 3, 0, pflop=0.09, test_accuracy=0.8),
+        record("fast.85", 3, 1, pflop=0.11, test_accuracy=0.82),  # 0.1 on average: it just fits
+        record("fast.85", 4, 0, pflop=0.12, test_accuracy=0.95),
+        record("fast.digits", 20, 0, pflop=0.07),
+        record("leaky.three", 40, 0, pflop=0.08),
+    ]
+    assert cells(ours) == []
+    (row,) = cells([theirs, *ours])
+    assert row[:5] == ["5", "`wide_head.baseline`", "79.90", "70.00, 12.5 of 25 epochs", "1"]
+    assert row[5:] == ["`fast.85`, 3 epochs", "81.00 ± 1.41 (2)", "0.1", "10.0%"]
+    # Nothing is claimed in tutorial 3; the best claim of tutorial 2 is not its longest record's.
+    more = [
+        record("course.baseline", 10, 0, pflop=0.6),
+        record("vgg.3", 100, 0, pflop=1.0),
+        record("vgg.3_rising_dropout_augmented_bn", 20, 0, pflop=0.2),
+    ]
+    third, second = sorted(cells([*ours, *more]), reverse=True)
+    assert third[:6] == ["3", "`course.baseline`", "none", "70.00", "0.6", "`fast.85`, 2 epochs"]
+    assert second[:3] == ["2", "`vgg.3_rising_dropout_augmented_bn`", "88.62"]
+    assert second[3:6] == ["70.00, 20 of 400 epochs", "4", "`fast.85`, 4 epochs"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["practical.baseline"], {"practical.baseline": None}),
+        (["practical.baseline", "--epochs=20"], {"practical.baseline": 20}),
+        (["practical.baseline", "--epochs=30"], {"practical.baseline": None}),
+        (["practical.baseline", "--epochs=50"], {"practical.baseline": None}),
+        (["fast.85", "--epochs=7"], {"fast.85": 7}),
+        (["fast.85", "--epochs=1.6"], {"fast.85": 1.6}),
+        (["fast.85", "--epochs=3"], {"fast.85": None}),
+        (
+            ["--all", "--epochs=20"],
+            {"fast.85": None, "fast.default": None, "vgg.1": 20, "course.baseline": None},
+        ),
+    ],
+)
+def test_epochs_cut_the_tutorials_and_set_our_own(reproduce, argv, expected):
+    names = reproduce.FLAGS(["reproduce", *argv])[1:]
+    assert {n: reproduce.length(n, n in names) for n in expected} == expected
+    reproduce.FLAGS.unparse_flags()
+    for flag in ("all", "epochs"):
+        reproduce.FLAGS[flag].unparse()
 
 
 def test_rewrite_replaces_what_is_between_the_marks(reproduce, tmp_path):
@@ -124,6 +225,56 @@ def test_tutorial_four_of_the_benchmark_is_the_recipe():
     ours = models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10)
     assert peer.count_params() == ours.count_params() == 1_345_066
     assert [w.shape for w in peer.weights] == [w.shape for w in ours.weights]
+
+
+def outputs(notebook):
+    """For each code cell that shows something the kinds of its outputs, and all the text shown."""
+    kinds, text = [], ""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and cell["outputs"]:
+            kinds.append([sorted(o.get("data", [o.get("name", o["output_type"])])) for o in cell["outputs"]])
+            text += "".join(line for o in cell["outputs"] for line in o.get("text", []))
+    return kinds, text
+
+
+def read_notebook(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_the_notebook_shows_what_was_executed():
+    path = ROOT / "scripts" / "tutorial1.ipynb"
+    notebook, raw = read_notebook(path), path.read_text(encoding="utf-8")
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    kinds, text = outputs(notebook)
+    assert len(kinds) == len(code) - 1  # all but the first, the imports
+    assert sum(["image/png", "text/plain"] in kind for kind in kinds) == 5
+    assert "Traceback" not in raw and not any("error" in kind for cell in kinds for kind in cell)
+    assert not re.search(r"/(home|root|tmp|usr|opt|work|mnt|Users)/", raw), "a path of one machine"
+    assert len(raw) < 300_000
+    for step in ("test accuracy", "precision    recall", "kept: epoch", "the same from HDF5: True"):
+        assert step in text
+
+
+@pytest.mark.slow
+def test_the_notebook_executes_on_the_embedded_data(tmp_path):
+    script = ROOT / "scripts" / "notebook.py"
+    done = subprocess.run(
+        [sys.executable, script, "--output=executed.ipynb"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [p.name for p in tmp_path.iterdir()] == ["executed.ipynb"]
+    found, committed = (
+        read_notebook(tmp_path / "executed.ipynb"),
+        read_notebook(ROOT / "scripts/tutorial1.ipynb"),
+    )
+    assert [cell["source"] for cell in found["cells"]] == [cell["source"] for cell in committed["cells"]]
+    kinds, text = outputs(found)
+    assert kinds == outputs(committed)[0]
+    assert float(re.search(r"test accuracy ([\d.]+)%", text)[1]) > 90  # ten classes: 10 by chance
+    accuracies = re.findall(r"accuracy(?: of the loaded model:)? ([\d.]+)%", text)
+    assert accuracies[0] == accuracies[-1], "the saved model scores what training reported"
+    assert "the same from HDF5: True" in text
 
 
 def test_readme_commands_are_there_for_the_checks():

@@ -169,8 +169,8 @@ def test_the_folder_is_complete(whole):
         "figures",
         "tensorboard",
     }
-    figures = ["sample_images", "class_distribution", "training_curves", "confusion_matrix"]
-    for name in (*figures, "misclassified_examples"):
+    figures = ["sample_images", "random_samples", "class_distribution", "training_curves"]
+    for name in (*figures, "confusion_matrix", "misclassified_examples"):
         with Image.open(workdir / "figures" / f"{name}.png") as image:
             assert min(image.size) > 100
     events = [p for p in (workdir / "tensorboard").rglob("*") if "tfevents" in p.name]
@@ -246,6 +246,27 @@ def test_the_scores_are_those_of_the_saved_model(whole, digits):
     assert metrics["best_val_accuracy"] == pytest.approx(right.mean(), abs=1e-6)  # a float32 quotient
     report = (workdir / "classification_report.txt").read_text()
     assert f"{metrics['test_accuracy']:.4f}" in report
+
+
+def test_hdf5_is_the_same_model_once_more(tmp_path, digits):
+    """Both formats open by Keras, by evaluate and by predict, and say the same."""
+    train_quietly(TINY.override(epochs=0.5), tmp_path, digits, hdf5=True)
+    image = tmp_path / "digit.png"
+    Image.fromarray(digits.test_images[0]).save(image)
+    answers = []
+    for path in (tmp_path / "model.keras", tmp_path / "model.h5"):
+        model = evaluate.load_model(path)
+        names = predict.find_class_names(path, 10)
+        answers.append((model.predict(digits.test_images, verbose=0), predict.predict(model, [image], names)))
+    np.testing.assert_array_equal(answers[0][0], answers[1][0])
+    assert answers[0][1] == answers[1][1]
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_the_clock_begins_where_it_is_told_to(tmp_path, digits):
+    now = time.time()
+    metrics = train_quietly(TINY.override(epochs=0.25), tmp_path, digits, since=now - 1000)
+    assert 1000 < metrics["total_seconds"] < 1000 + time.time() - now + 0.01
 
 
 def test_the_config_can_be_read_back(whole):

@@ -108,5 +108,5 @@ def _pretrained(backbone: str, x: keras.KerasTensor, weights: str | None) -> ker
         remedy = f"put {file[1]} into {folder}" if file else f"replace its file in {folder}"
         raise RunError(
             f"the ImageNet weights of {backbone} cannot be had ({error}): {remedy},"
-            " or train from scratch with weights=None"
+            " or train from scratch with weights=None (--set options.weights=null)"
         ) from error

@@ -1,0 +1,145 @@
+"""k-fold cross-validation: one Config -> k runs, each validated on another part -> mean and spread.
+
+Every training image is validated exactly once, by a model that has not seen it. The test images stay out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from . import datasets, report, runtime
+from .config import Config
+from .datasets import Dataset
+from .errors import ConfigError, Interrupted, RunError
+from .train import train_and_evaluate
+
+
+def cross_validate(
+    config: Config,
+    folds: int,
+    workdir: str | os.PathLike | None = None,
+    *,
+    data_dir: str | None = None,
+    dataset: Dataset | None = None,
+    overwrite: bool = False,
+    verbose: int = 1,
+) -> dict[str, Any]:
+    """Trains `config` once for each of `folds` stratified parts of the training images, validated on that part.
+
+    A run is an ordinary one, in `workdir`/fold-<i>-of-<folds>; what is finished is not run again, what is not is
+    resumed. Its accuracy is that of the kept weights, which are the best epoch's on that part: a little too high
+    for a recipe whose accuracy still goes up and down at its end.
+
+    Args:
+        config: what to do; its own split does not matter.
+        folds: 2 to the number of images of the smallest class.
+        workdir: a folder for all of it; None: runs/<recipe>-folds-<time>.
+        data_dir, dataset, overwrite, verbose: as for `train_and_evaluate`.
+
+    Returns: the contents of folds.json: recipe, dataset, folds, seed, n_train (all training images), the list
+    `runs` (fold, n_validation, val_accuracy, epochs, best_epoch, train_seconds), and over them val_accuracy_mean
+    and val_accuracy_std (of the sample), 0-1.
+    Raises: as `train_and_evaluate`.
+    """
+    say = print if verbose else (lambda *_: None)
+    since = runtime.process_start()
+    workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (workdir / "folds.json").exists() and not overwrite:
+        raise ConfigError(
+            f"{workdir} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
+        )
+    strategy, _ = runtime.choose_strategy(config.strategy)
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ConfigError("folds on a cluster of workers; allowed: one machine")
+    data = _without_test_images(dataset or datasets.load(config.dataset, data_dir, config.image_size), folds)
+    (workdir / "folds.json").unlink(missing_ok=True)
+    more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
+    taken = ("n_validation", "epochs", "best_epoch", "train_seconds")
+    runs = []
+    for i in range(folds):
+        say(f"-- fold {i + 1} of {folds}")
+        one = config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
+        metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+        accuracy = metrics["best_val_accuracy"]
+        say(f"   {100 * accuracy:.2f}%\n")
+        runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
+        since = time.time()
+    summary = _summary(config, data, runs)
+    report.write_atomic(workdir / "folds.json", json.dumps(summary, indent=2) + "\n")
+    mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
+    each = ", ".join(f"{100 * run['val_accuracy']:.2f}" for run in runs)
+    say(f"{folds} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})")
+    say(f"  files  {workdir}/  (folds.json)")
+    return summary
+
+
+def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:
+    """The metrics of one fold: those of the finished run in its folder, or of one that is trained, or resumed, now."""
+    metrics = None if overwrite else _finished(folder, config)
+    if metrics is not None:
+        return metrics
+    try:
+        return train_and_evaluate(config, folder, overwrite=overwrite, **more)
+    except Interrupted as error:
+        raise Interrupted(
+            f"stopped in {folder.name}; everything is saved in {folder.parent}; the same command with"
+            f" --workdir={folder.parent} goes on from there"
+        ) from error
+    finally:
+        keras.utils.clear_session()  # k models are more than one
+
+
+def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What folds.json holds."""
+    accuracies = [run["val_accuracy"] for run in runs]
+    return {
+        "recipe": config.recipe,
+        "dataset": data.name,
+        "folds": len(runs),
+        "seed": config.seed,
+        "n_train": len(data.train_labels),
+        "val_accuracy_mean": statistics.mean(accuracies),
+        "val_accuracy_std": statistics.stdev(accuracies),
+        "runs": runs,
+    }
+
+
+def _without_test_images(data: Dataset, folds: int) -> Dataset:
+    """The training images alone. Raises ConfigError where they cannot be parted into `folds`."""
+    smallest = int(np.bincount(data.train_labels).min())
+    if not 2 <= folds <= smallest:
+        raise ConfigError(f"folds is {folds}; allowed: from 2 to the {smallest} images of the smallest class")
+    if data.validation is not None:
+        raise ConfigError(
+            f"folds is {folds}, but {data.source} has validation images of its own; allowed: a folder without val/"
+        )
+    return dataclasses.replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
+
+
+def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
+    """The metrics of a finished run of `config` in the folder; None where there is none. Raises ConfigError, RunError."""
+    if not (folder / "metrics.json").exists():
+        return None
+    try:
+        there, metrics = (
+            dict(json.loads((folder / name).read_text(encoding="utf-8")))
+            for name in ("config.json", "metrics.json")
+        )
+        same = Config.from_record(there) == config
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{folder} is damaged ({error}); delete it, and this fold is run again") from error
+    if not same:
+        raise ConfigError(
+            f"{folder} holds a run of another configuration; choose another --workdir, or replace it with --overwrite"
+        )
+    return metrics

@@ -1,0 +1,176 @@
+"""k-fold cross-validation on the embedded digits: the parts, the summary, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+
+import numpy as np
+import pytest
+
+from cifar10_trainer import __main__ as command
+from cifar10_trainer import cli, cross_validate, datasets, evaluate
+from cifar10_trainer.config import Config, Optimizer
+from cifar10_trainer.errors import ConfigError, Interrupted, RunError
+from cifar10_trainer.recipes import RECIPES
+
+folds_module = sys.modules["cifar10_trainer.folds"]
+
+TINY = RECIPES["fast.digits"].override(
+    options__filters=(4, 8),
+    epochs=1,
+    batch_size=100,
+    optimizer=Optimizer(name="adam", learning_rate=0.02),
+    precision="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return datasets.load("digits")
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Runs that find 0.5, 0.6, 0.7 ... and leave what a run leaves, without training; what they were called with."""
+    calls = []
+
+    def train(config, workdir, **more):
+        calls.append({"config": config, "workdir": workdir, **more})
+        metrics = {"best_val_accuracy": 0.5 + config.validation_fold / 10, "n_validation": 7, "epochs": 1}
+        metrics |= {"best_epoch": 1, "train_seconds": 2.0}
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps({**config.to_dict(), "command": "x"}))
+        (workdir / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    monkeypatch.setattr(folds_module, "train_and_evaluate", train)
+    return calls
+
+
+def quietly(folds, workdir, dataset, config=TINY, **options):
+    return cross_validate(config, folds, workdir, dataset=dataset, verbose=0, **options)
+
+
+def test_two_folds_from_end_to_end(tmp_path, digits, capsys):
+    argv = [
+        "cifar10_trainer",
+        "--config",
+        str(tmp_path / "tiny.json"),
+        "--folds=2",
+        "--workdir",
+        str(tmp_path / "cv"),
+    ]
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY.to_dict()))
+    command.FLAGS.unparse_flags()
+    assert cli.run(command.main, command.FLAGS, command.USAGE, argv) == 0
+    out = capsys.readouterr().out
+    summary = json.loads((tmp_path / "cv" / "folds.json").read_text())
+    found = []
+    for fold in (1, 2):
+        folder = tmp_path / "cv" / f"fold-{fold}-of-2"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["n_train"] + metrics["n_validation"] == len(digits.train_labels) == summary["n_train"]
+        assert metrics["n_test"] == 0 and metrics["test_accuracy"] is None
+        assert (folder / "report.html").exists()
+        # What it was scored on is the part that its config.json names, as the saved model sees it.
+        config = Config.from_record(json.loads((folder / "config.json").read_text()))
+        assert config == TINY.override(validation_fraction=0.5, validation_fold=fold - 1)
+        images, labels = evaluate.select(digits, "validation", config.to_dict())
+        model = evaluate.load_model(folder / "model.keras")
+        right = (model.predict(images, verbose=0).argmax(1) == labels).mean()
+        assert metrics["best_val_accuracy"] == pytest.approx(right, abs=1e-6)
+        found.append(metrics["best_val_accuracy"])
+    assert [run["val_accuracy"] for run in summary["runs"]] == found
+    assert summary["val_accuracy_mean"] == pytest.approx(sum(found) / 2)
+    assert summary["val_accuracy_std"] == pytest.approx(abs(found[0] - found[1]) / np.sqrt(2))
+    assert f"2 folds: validation accuracy {50 * sum(found):.2f}% ± " in out
+
+
+def test_the_summary_is_mean_and_spread(tmp_path, digits, scripted, capsys):
+    summary = cross_validate(TINY, 3, tmp_path, dataset=digits)
+    assert json.loads((tmp_path / "folds.json").read_text()) == summary
+    # 0.5, 0.6, 0.7: mean 0.6, standard deviation of the sample 0.1.
+    assert summary["val_accuracy_mean"] == pytest.approx(0.6)
+    assert summary["val_accuracy_std"] == pytest.approx(0.1)
+    assert [run["fold"] for run in summary["runs"]] == [1, 2, 3]
+    assert "3 folds: validation accuracy 60.00% ± 10.00 (50.00, 60.00, 70.00)" in capsys.readouterr().out
+
+
+def test_no_run_is_given_the_test_images_or_the_clock_of_another(tmp_path, digits, scripted):
+    quietly(3, tmp_path, digits, overwrite=True, data_dir="here")
+    for call in scripted:
+        assert len(call["dataset"].test_images) == len(call["dataset"].test_labels) == 0
+        np.testing.assert_array_equal(call["dataset"].train_images, digits.train_images)
+        assert call["overwrite"] and call["data_dir"] == "here"
+    starts = [call["since"] for call in scripted]
+    assert starts == sorted(starts) and len(set(starts)) == 3
+
+
+def test_a_split_of_the_recipe_does_not_matter(tmp_path, digits, scripted):
+    quietly(2, tmp_path, digits, TINY.override(validation_split="last", validation_fraction=0.3))
+    assert [call["config"] for call in scripted] == [
+        TINY.override(validation_fraction=0.5, validation_fold=fold) for fold in (0, 1)
+    ]
+
+
+def test_what_is_finished_is_not_run_again(tmp_path, digits, scripted, monkeypatch):
+    once = folds_module.train_and_evaluate
+
+    def stopped(config, workdir, **more):
+        if config.validation_fold == 1:
+            raise Interrupted(f"stopped; go on with --workdir={workdir}")
+        return once(config, workdir, **more)
+
+    monkeypatch.setattr(folds_module, "train_and_evaluate", stopped)
+    with pytest.raises(Interrupted, match=rf"stopped in fold-2-of-3; .* --workdir={tmp_path} goes on"):
+        quietly(3, tmp_path, digits)
+    assert not (tmp_path / "folds.json").exists()
+    monkeypatch.setattr(folds_module, "train_and_evaluate", once)
+    summary = quietly(3, tmp_path, digits)
+    assert [call["config"].validation_fold for call in scripted] == [0, 1, 2]
+    accuracies = [run["val_accuracy"] for run in summary["runs"]]
+    assert accuracies == [0.5, 0.6, 0.7] and summary["val_accuracy_mean"] == statistics.mean(accuracies)
+
+
+def test_a_finished_or_different_cross_validation_is_kept(tmp_path, digits, scripted):
+    quietly(2, tmp_path, digits)
+    with pytest.raises(ConfigError, match=r"holds a finished cross-validation; .*--overwrite"):
+        quietly(2, tmp_path, digits)
+    assert len(scripted) == 2
+    quietly(2, tmp_path, digits, overwrite=True)
+    assert len(scripted) == 4
+    (tmp_path / "folds.json").unlink()
+    with pytest.raises(ConfigError, match=r"fold-1-of-2 holds a run of another configuration; .*--overwrite"):
+        quietly(2, tmp_path, digits, TINY.override(seed=1))
+    (tmp_path / "fold-1-of-2" / "metrics.json").write_text("{")
+    with pytest.raises(RunError, match=r"fold-1-of-2 is damaged .*; delete it"):
+        quietly(2, tmp_path, digits)
+
+
+@pytest.mark.parametrize("folds", [-1, 0, 1, 1000])
+def test_folds_that_cannot_be(tmp_path, digits, scripted, folds):
+    smallest = np.bincount(digits.train_labels).min()
+    with pytest.raises(ConfigError, match=f"folds is {folds}; allowed: from 2 to the {smallest} images"):
+        quietly(folds, tmp_path, digits)
+    assert not scripted and not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_validation_images_of_its_own_has_no_folds(tmp_path, digits, scripted):
+    own = dataclasses.replace(digits, validation=(digits.test_images, digits.test_labels))
+    with pytest.raises(ConfigError, match="validation images of its own; allowed: a folder without val/"):
+        quietly(2, tmp_path, own)
+    assert not scripted
+
+
+def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
+    class Cluster:
+        pass
+
+    monkeypatch.setattr(folds_module.tf.distribute, "MultiWorkerMirroredStrategy", Cluster)
+    monkeypatch.setattr(folds_module.runtime, "choose_strategy", lambda requested: (Cluster(), "as asked"))
+    with pytest.raises(ConfigError, match="folds on a cluster of workers; allowed: one machine"):
+        quietly(2, tmp_path, digits)
+    assert not scripted
