@@ -97,7 +97,9 @@ def others_share(seconds: float = 1.0) -> float | None:
         return sum(values), values[3] + values[4]  # all; idle and waiting for disks
 
     try:
-        (before, idle_before), _, (after, idle_after) = ticks(), time.sleep(seconds), ticks()
+        before, idle_before = ticks()
+        time.sleep(seconds)
+        after, idle_after = ticks()
     except (OSError, ValueError, IndexError):
         return None
     return 1 - (idle_after - idle_before) / max(after - before, 1)
