@@ -483,7 +483,7 @@ def keep(name: str, found: dict[str, Any]) -> None:
 def options() -> Options:
     """What the flags ask for."""
     usual = (3 if FLAGS.quick else 20) if FLAGS.gpu else (1 if FLAGS.quick else 5)
-    less = {"rounds": 2, "batches": 5} if FLAGS.quick else {"rounds": 3} if FLAGS.gpu else {}
+    less = {"rounds": 3, "batches": 5} if FLAGS.quick else {"rounds": 3} if FLAGS.gpu else {}
     return Options(
         quick=FLAGS.quick,
         seeds=FLAGS.seeds or usual,

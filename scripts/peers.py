@@ -143,34 +143,37 @@ def image_data_generator(images, labels, batch: int, batches: int) -> Callable[[
 # ---- PyTorch ---------------------------------------------------------------------------------------------
 
 
+def torch_network():
+    """The fourth tutorial's network in PyTorch."""
+    from torch import nn
+
+    parts: list[nn.Module] = []
+    before = 3
+    for filters, rate in ((32, 0.2), (64, 0.3), (128, 0.4)):
+        for _ in range(2):
+            norm = nn.BatchNorm2d(filters)
+            parts += [nn.Conv2d(before, filters, 3, padding="same"), nn.LeakyReLU(0.1), norm]
+            before = filters
+        parts += [nn.MaxPool2d(2), nn.Dropout(rate)]
+    parts += [nn.Flatten(), nn.Linear(2048, 512), nn.LeakyReLU(0.1), nn.BatchNorm1d(512), nn.Dropout(0.4)]
+    return nn.Sequential(*parts, nn.Linear(512, 10))
+
+
 def torch_steps(images, labels, compiled: tuple[bool, ...]) -> dict[str, Callable[[], float]]:
-    """name -> what measures the seconds of a pass of the same network in PyTorch; none where it is not installed.
+    """name -> what measures the seconds of a pass of that network; none where PyTorch is not installed.
 
     images: float32 [n, 32, 32, 3]. float32 or bfloat16, NCHW or channels last, and `compiled` or not.
     """
     if not importlib.util.find_spec("torch"):
         return {}
     import torch
-    from torch import nn
 
     x = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(labels)
 
-    def network() -> nn.Module:
-        parts: list[nn.Module] = []
-        before = 3
-        for filters, rate in ((32, 0.2), (64, 0.3), (128, 0.4)):
-            for _ in range(2):
-                norm = nn.BatchNorm2d(filters)
-                parts += [nn.Conv2d(before, filters, 3, padding="same"), nn.LeakyReLU(0.1), norm]
-                before = filters
-            parts += [nn.MaxPool2d(2), nn.Dropout(rate)]
-        parts += [nn.Flatten(), nn.Linear(2048, 512), nn.LeakyReLU(0.1), nn.BatchNorm1d(512), nn.Dropout(0.4)]
-        return nn.Sequential(*parts, nn.Linear(512, 10))
-
     def variant(bfloat16: bool, last: bool, compiled: bool) -> Callable[[], float]:
         form = torch.channels_last if last else torch.contiguous_format
-        model: Any = network()
+        model: Any = torch_network()
         model = model.to(memory_format=form)
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
         run = torch.compile(model) if compiled else model
@@ -180,7 +183,8 @@ def torch_steps(images, labels, compiled: tuple[bool, ...]) -> dict[str, Callabl
             for i in range(0, len(x), TUTORIAL_BATCH):
                 batch = slice(i, i + TUTORIAL_BATCH)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                    loss = nn.functional.cross_entropy(run(x[batch].to(memory_format=form)), y[batch])
+                    outputs = run(x[batch].to(memory_format=form))
+                    loss = torch.nn.functional.cross_entropy(outputs, y[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
