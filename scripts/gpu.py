@@ -1,0 +1,206 @@
+"""The comparisons for a machine with a GPU: `python scripts/benchmark.py --gpu`. Everything here runs on CPU devices, too."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import clock
+import numpy as np
+import peers
+from clock import Options, in_turn, made_up, rows_of, verdict
+
+from cifar10_trainer import RECIPES, RunError
+
+AIRBENCH_RUNS = 5  # of each of its scripts
+
+
+def gpu_94(o: Options) -> dict[str, Any]:
+    """fast.94 on all training images, compiled once, scored on the test images; airbench's own scripts by their own clock."""
+    from cifar10_trainer import datasets
+
+    data = datasets.load("cifar10", o.data_dir)
+    found = run_seeds("fast.94", data, o.seeds)
+    if o.airbench:
+        rows = airbench_rows(o.airbench, data, o.deadline)
+        ours = found["rows"]["fast.94: whitening, training and test"]["median"]
+        verdicts = [
+            verdict(f"fast.94 with whitening / {name}", ours / row["median"], "less than 1")
+            for name, row in rows.items()
+            if row["unit"] == "s"
+        ]
+        found = {"rows": {**found["rows"], **rows}, "verdicts": [*found["verdicts"], *verdicts]}
+    return found
+
+
+def airbench_rows(checkout: str, data, deadline: float) -> dict[str, Any]:
+    """Seconds and accuracies of airbench's scripts. One that does not run here is said, and left out.
+
+    deadline: by time.perf_counter(); each script gets an equal share of what is left.
+    """
+    rows: dict[str, Any] = {}
+    for i, name in enumerate(peers.AIRBENCH):
+        limit = max(30.0, (deadline - time.perf_counter()) / (len(peers.AIRBENCH) - i))
+        try:
+            found = peers.airbench(checkout, name, data, AIRBENCH_RUNS, limit)
+        except RunError as error:
+            print(f"  {error}", flush=True)
+            continue
+        rows.update(rows_of({name: found["seconds"]}, "s"))
+        accuracies = {f"{name}: averaged views": found["views"], f"{name}: plain": found["plain"]}
+        rows.update(rows_of({n: [100 * a for a in v] for n, v in accuracies.items()}, "%"))
+    return rows
+
+
+def run_seeds(recipe: str, data, seeds: int, **changes) -> dict[str, Any]:
+    """A section's rows and verdicts: runs of a recipe that validates nothing, seeds 0 to `seeds` - 1, compiled once."""
+    engine, _ = fresh(recipe, data, 0, **changes)
+    plain, averaged = (tester(engine, data.test_images, data.test_labels, v) for v in (1, 6))
+    began = time.perf_counter()
+    train(engine)
+    averaged(), plain()
+    first = time.perf_counter() - began
+    samples: dict[str, list[float]] = {k: [] for k in ("whitening", "training", "test", "plain", "views")}
+    for seed in range(seeds):
+        whitening = begin_again(engine, recipe, data, seed, **changes)
+        start = time.perf_counter()
+        train(engine)
+        trained = time.perf_counter()
+        views = averaged()
+        tested = time.perf_counter()
+        found = whitening, trained - start, tested - trained, 100 * plain(), 100 * views
+        for values, value in zip(samples.values(), found, strict=True):
+            values.append(value)
+        print(f"  seed {seed}: {tested - start:.2f} s, {100 * views:.2f}%", flush=True)
+    seconds = [a + b for a, b in zip(samples["training"], samples["test"], strict=True)]
+    with_whitening = [a + b for a, b in zip(samples["whitening"], seconds, strict=True)]
+    rows = rows_of(
+        {
+            f"{recipe}: training": samples["training"],
+            f"{recipe}: test with averaged views": samples["test"],
+            f"{recipe}: training and test": seconds,
+            f"{recipe}: whitening, training and test": with_whitening,
+            f"{recipe}: compiling, once": [first - statistics.median(seconds)],
+        },
+        "s",
+    )
+    accuracies = {"averaged views": samples["views"], "plain": samples["plain"]}
+    rows.update(rows_of({f"{recipe}: test accuracy, {k}": v for k, v in accuracies.items()}, "%"))
+    mean = {k: statistics.mean(v) for k, v in accuracies.items()}
+    return {
+        "rows": rows,
+        "verdicts": [
+            verdict("training and test, median", statistics.median(seconds), "at most 2.0 s", " s"),
+            verdict(f"mean of {seeds} seeds, averaged views", mean["averaged views"], "at least 94.0%", "%"),
+            verdict(f"mean of {seeds} seeds, plain", mean["plain"], unit="%"),
+        ],
+    }
+
+
+def fresh(recipe: str, data, seed: int, **changes) -> tuple[Any, float]:
+    """An Engine at the start of a run, as `python -m cifar10_trainer` makes it; and the seconds that whitening took."""
+    from cifar10_trainer import models, runtime
+    from cifar10_trainer.engine import Engine
+    from cifar10_trainer.models import fast
+    from cifar10_trainer.train import _pixel_statistics
+
+    config = RECIPES[recipe].override(seed=seed, **changes)
+    runtime.seed_everything(seed)
+    mean, std = _pixel_statistics(config.pixels, data.train_images)
+    given = {"input_shape": data.input_shape, "num_classes": data.num_classes}
+    model = models.build(config, **given, mean=mean, std=std)
+    start = time.perf_counter()
+    if config.whitening:
+        fast.whiten(model, data.train_images, mean, std)
+    whitening = time.perf_counter() - start
+    strategy, _ = runtime.choose_strategy(config.strategy)
+    policy, _ = runtime.choose_precision(config.precision)
+    arrays = data.train_images, data.train_labels
+    return Engine(
+        model, config, *arrays, strategy=strategy, policy=policy, num_classes=data.num_classes
+    ), whitening
+
+
+def begin_again(engine: Any, recipe: str, data, seed: int, **changes) -> float:
+    """Puts an engine, with what it has compiled, at the start of a run with another seed; the seconds of whitening."""
+    other, whitening = fresh(recipe, data, seed, **changes)
+    engine.config, engine.order = other.config, other.order
+    engine.restore(other.state())
+    return whitening
+
+
+def train(engine: Any) -> None:
+    """All steps that are left."""
+    while engine.step < engine.steps:
+        engine.train(engine.steps)
+
+
+def tester(engine: Any, images, labels, views: int) -> Callable[[], float]:
+    """What scores the weights as they are on test images that live on the device: accuracy, 0-1.
+
+    views: 1, or 6 as `scoring.predict_probabilities` averages them. Compiled by XLA where the engine's step is.
+    """
+    import tensorflow as tf
+
+    n = len(images)
+    size = next(s for s in range(min(2000, n), 0, -1) if n % s == 0)
+    x = tf.constant(np.reshape(images, (n // size, size, *images.shape[1:])))
+    y = tf.constant(np.reshape(labels, (n // size, size)), tf.int64)
+
+    def weighted(batch):
+        batch = tf.cast(batch, tf.float32)
+        if views == 1:
+            return [(1.0, batch)]
+        side = batch.shape[1]
+        padded = tf.pad(batch, [[0, 0], [1, 1], [1, 1], [0, 0]], "REFLECT")
+        shifted = [(1 / 8, padded[:, i : i + side, i : i + side]) for i in (0, 2)]
+        return [(w, v) for w, s in [(1 / 4, batch), *shifted] for v in (s, s[:, :, ::-1])]
+
+    @tf.function(jit_compile=engine.compiled)
+    def hits(batch, answers):
+        logits = tf.add_n([w * engine.twin(view, training=False) for w, view in weighted(batch)])
+        return tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == answers, tf.float32))
+
+    @tf.function
+    def all_hits(x, y):
+        total = tf.constant(0.0)
+        for i in tf.range(n // size):
+            total += hits(tf.gather(x, i), tf.gather(y, i))
+        return total
+
+    return lambda: float(all_hits(x, y)) / n
+
+
+def gpu_step(o: Options, batch: int = 512, batches: int = 96, several: int = 32) -> dict[str, Any]:
+    """Training of the fourth tutorial's network, batch 512: Model.fit on its images, and this project."""
+    images, labels = made_up(batch * batches)
+    pixels = images.astype("float32") / 255
+
+    def fit(dtype: str = "float32", **options) -> Callable[[], float]:
+        seconds = peers.tutorial_fit(pixels, labels, dtype, batch_size=batch, **options)
+        return lambda: len(images) / seconds()
+
+    def ours(strategy: str) -> Callable[[], float]:
+        engine = clock.engine_for("leaky.baseline", images, labels, strategy=strategy, batch_size=batch)
+        seconds = clock.seconds_of(engine, batches)
+        return lambda: len(images) / seconds()
+
+    default, compiled = "Model.fit, default settings", {"jit_compile": True, "steps_per_execution": several}
+    speeds = {
+        default: fit(),
+        "Model.fit, bfloat16": fit("mixed_bfloat16"),
+        "Model.fit, bfloat16, jit_compile=False": fit("mixed_bfloat16", jit_compile=False),
+        f"Model.fit, bfloat16, jit_compile=True, steps_per_execution={several}": fit(
+            "mixed_bfloat16", **compiled
+        ),
+        "this project, none": ours("none"),
+        "this project, mirrored": ours("mirrored"),
+    }
+    rows = rows_of(in_turn(speeds, o.rounds), "images/s", default)
+    verdicts = []
+    for name in ("this project, none", "this project, mirrored"):
+        verdicts.append(verdict(name, rows[name]["median"], "at least 160,000", " images/s"))
+        verdicts.append(verdict(f"{name} / default Model.fit", rows[name]["ratio"], "at least 5"))
+    return {"rows": rows, "verdicts": verdicts}
