@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -81,11 +82,7 @@ def train_and_evaluate(
     models.check_options(config.architecture, config.options)
     strategy, why = runtime.choose_strategy(config.strategy)
     chief, replicas = runtime.is_chief(strategy), strategy.num_replicas_in_sync
-    if workdir is None and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise ConfigError(
-            "workdir is None; allowed with the strategy multi_worker: a folder that all workers share"
-        )
-    workdir = Path(workdir or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    workdir = Path(workdir or _new_folder(config, strategy))
     say(f"strategy: {why}")
     policy, why = runtime.choose_precision(config.precision)
     say(f"precision: {policy}: {why}")
@@ -97,21 +94,21 @@ def train_and_evaluate(
         data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
         split = datasets.split(data, config.validation_fraction, config.validation_split, config.seed)
         images, labels, *validation = split
-        runtime.check_batch(config.batch_size, len(images), replicas)
-        counts = {"n_train": len(images), "n_validation": len(validation[0]), "n_test": len(data.test_images)}
+        n_train, n_validation, n_test = len(images), len(validation[0]), len(data.test_images)
+        runtime.check_batch(config.batch_size, n_train, replicas)
         say(
-            f"data: {data.name} from {data.source}: {len(images):,} images to train on, "
-            f"{len(validation[0]):,} to validate, {len(data.test_images):,} to test"
+            f"data: {data.name} from {data.source}: {n_train:,} images to train on, "
+            f"{n_validation:,} to validate, {n_test:,} to test"
         )
 
         # ---- model ----------------------------------------------------------------------------------------------
         runtime.seed_everything(config.seed)
         mean, std = _pixel_statistics(config.pixels, images)
-        classes = {"num_classes": data.num_classes}
-        model = models.build(config, input_shape=data.input_shape, mean=mean, std=std, **classes)
+        shape, classes = data.input_shape, data.num_classes
+        model = models.build(config, input_shape=shape, num_classes=classes, mean=mean, std=std)
         if config.whitening:
             fast.whiten(model, images, mean, std)
-        engine = Engine(model, config, images, labels, strategy=strategy, policy=policy, **classes)
+        engine = Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=classes)
         parameters = model.count_params()
         say(
             f"model: {config.recipe}, {parameters:,} parameters; "
@@ -126,13 +123,12 @@ def train_and_evaluate(
             "command": "python " + " ".join(sys.orig_argv[1:]),
             "environment": runtime.describe(),
         }
-        fingerprint = datasets.fingerprint(data)
         if overwrite and chief:
             _remove_run(workdir)  # not sooner, so that a failure until here costs nothing
         run = _Run(
             engine,
             workdir,
-            fingerprint,
+            datasets.fingerprint(data),
             chief=chief,
             callbacks=callbacks,
             verbose=verbose,
@@ -147,7 +143,7 @@ def train_and_evaluate(
         # ---- train ----------------------------------------------------------------------------------------------
         try:
             with _Signals() as signals:
-                run.loop(*validation, signals)
+                run.loop(validation, signals)
         except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
             raise runtime.lost_worker(error) from error
         trained = run.metrics()
@@ -164,7 +160,9 @@ def train_and_evaluate(
         metrics = {
             "recipe": config.recipe,
             "dataset": data.name,
-            **counts,
+            "n_train": n_train,
+            "n_validation": n_validation,
+            "n_test": n_test,
             "params": parameters,
             **trained,
             **scores,
@@ -218,6 +216,13 @@ def _score(
             "test_accuracy_views": several["accuracy"],
         }
     return averaged, scores
+
+
+def _new_folder(config: Config, strategy: tf.distribute.Strategy) -> str:
+    """runs/<recipe>-<time>. Raises ConfigError in a cluster, whose workers would each have another."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ConfigError("workdir is None; allowed with several workers: a folder that all of them share")
+    return f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 @contextlib.contextmanager
@@ -302,17 +307,16 @@ def _pixel_statistics(
     """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
     if pixels == "unit":
         return None, None
-    sample = images.reshape(-1, images.shape[-1])
-    # Sums of squares of 8-bit numbers are exact in 64 bits, and need no float copy of the images.
-    counts = [np.bincount(channel, minlength=256) for channel in sample.T]
-    levels = np.arange(256) / 255
-    mean = tuple(float(c @ levels / c.sum()) for c in counts)
+    channels = images.shape[-1]
+    rows, n = images.reshape(len(images), -1), images.size // channels
+    # Sums of 8-bit numbers and of their squares are exact in 64 bits, and need no float copy of the images.
+    sums = rows.sum(0, dtype=np.uint64), np.einsum("np,np->p", rows, rows, dtype=np.uint64)
+    total, squares = (s.reshape(-1, channels).sum(0).tolist() for s in sums)
+    mean = tuple(t / n / 255 for t in total)
     if pixels == "centred":
         return mean, None
-    std = tuple(
-        max(float(np.sqrt(c @ (levels - m) ** 2 / c.sum())), 1e-3) for c, m in zip(counts, mean, strict=True)
-    )
-    return mean, std
+    std = (math.sqrt(n * s - t * t) / n / 255 for t, s in zip(total, squares, strict=True))
+    return mean, tuple(max(s, 1e-3) for s in std)
 
 
 class _Signals:
@@ -406,7 +410,7 @@ class _Run:
         """Spent in this run by all its processes, each from its very start."""
         return self._before["elapsed"] + time.time() - runtime.process_start()
 
-    def loop(self, val_images, val_labels, signals) -> None:
+    def loop(self, validation, signals) -> None:
         """Trains from where the engine stands to the end, or until a callback or a signal stops it."""
         engine, per_epoch = self.engine, self.engine.steps_per_epoch
         (mean_step,) = runtime.mean_over_workers(engine.strategy, engine.step)
@@ -439,20 +443,20 @@ class _Run:
                 self.step_seconds += spent
                 # As many steps a call as fit the time: the results do not depend on it.
                 count = int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * count, 1024)))
-            self._end_epoch(epoch, val_images, val_labels, began)
+            self._end_epoch(epoch, validation, began)
         self.callbacks.on_train_end()
         if self.best_epoch is None:
             self.best_epoch = self.history[-1]["epoch"]
             self._save_model()
         runtime.mean_over_workers(engine.strategy, 0)  # now the chief has saved the model
 
-    def _end_epoch(self, epoch, val_images, val_labels, began) -> None:
+    def _end_epoch(self, epoch, validation, began) -> None:
         engine, logs = self.engine, dict(self.engine.progress.logs())
         last = engine.step >= engine.steps
         rate = float(np.asarray(engine.optimizer.learning_rate))
-        if len(val_images) and (last or (epoch + 1) % self.config.validation_interval == 0):
+        if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
             self.callbacks.on_test_begin()
-            scores = engine.evaluate(val_images, val_labels)
+            scores = engine.evaluate(*validation)
             logs.update({f"val_{k}": v for k, v in scores.items()})
             self.callbacks.on_test_end(scores)
         row = {
