@@ -83,6 +83,9 @@ def run(
             print(usage + "\n")
             print(flag_values.get_help())
             return 0
+        for name in flag_values:
+            if flag_values[name].value == "":  # as from a shell's variable that is not set
+                raise ConfigError(f"--{name} is empty; allowed: a value, or no such flag")
         main(positional)
         return 0
     except BrokenPipeError:

@@ -224,12 +224,13 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
-    """Holds `folder` for this process. Where another one holds it, calls `busy`, and then waits.
+def hold(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Makes `folder`, and keeps other processes out; where one is in, calls `busy` and then waits for its end.
 
-    The lock is the system's, so it ends with the process, however that ends, and leaves no file.
+    The lock is the system's: it ends with the process, however that ends, and leaves no file. Folders that were made
+    here and are still empty at the end are removed. Raises OSError where the folder cannot be made.
     """
-    descriptor = None
+    made, descriptor = _make(folder), None
     try:
         with contextlib.suppress(ImportError, OSError):  # no locks on Windows and some network file systems
             import fcntl
@@ -240,10 +241,21 @@ def lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
             except BlockingIOError:
                 busy()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
+                made += _make(folder)  # the other one may have left nothing
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes `folder`. Gives what was not there before, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
 
 
 def _reason(error: BaseException) -> str:
@@ -476,8 +488,7 @@ def _download() -> Path:
     archive = folder / "cifar-10-binary.tar.gz"
     part = folder / "cifar-10-binary.tar.gz.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder, lambda: print("cifar10: waiting for another process", file=sys.stderr)):
+        with hold(folder, lambda: print("cifar10: waiting for another process", file=sys.stderr)):
             if (
                 archive.exists()
             ):  # another process has just brought it; or it is damaged, as reading it will tell

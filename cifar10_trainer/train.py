@@ -237,21 +237,14 @@ def _held(workdir: Path) -> Iterator[None]:
             f"another run is at work in {workdir}; wait for its end, or choose another folder with --workdir"
         )
 
-    made: list[Path] = []
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(datasets.hold(workdir, busy))
             (workdir / ".writable").touch()
             (workdir / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(workdir, error) from error
-        with datasets.lock(workdir, busy):
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # it is not empty
-            for folder in made:
-                folder.rmdir()
+        yield
 
 
 def _remove_run(workdir: Path) -> None:
