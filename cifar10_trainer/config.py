@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -264,6 +265,8 @@ class Config(_Section):
     synchronize_batch_norm: bool = False
 
     def _check(self) -> None:
+        if not re.fullmatch(r"[\w.+-]*\w", self.recipe, re.ASCII):  # it names the run folder
+            raise ConfigError(f"recipe is {self.recipe!r}; allowed: letters, digits and . + - _")
         self._one_of("dataset", DATASETS)
         self._one_of("validation_split", SPLITS)
         self._one_of("pixels", PIXELS)

@@ -212,6 +212,54 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int]) -> np.ndarra
         ) from error
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """Eight letters and digits that tell data sets apart: a crc32 of the labels and of some hundreds of images.
+
+    It costs milliseconds, so a change to a single image may go unnoticed.
+    """
+    value = zlib.crc32("\n".join(dataset.class_names).encode())
+    parts = [(dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels)]
+    for images, labels in [*parts, *filter(None, [dataset.validation])]:
+        value = zlib.crc32(labels.tobytes(), value)
+        value = zlib.crc32(images[:: max(1, len(images) // 500)].tobytes(), value)
+    return f"{value:08x}"
+
+
+@contextlib.contextmanager
+def hold(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Makes `folder`, and keeps other processes out; where one is in, calls `busy` and then waits for its end.
+
+    The lock is the system's: it ends with the process, however that ends, and leaves no file. Folders that were made
+    here and are still empty at the end are removed. Raises OSError where the folder cannot be made.
+    """
+    made, descriptor = _make(folder), None
+    try:
+        with contextlib.suppress(ImportError, OSError):  # no locks on Windows and some network file systems
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                made += _make(folder)  # the other one may have left nothing
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes `folder`. Gives what was not there before, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
 def _reason(error: BaseException) -> str:
     """The first line of what `error` says."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -448,8 +496,7 @@ def _download() -> Path:
     archive = folder / "cifar-10-binary.tar.gz"
     part = folder / "cifar-10-binary.tar.gz.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with hold(folder, lambda: print("cifar10: waiting for another process", file=sys.stderr)):
             if (
                 archive.exists()
             ):  # another process has just brought it; or it is damaged, as reading it will tell
@@ -475,26 +522,6 @@ def _download() -> Path:
             " correct that, or set TFDS_DATA_DIR to a folder with 200 MB to spare"
         ) from error
     return archive
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Lets one process at a time download into `folder`: several workers may start at once."""
-    descriptor = None
-    try:
-        with contextlib.suppress(ImportError, OSError):  # no locks on Windows and some network file systems
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("cifar10: waiting for another process to download it", file=sys.stderr)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _fetch(part: Path) -> None:

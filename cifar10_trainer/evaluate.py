@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,14 +57,12 @@ def load_model(path: str | Path) -> keras.Model:
     Raises ConfigError when there is no such file or the model is of another kind, RunError when the file does
     not open as a model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
-    if path.suffix.lower() not in (".keras", ".h5", ".hdf5"):
-        raise ConfigError(f"the model file is {path}; allowed: a name that ends in .keras, .h5 or .hdf5")
+    path = check_model_file(path)
     import keras
 
     try:
+        if path.suffix.lower() == ".keras" and not zipfile.is_zipfile(path):
+            raise ValueError("it is damaged, or no such file: a .keras file is a zip archive")
         model = keras.models.load_model(path, compile=False)
     except Exception as error:
         # Keras raises whatever the reader of the day raises.
@@ -77,6 +76,16 @@ def load_model(path: str | Path) -> keras.Model:
             " allowed: one that maps (batch, height, width, 3) to (batch, classes)"
         )
     return model
+
+
+def check_model_file(path: str | Path) -> Path:
+    """`path`, without importing TensorFlow. Raises ConfigError when no model can be there."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
+    if path.suffix.lower() not in (".keras", ".h5", ".hdf5"):
+        raise ConfigError(f"the model file is {path}; allowed: a name that ends in .keras, .h5 or .hdf5")
+    return path
 
 
 def _is_shape(shape: Any, rank: int) -> bool:
@@ -161,16 +170,15 @@ def main(argv: list[str]) -> None:
     if (FLAGS.workdir is None) == (FLAGS.model is None):
         raise ConfigError("allowed: exactly one of --workdir RUN and --model FILE")
 
-    cli.import_tensorflow()
-
     # ---- what to evaluate
     settings: dict[str, Any] = {} if FLAGS.workdir is None else read_run(FLAGS.workdir)
-    path = FLAGS.model or Path(FLAGS.workdir) / "model.keras"
+    path = check_model_file(FLAGS.model or Path(FLAGS.workdir) / "model.keras")
     name = FLAGS.dataset or settings.get("dataset", "cifar10")
     data_dir = FLAGS.data_dir or (settings.get("data_dir") if name == settings.get("dataset") else None)
     views = int(FLAGS.views or settings.get("views", 1))
 
     # ---- the model and images that fit it
+    cli.import_tensorflow()
     model = load_model(path)
     size = {"image_size": model.input_shape[1]} if name == "folder" else {}  # the others have one size
     dataset = datasets.load(name, data_dir, **size)

@@ -115,9 +115,10 @@ def main(argv: list[str]) -> None:
         raise ConfigError("no --model; allowed: a .keras or .h5 file, such as --model RUN/model.keras")
     if not argv:
         raise ConfigError("no IMAGE; allowed: image files and folders of them")
-    paths = find_images(argv)
-    model = evaluate.load_model(FLAGS.model)
-    names = FLAGS.class_names or find_class_names(FLAGS.model, model.output_shape[-1])
+    path, paths = evaluate.check_model_file(FLAGS.model), find_images(argv)
+    cli.import_tensorflow()
+    model = evaluate.load_model(path)
+    names = FLAGS.class_names or find_class_names(path, model.output_shape[-1])
     results = predict(model, paths, names)
     if FLAGS.json:
         for result in results:

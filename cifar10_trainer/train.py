@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +13,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ WRITTEN = (  # what a run writes, and --overwrite removes
     "tensorboard",
 )
 SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one sooner
+WAY_OUT = "choose another --workdir, or replace it with --overwrite"
 CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
 
 
@@ -79,174 +82,217 @@ def train_and_evaluate(
     Raises: ConfigError for what cannot be; RunError for what failed, and for an interrupted run.
     """
     say = print if verbose else (lambda *_: None)
-    began = time.time()
 
     # ---- where and how ------------------------------------------------------------------------------------------
     models.check_options(config.architecture, config.options)
-    workdir = Path(workdir or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     strategy, why = runtime.choose_strategy(config.strategy)
-    chief = runtime.is_chief(strategy)
+    chief, replicas = runtime.is_chief(strategy), strategy.num_replicas_in_sync
+    workdir = Path(workdir or _new_folder(config, strategy))
     say(f"strategy: {why}")
     policy, why = runtime.choose_precision(config.precision)
     say(f"precision: {policy}: {why}")
-    saved = None if overwrite else _unfinished(workdir, config)
 
-    # ---- data ---------------------------------------------------------------------------------------------------
-    data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
-    fraction, kind = config.validation_fraction, config.validation_split
-    split = datasets.split(data, fraction, kind, config.seed, config.validation_fold)
-    train_images, _, val_images, val_labels = split
-    replicas = strategy.num_replicas_in_sync
-    runtime.check_batch(config.batch_size, len(train_images), replicas)
-    say(
-        f"data: {data.name} from {data.source}: {len(train_images):,} images to train on, "
-        f"{len(val_images):,} to validate, {len(data.test_images):,} to test"
-    )
+    with _held(workdir) if chief else contextlib.nullcontext():
+        saved = None if overwrite else _unfinished(workdir, config)
 
-    # ---- model --------------------------------------------------------------------------------------------------
-    runtime.seed_everything(config.seed)
-    mean, std = _pixel_statistics(config.pixels, train_images)
-    model = models.build(
-        config, input_shape=data.input_shape, num_classes=data.num_classes, mean=mean, std=std
-    )
-    if config.whitening:
-        fast.whiten(model, train_images, mean, std)
-    engine = Engine(model, config, *split[:2], strategy=strategy, policy=policy, num_classes=data.num_classes)
-    say(
-        f"model: {config.recipe}, {model.count_params():,} parameters; {engine.steps:,} steps of {config.batch_size}"
-    )
-    if chief:
-        _make_folder(workdir, overwrite)  # not sooner, so that a failure until here leaves nothing behind
-    run = _Run(
-        engine,
-        config,
-        workdir,
-        chief=chief,
-        began=began,
-        callbacks=callbacks,
-        verbose=verbose,
-        full_report=full_report,
-        since=since or runtime.process_start(),
-    )
-    if saved:
-        run.restore(saved)
-        say(f"resumed at step {engine.step:,} of {engine.steps:,}")
-    record = _record(config, data, data_dir, model)
-    if chief:
-        report.write_atomic(workdir / "config.json", json.dumps(record, indent=2) + "\n")
+        # ---- data -----------------------------------------------------------------------------------------------
+        data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
+        fraction, kind = config.validation_fraction, config.validation_split
+        split = datasets.split(data, fraction, kind, config.seed, config.validation_fold)
+        images, labels, *validation = split
+        n_train, n_validation, n_test = len(images), len(validation[0]), len(data.test_images)
+        runtime.check_batch(config.batch_size, n_train, replicas)
+        say(
+            f"data: {data.name} from {data.source}: {n_train:,} images to train on, "
+            f"{n_validation:,} to validate, {n_test:,} to test"
+        )
 
-    # ---- train --------------------------------------------------------------------------------------------------
-    try:
-        with _Signals() as signals:
-            run.loop(val_images, val_labels, signals)
-    except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
-        raise runtime.lost_worker(error) from error
-    say(f"trained: {run.history[-1]['epoch']} epochs in {run.seconds():,.1f} s; kept epoch {run.best_epoch}")
+        # ---- model ----------------------------------------------------------------------------------------------
+        runtime.seed_everything(config.seed)
+        mean, std = _pixel_statistics(config.pixels, images)
+        shape, classes = data.input_shape, data.num_classes
+        model = models.build(config, input_shape=shape, num_classes=classes, mean=mean, std=std)
+        if config.whitening:
+            fast.whiten(model, images, mean, std)
+        engine = Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=classes)
+        parameters = model.count_params()
+        say(
+            f"model: {config.recipe}, {parameters:,} parameters; "
+            f"{engine.steps:,} steps of {config.batch_size}"
+        )
+        record = _record(config, data, data_dir, parameters)
+        if overwrite and chief:
+            _remove_run(workdir)  # not sooner, so that a failure until here costs nothing
+        run = _Run(
+            engine,
+            workdir,
+            datasets.fingerprint(data),
+            chief=chief,
+            callbacks=callbacks,
+            verbose=verbose,
+            full_report=full_report,
+            since=since or runtime.process_start(),
+        )
+        if saved:
+            run.restore(saved)
+            say(f"resumed at step {engine.step:,} of {engine.steps:,}")
+        if chief:
+            report.write_atomic(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
-    # ---- evaluate -----------------------------------------------------------------------------------------
-    kept = workdir / "model.keras"  # a worker that does not share the chief's folder has none, and no scores
-    best = keras.models.load_model(kept, compile=False) if chief or kept.exists() else None
-    if chief and hdf5:
-        _write_model(best, workdir / "model.h5")
-    to_score = split[2:] if len(data.test_labels) == 0 else (data.test_images, data.test_labels)
-    scores, probabilities = _score(best if score_test else None, *to_score, data.num_classes, config.views)
-    tested = scores if len(data.test_labels) else {}
-    metrics = {
-        "recipe": config.recipe,
-        "dataset": data.name,
-        "n_train": len(train_images),
-        "n_validation": len(val_images),
-        "n_test": len(data.test_images),
-        "params": model.count_params(),
-        **run.metrics(),
-        "test_loss": tested[1]["loss"] if tested else None,
-        "test_accuracy": tested[1]["accuracy"] if tested else None,
-        "views": config.views,
-        "test_accuracy_views": tested[config.views]["accuracy"] if tested else None,
-        "pflop": engine.pflop(),
-        "strategy": type(strategy).__name__,
-        "replicas": replicas,
-        "precision": policy,
-        "seed": config.seed,
-        "total_seconds": round(run.elapsed(), 2),
-    }
-    if chief:
-        if full_report:
-            report.write_run(
-                workdir,
-                config=record,
-                metrics=metrics,
-                history=run.history,
-                dataset=data,
-                split=split,
-                test_probabilities=probabilities,
-            )
-        # Last of all: a run is finished when it has its metrics.
-        report.write_atomic(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-        (workdir / "state.npz").unlink(missing_ok=True)
+        # ---- train ----------------------------------------------------------------------------------------------
+        try:
+            with _Signals() as signals:
+                run.loop(validation, signals)
+        except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
+            raise runtime.lost_worker(error) from error
+        trained = run.metrics()
+        say(
+            f"trained: {trained['epochs']} epochs in {trained['train_seconds']:,.1f} s; "
+            f"kept epoch {trained['best_epoch']}"
+        )
+
+        # ---- evaluate -------------------------------------------------------------------------------------------
+        kept = workdir / "model.keras"
+        if not kept.exists():  # only the chief writes
+            say(f"no scores here: {workdir} is not the folder of the chief; give all workers the same")
+        elif hdf5 and chief:
+            _write_model(keras.models.load_model(kept, compile=False), workdir / "model.h5")
+        probabilities, scores = _score(kept, data, validation, config.views, score_test)
+        metrics = {
+            "recipe": config.recipe,
+            "dataset": data.name,
+            "n_train": n_train,
+            "n_validation": n_validation,
+            "n_test": n_test,
+            "params": parameters,
+            **trained,
+            **scores,
+            "views": config.views,
+            "pflop": engine.pflop(),
+            "strategy": type(strategy).__name__,
+            "replicas": replicas,
+            "precision": policy,
+            "seed": config.seed,
+            "total_seconds": round(run.elapsed(), 2),
+        }
+        if chief:
+            if full_report:
+                report.write_run(
+                    workdir,
+                    config=record,
+                    metrics=metrics,
+                    history=run.history,
+                    dataset=data,
+                    split=split,
+                    test_probabilities=probabilities,
+                )
+            # Last of all: a run is finished when it has its metrics.
+            report.write_atomic(workdir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            (workdir / "state.npz").unlink(missing_ok=True)
     _summarise(say, metrics, workdir)
     return metrics
 
 
-def _record(config: Config, data: Dataset, data_dir: str | None, model: keras.Model) -> dict[str, Any]:
+def _record(config: Config, data: Dataset, data_dir: str | None, parameters: int) -> dict[str, Any]:
     """What config.json holds: the config, and what the run found (`config.RECORDED`)."""
     return {
         **config.to_dict(),
         "class_names": list(data.class_names),
         "data_dir": data_dir and str(data_dir),
         "data_source": data.source,
-        "parameters": model.count_params(),
+        "parameters": parameters,
         "command": "python " + " ".join(sys.orig_argv[1:]),
         "environment": runtime.describe(),
     }
 
 
 def _score(
-    model: keras.Model | None, images: np.ndarray, labels: np.ndarray, classes: int, views: int
-) -> tuple[dict[int, dict[str, float]], np.ndarray]:
-    """({views: scores} of one view and of `views`, probabilities [n, classes] of `views`); empty without a model."""
-    scores: dict[int, dict[str, float]] = {}
-    probabilities = np.zeros((0, classes), np.float32)
-    for number in sorted({1, views}) if model and len(labels) else ():
-        probabilities = scoring.predict_probabilities(model, images, views=number)
-        scores[number] = scoring.score(labels, probabilities)
-    return scores, probabilities
+    kept: Path, data: Dataset, validation: Sequence[np.ndarray], views: int, wanted: bool
+) -> tuple[np.ndarray, dict[str, float | None]]:
+    """Probabilities [n, classes] of the test images by the model file `kept`, and their scores for metrics.json.
+
+    Without test images: the probabilities of the validation images, and scores of None. Where they are not
+    `wanted`, or there is no model file, which only a chief writes: neither.
+    """
+    scores: dict[str, float | None] = {"test_loss": None, "test_accuracy": None, "test_accuracy_views": None}
+    tested = len(data.test_labels) > 0
+    images, labels = (data.test_images, data.test_labels) if tested else validation
+    if not (wanted and len(labels) and kept.exists()):
+        return np.zeros((0, data.num_classes), np.float32), scores
+    model = keras.models.load_model(kept, compile=False)
+    plain = scoring.predict_probabilities(model, images)
+    averaged = scoring.predict_probabilities(model, images, views=views) if views > 1 else plain
+    if tested:
+        one, several = (scoring.score(labels, p) for p in (plain, averaged))
+        scores = {
+            "test_loss": one["loss"],
+            "test_accuracy": one["accuracy"],
+            "test_accuracy_views": several["accuracy"],
+        }
+    return averaged, scores
 
 
-def _make_folder(workdir: Path, overwrite: bool) -> None:
-    """Makes the run folder; empties it of an earlier run where that may be replaced. Raises RunError."""
+def _new_folder(config: Config, strategy: tf.distribute.Strategy) -> str:
+    """runs/<recipe>-<time>. Raises ConfigError in a cluster, whose workers would each have another."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ConfigError("workdir is None; allowed with several workers: a folder that all of them share")
+    return f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@contextlib.contextmanager
+def _held(workdir: Path) -> Iterator[None]:
+    """Makes the run folder, and keeps other runs out of it. A folder that was made and left empty goes again.
+
+    Raises RunError where it cannot be written to, or another run is at work in it.
+    """
+
+    def busy() -> None:
+        raise RunError(
+            f"another run is at work in {workdir}; wait for its end, or choose another folder with --workdir"
+        )
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(datasets.hold(workdir, busy))
+            (workdir / ".writable").touch()
+            (workdir / ".writable").unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(workdir, error) from error
+        yield
+
+
+def _remove_run(workdir: Path) -> None:
+    """Empties the run folder of an earlier run, and of nothing else. Raises RunError."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink(missing_ok=True)
-        for path in (workdir / name for name in WRITTEN if overwrite):
+        for path in (workdir / name for name in WRITTEN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(
-            f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir"
-        ) from error
+        raise _unwritable(workdir, error) from error
+
+
+def _unwritable(workdir: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write to {workdir}: {error.strerror}; choose another folder with --workdir")
 
 
 def _unfinished(workdir: Path, config: Config) -> dict | None:
     """The state of an unfinished run of `config` in the folder, if any. Raises ConfigError where it is taken."""
     if not (workdir / "config.json").exists():
         return None
-    way_out = "choose another --workdir, or replace it with --overwrite"
     if (workdir / "metrics.json").exists():
-        raise ConfigError(f"{workdir} holds a finished run; {way_out}")
+        raise ConfigError(f"{workdir} holds a finished run; {WAY_OUT}")
     try:
         there = Config.from_record(
             dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
         ).to_dict()
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{workdir / 'config.json'} is damaged ({error}); {way_out}") from error
+        raise RunError(f"{workdir / 'config.json'} is damaged ({error}); {WAY_OUT}") from error
     ours = config.to_dict()
     different = [key for key in ours if there.get(key) != ours[key]]
     if different:
         key = different[0]
         raise ConfigError(
             f"{workdir} holds an unfinished run of another configuration ({key} {there.get(key)!r}, now {ours[key]!r});"
-            f" {way_out}"
+            f" {WAY_OUT}"
         )
     if not (workdir / "state.npz").exists():
         return None
@@ -282,17 +328,16 @@ def _pixel_statistics(
     """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
     if pixels == "unit":
         return None, None
-    sample = images.reshape(-1, images.shape[-1])
-    # Sums of squares of 8-bit numbers are exact in 64 bits, and need no float copy of the images.
-    counts = [np.bincount(channel, minlength=256) for channel in sample.T]
-    levels = np.arange(256) / 255
-    mean = tuple(float(c @ levels / c.sum()) for c in counts)
+    channels = images.shape[-1]
+    rows, n = images.reshape(len(images), -1), images.size // channels
+    # Sums of 8-bit numbers and of their squares are exact in 64 bits, and need no float copy of the images.
+    sums = rows.sum(0, dtype=np.uint64), np.einsum("np,np->p", rows, rows, dtype=np.uint64)
+    total, squares = (s.reshape(-1, channels).sum(0).tolist() for s in sums)
+    mean = tuple(t / n / 255 for t in total)
     if pixels == "centred":
         return mean, None
-    std = tuple(
-        max(float(np.sqrt(c @ (levels - m) ** 2 / c.sum())), 1e-3) for c, m in zip(counts, mean, strict=True)
-    )
-    return mean, std
+    std = (math.sqrt(n * s - t * t) / n / 255 for t, s in zip(total, squares, strict=True))
+    return mean, tuple(max(s, 1e-3) for s in std)
 
 
 class _Signals:
@@ -320,16 +365,16 @@ class _Signals:
 class _Run:
     """The loop over epochs, and what it remembers."""
 
-    def __init__(self, engine, config, workdir, *, chief, began, callbacks, verbose, full_report, since):
-        self.engine, self.config, self.workdir = engine, config, workdir
-        self.chief, self.full_report = chief, full_report
+    def __init__(self, engine, workdir, fingerprint, *, chief, callbacks, verbose, full_report, since):
+        self.engine, self.config, self.workdir = engine, engine.config, workdir
+        self.fingerprint, self.chief, self.full_report = fingerprint, chief, full_report
         self.history: list[dict[str, Any]] = []
         self.best, self.best_epoch, self.target = None, None, None
         self.images, self.step_seconds = 0, 0.0
         self._memories: list[dict[str, Any]] = []  # of callbacks, from before this process
-        # When this process began to train, and what earlier ones spent: on it, and on starting.
-        self._since, self._began, self._saved = since, began, time.time()
-        self._before, self._starts = 0.0, 0.0
+        self._since = since  # the clock of this process's part of the run
+        self._began = self._saved = time.time()  # the loop, in this process; the last save
+        self._before = {"seconds": 0.0, "elapsed": 0.0}  # of earlier processes
         # The callbacks' model shares the plain model's layers, so that an optimizer attached to it is not saved.
         self._face = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
         self._face.optimizer = engine.optimizer
@@ -380,14 +425,14 @@ class _Run:
         return found
 
     def seconds(self) -> float:
-        """Spent in this run by all processes since their training began."""
-        return self._before + time.time() - self._began
+        """Spent in the loop by all processes of this run: training, validation, saving."""
+        return self._before["seconds"] + time.time() - self._began
 
     def elapsed(self) -> float:
-        """Spent in this run by all processes, from the start of the first."""
-        return self.seconds() + self._starts + self._began - self._since
+        """Spent in this run by all its processes, each from its very start, imports included."""
+        return self._before["elapsed"] + time.time() - self._since
 
-    def loop(self, val_images, val_labels, signals) -> None:
+    def loop(self, validation, signals) -> None:
         """Trains from where the engine stands to the end, or until a callback or a signal stops it."""
         engine, per_epoch = self.engine, self.engine.steps_per_epoch
         (mean_step,) = runtime.mean_over_workers(engine.strategy, engine.step)
@@ -395,7 +440,7 @@ class _Run:
             raise RunError(
                 f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
             )
-        count = 1
+        count, self._began = 1, time.time()
         self.callbacks.on_train_begin()
         # Keras's callbacks forget in on_train_begin. The recipe's come first: no other gets their memories.
         for callback, memory in zip(self._recipe_callbacks_live(), self._memories, strict=False):
@@ -420,20 +465,20 @@ class _Run:
                 self.step_seconds += spent
                 # As many steps a call as fit the time: the results do not depend on it.
                 count = int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * count, 1024)))
-            self._end_epoch(epoch, val_images, val_labels, began)
+            self._end_epoch(epoch, validation, began)
         self.callbacks.on_train_end()
         if self.best_epoch is None:
             self.best_epoch = self.history[-1]["epoch"]
             self._save_model()
         runtime.mean_over_workers(engine.strategy, 0)  # now the chief has saved the model
 
-    def _end_epoch(self, epoch, val_images, val_labels, began) -> None:
+    def _end_epoch(self, epoch, validation, began) -> None:
         engine, logs = self.engine, dict(self.engine.progress.logs())
         last = engine.step >= engine.steps
         rate = float(np.asarray(engine.optimizer.learning_rate))
-        if len(val_images) and (last or (epoch + 1) % self.config.validation_interval == 0):
+        if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
             self.callbacks.on_test_begin()
-            scores = engine.evaluate(val_images, val_labels)
+            scores = engine.evaluate(*validation)
             logs.update({f"val_{k}": v for k, v in scores.items()})
             self.callbacks.on_test_end(scores)
         row = {
@@ -481,6 +526,7 @@ class _Run:
         """Writes all that the rest of the run depends on: variables, step, callbacks, history."""
         plain = (bool, int, float, str, type(None))
         meta = {
+            "data": self.fingerprint,
             "history": self.history,
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -504,16 +550,22 @@ class _Run:
         return [c for c in self.callbacks.callbacks if isinstance(c, kinds)]
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes up what `save` wrote. Raises RunError where that is not whole, or of another model."""
+        """Takes up what `save` wrote. Raises ConfigError where the images are others, RunError on a damaged state."""
         try:
             meta = json.loads(str(arrays["meta"]))
+            if meta.get("data", self.fingerprint) != self.fingerprint:
+                raise ConfigError(
+                    f"{self.workdir} holds an unfinished run on other images; {WAY_OUT}, or give it its own images"
+                )
             self.engine.restore(arrays)
+        except ConfigError:
+            raise
         except (KeyError, ValueError) as error:
             raise RunError(_damaged(self.workdir, error)) from error
         self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
         self.target = meta["target"] and tuple(meta["target"])
         self.images, self.step_seconds = meta["images"], meta["step_seconds"]
-        self._before, self._starts = meta["seconds"], meta["elapsed"] - meta["seconds"]
+        self._before = {"seconds": meta["seconds"], "elapsed": meta["elapsed"]}
         self._memories = meta["callbacks"]
 
 

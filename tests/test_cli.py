@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -329,6 +330,9 @@ def test_help_shows_usage_and_every_flag(flag, capsys, trained):
         (["--final_fit", "--recipe=practical.baseline"], ["validation_fraction is None", "early stopping"]),
         (["--image_size=64"], ["image_size is 64", "allowed with the dataset cifar10: 32"]),
         (["--image_size=64", "--dataset=digits"], ["image_size is 64", "dataset digits: 32"]),
+        (["--recipe="], ["--recipe is empty", "no such flag"]),
+        (["--dataset=digits", "--workdir="], ["--workdir is empty"]),
+        (["--set", "recipe=../../elsewhere"], ["recipe is '../../elsewhere'", "letters, digits"]),
         (["--set", "momentum"], ["--set 'momentum'", "section.name=value"]),
         (["--set", "optimizer.mometum=1"], ["unknown setting in optimizer 'mometum'", "'momentum'"]),
         (["--set", "optimzer.momentum=1"], ["unknown setting 'optimzer'", "'optimizer'"]),
@@ -489,6 +493,35 @@ def test_a_failing_import_of_tensorflow_tells_what_it_said(monkeypatch, capfd):
     cli.import_tensorflow()
     os.write(2, b"later\n")
     assert capfd.readouterr().err == "later\n"
+
+
+def test_sigterm_interrupts(capsys):
+    """Once, so that what was begun is tidied up; the second one ends the process."""
+    handlers = []
+
+    def main(argv):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert simple(main) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_looks_as_if_it_were_not_installed():
+    sys.modules.pop("colorsys", None)
+    with cli._not_installed("colorsys", "json"):
+        with pytest.raises(ImportError):
+            import colorsys
+        import json as again
+
+        assert again is json
+    import colorsys
+
+    assert colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0) and sys.modules["json"] is json
 
 
 # ---- for real: processes

@@ -503,7 +503,7 @@ def test_wrong_content_is_deleted(server, manual):
     with pytest.raises(RunError, match=f"the download from {server.url} has the sha256") as error:
         datasets.load()
     assert "run again" in one_line(error)
-    assert list(manual.iterdir()) == []
+    assert not manual.exists()
 
 
 def test_wrong_length_is_refused_and_spares_what_is_there(server, manual):
@@ -523,7 +523,7 @@ def test_not_found_is_not_tried_again(server, manual):
         datasets.load()
     assert "name it with --data_dir" in one_line(error)
     assert len(server.asked) == 1
-    assert list(manual.iterdir()) == []
+    assert not manual.exists()
 
 
 def test_no_network(capsys):
@@ -569,6 +569,27 @@ def test_two_processes_download_once(server, tiny, manual):
         thread.join()
     assert len(results) == 3
     assert server.asked == [None]
+
+
+def test_a_folder_is_held_by_one_and_goes_when_it_is_empty(tmp_path):
+    folder, calls = tmp_path / "a" / "b", []
+    with datasets.hold(folder, lambda: calls.append("busy")):
+        assert folder.is_dir() and list(folder.iterdir()) == []
+
+        def second():
+            with datasets.hold(folder, lambda: calls.append("busy")):
+                calls.append("in")
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.3)
+        assert calls == ["busy"]
+    thread.join(30)
+    assert calls == ["busy", "in"]
+    assert list(tmp_path.iterdir()) == []
+    with datasets.hold(folder, calls.clear):
+        (folder / "file").touch()
+    assert folder.is_dir() and calls
 
 
 def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
@@ -995,6 +1016,24 @@ def test_split_of_an_unknown_kind():
 
 
 # ---- the whole
+
+
+def test_fingerprints_tell_data_sets_apart():
+    dataset = datasets.load("digits")
+    images, labels = dataset.train_images.copy(), dataset.train_labels.copy()
+    expected = datasets.fingerprint(dataset)
+    assert datasets.fingerprint(replace(dataset, train_images=images)) == expected
+    labels[77] = (labels[77] + 1) % 10
+    for change in (
+        {"train_images": 255 - images},
+        {"train_images": images[::-1]},
+        {"train_images": images[:-1], "train_labels": dataset.train_labels[:-1]},
+        {"train_labels": labels},
+        {"test_images": dataset.test_images[::-1]},
+        {"class_names": tuple("abcdefghij")},
+        {"validation": (images, dataset.train_labels)},
+    ):
+        assert datasets.fingerprint(replace(dataset, **change)) != expected, list(change)
 
 
 def test_import_and_small_datasets_need_no_tensorflow(pets):

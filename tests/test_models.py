@@ -377,6 +377,15 @@ def test_transfer_resizes_where_it_is_told_to():
     assert "resize" not in [layer.name for layer in transfer().layers]
 
 
+def test_a_bare_call_of_transfer_is_at_rest():
+    """Keras's Resizing takes such a call for training, and hands that on to batch norm."""
+    model = transfer(backbone="mobilenetv2", image_size=40)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    at_rest = np.array(model(images, training=False))
+    np.testing.assert_array_equal(np.array(model(images)), at_rest)
+    assert not np.allclose(np.array(model(images, training=True)), at_rest)
+
+
 @pytest.mark.parametrize(
     ("backbone", "module"),
     [

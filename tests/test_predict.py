@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -158,3 +160,13 @@ def test_find_images_looks_into_folders(folder):
     ]
     with pytest.raises(ConfigError, match="no image at"):
         predict.find_images([str(folder / "none.png")])
+
+
+def test_a_process_says_one_line(folder):
+    """Not what TensorFlow says when it is imported."""
+    (folder / "images" / "text.png").write_text("no image")
+    command = [sys.executable, "-m", "cifar10_trainer.predict", f"--model={folder / 'model.keras'}"]
+    done = subprocess.run([*command, folder / "images"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {folder / 'images' / 'text.png'} cannot be read as an image")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from cifar10_trainer import __main__ as command
@@ -416,6 +418,64 @@ def test_a_killed_run_goes_on_from_its_last_save(tmp_path, digits):
     assert without_seconds(read_history(workdir)) == without_seconds(read_history(tmp_path / "whole"))
     assert_same_weights(saved_weights(workdir), saved_weights(tmp_path / "whole"))
     assert found["test_loss"] == expected["test_loss"]
+
+
+def test_a_run_is_not_resumed_on_other_images(tmp_path, digits, step_by_step):
+    config = TINY.override(epochs=1)
+    with pytest.raises(RunError, match="stopped by SIGTERM"):
+        train_quietly(config, tmp_path, digits, callbacks=[At(3, send(signal.SIGTERM))])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    others = dataclasses.replace(digits, train_images=255 - digits.train_images)
+    with pytest.raises(
+        ConfigError, match=r"unfinished run on other images; .*--workdir, .*--overwrite"
+    ) as info:
+        train_quietly(config, tmp_path, others)
+    assert "\n" not in str(info.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    copies = dataclasses.replace(digits, train_images=digits.train_images.copy(), source="elsewhere")
+    assert train_quietly(config, tmp_path, copies)["epochs"] == 1
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, digits):
+    """Not while one is at work in it; the lock leaves no trace."""
+    seen = []
+
+    def second():
+        with pytest.raises(RunError, match=r"another run is at work in .*; wait for its end, .*--workdir"):
+            train_quietly(TINY.override(epochs=1), tmp_path, digits, overwrite=True)
+        seen.append({p.name for p in tmp_path.iterdir()})
+
+    metrics = train_quietly(TINY.override(epochs=1), tmp_path, digits, callbacks=[At(2, second)])
+    assert metrics["epochs"] == 1 and seen == [{"config.json"}]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json",
+        "history.csv",
+        "metrics.json",
+        "model.keras",
+    }
+
+
+def test_the_seconds_of_training_are_without_the_scoring(tmp_path, digits, monkeypatch):
+    before, scored = train.scoring.predict_probabilities, []
+
+    def slow(*args, **options):
+        scored.append(time.time())
+        time.sleep(2)
+        return before(*args, **options)
+
+    monkeypatch.setattr(train.scoring, "predict_probabilities", slow)
+    began = time.time()
+    metrics = train_quietly(TINY.override(epochs=1), tmp_path, digits)
+    (row,) = read_history(tmp_path)
+    assert row["seconds"] <= metrics["train_seconds"] <= scored[0] - began
+    assert metrics["total_seconds"] >= metrics["train_seconds"] + 2
+
+
+def test_workers_of_a_cluster_need_a_folder_that_they_share():
+    cluster = object.__new__(tf.distribute.MultiWorkerMirroredStrategy)
+    with pytest.raises(ConfigError, match="workdir is None; allowed with several workers: a folder that all"):
+        train._new_folder(TINY, cluster)
+    assert train._new_folder(TINY, tf.distribute.get_strategy()).startswith("runs/fast.digits-2")
 
 
 def test_an_unfinished_run_without_a_state_begins_again(tmp_path, digits):

@@ -70,7 +70,8 @@ def build(
     images = keras.Input(input_shape, dtype="float32", name="images")
     x = common.preprocess(images, chosen.mean, chosen.std)
     if image_size is not None:
-        x = layers.Resizing(image_size, image_size, dtype="float32", name="resize")(x)
+        # Said here, because this layer takes a bare call of the model for training, and batch norm after it too.
+        x = layers.Resizing(image_size, image_size, dtype="float32", name="resize")(x, training=False)
     common.check_side(x, SMALLEST, backbone)
     base = _pretrained(backbone, x, weights)
     if chosen.bgr and weights is not None:
