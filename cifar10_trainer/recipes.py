@@ -47,8 +47,16 @@ def _define(
 # The project's own: fast.*
 # ---------------------------------------------------------------------------------------------------------
 
-# 94% on the test images in ten epochs, trained on all 50,000 images. airbench94's rates and schedule, with ReLU,
-# growing images and no whitening bias.
+
+def _sgd(learning_rate: float, **more: Any) -> Optimizer:
+    """airbench94's SGD, which does as well as Muon where the network or the images are tiny."""
+    more = {"momentum": 0.85, "nesterov": True, "weight_decay": 1.33e-3, **more}
+    return Optimizer(name="sgd", learning_rate=learning_rate, **more)
+
+
+# 94% on the test images in ten epochs, trained on all 50,000 images. The network and most settings are airbench94's;
+# kernels are trained by Muon, images grow, and the whitening has no bias. On validation images, three epochs of
+# fast.85: SGD 84.4%, Muon 85.8% (seed 0), 86.0% and 87.7% (seed 1).
 _fast = _define(
     "fast.94",
     Config(
@@ -61,8 +69,8 @@ _fast = _define(
         label_smoothing=0.2,
         augmentation=Augmentation(flip="alternating", shift=2),
         optimizer=Optimizer(
-            name="sgd",
-            learning_rate=1.5,
+            name="muon",
+            learning_rate=0.2,
             momentum=0.85,
             nesterov=True,
             weight_decay=1.33e-3,
@@ -76,9 +84,8 @@ _fast = _define(
     parameters=1_973_920,
 )
 
-# The recipe of every length: it anneals over whatever number of epochs it is given. At rate 1.2 and without cutout, 40
-# epochs gave 92.7% validation accuracy, with 98.9% of the training images right: too noisy for most of the run, then
-# overfitted. Hence the lower rate and decay, the larger shifts and the cutout.
+# The recipe of every length: it anneals over whatever number of epochs it is given. With shifts of 2 and without
+# cutout, 40 epochs of SGD had 98.9% of the training images right and 92.7% of the validation images: hence both.
 _define(
     "fast.default",
     _fast,
@@ -87,8 +94,7 @@ _define(
     validation_fraction=0.1,
     augmentation__shift=4,
     augmentation__cutout=8,
-    optimizer__learning_rate=0.6,
-    optimizer__weight_decay=1e-3,
+    optimizer__learning_rate=0.12,
 )
 
 # 85% validation accuracy as soon as can be: a narrow network, three epochs of growing images.
@@ -102,7 +108,7 @@ _define(
     sizes=(20, 24, 32),
     validation_fraction=0.1,
     validation_interval=1000,  # only at the end: a validation is seconds
-    optimizer__learning_rate=1.0,
+    optimizer__learning_rate=0.12,
     views=1,
 )
 
@@ -117,7 +123,7 @@ _define(
     batch_size=64,
     sizes=(16, 20, 24, 32),
     augmentation__shift=0,
-    optimizer__learning_rate=0.5,
+    optimizer=_sgd(0.5, bias_multiplier=64),
     target=0.70,
 )
 
@@ -131,7 +137,6 @@ _define(
     epochs=40,
     augmentation__shift=4,
     augmentation__cutout=12,
-    optimizer__learning_rate=1.17,
 )
 
 # The embedded digits: few, small and grey, and a mirrored digit is none.
@@ -147,8 +152,7 @@ _define(
     batch_size=64,
     sizes=(),
     augmentation=Augmentation(shift=2),
-    optimizer__learning_rate=0.2,
-    optimizer__bias_multiplier=1,
+    optimizer=_sgd(0.2),
     views=1,
 )
 

@@ -221,7 +221,7 @@ def test_choice_of_recipes(reproduce):
 def test_tutorial_four_of_the_benchmark_is_the_recipe():
     from cifar10_trainer import models
 
-    peer = script("benchmark").tutorial_four()
+    peer = script("peers").tutorial_four()
     ours = models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10)
     assert peer.count_params() == ours.count_params() == 1_345_066
     assert [w.shape for w in peer.weights] == [w.shape for w in ours.weights]
