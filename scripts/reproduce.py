@@ -98,7 +98,10 @@ def keep(workdir: Path, command: str | None = None) -> Path:
 def commit() -> str:
     """The checkout's commit, short; empty where there is none."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        return ""
 
 
 def load_records() -> list[dict[str, Any]]:
