@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -145,6 +146,10 @@ def train_and_evaluate(
                 run.loop(validation, signals)
         except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
             raise runtime.lost_worker(error) from error
+        except tf.errors.ResourceExhaustedError as error:
+            if "No space left" in str(error):  # what the TensorBoard callback meets
+                raise _unwritable(workdir, OSError(errno.ENOSPC, "No space left on device")) from error
+            raise runtime.out_of_memory(error) from error
         trained = run.metrics()
         say(
             f"trained: {trained['epochs']} epochs in {trained['train_seconds']:,.1f} s; "
