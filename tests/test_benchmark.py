@@ -402,7 +402,7 @@ def test_airbench_by_its_own_clock(tmp_path, monkeypatch):
     assert rows == {}  # said, and left out
     with pytest.raises(RunError, match="printed no scores; its last line: ValueError: no GPU"):
         peers.airbench(str(tmp_path), "airbench94.py", None, 1, 60)
-    with pytest.raises(RunError, match="has no airbench94_muon.py"):
+    with pytest.raises(RunError, match=r"has no airbench94_muon\.py"):
         peers.airbench(str(tmp_path), "airbench94_muon.py", None, 1, 60)
     script.write_text("print('another')")
     with pytest.raises(RunError, match="is not as expected"):
@@ -682,7 +682,7 @@ def test_the_frontier_trains_what_has_no_record(monkeypatch):
     benchmark.frontier(Options(data_dir="d"))
     assert [words[2:] for words in commands] == [["fast.default", "--epochs=2", "--data_dir=d"]]
     result.returncode = 1
-    with pytest.raises(RunError, match="fast.default with 2 epochs did not end well"):
+    with pytest.raises(RunError, match=r"fast\.default with 2 epochs did not end well"):
         benchmark.frontier(Options())
 
 
