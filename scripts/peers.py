@@ -83,7 +83,7 @@ def tutorial_run(data, steps: int | None) -> dict[str, float]:
     whole = -(-len(x) // TUTORIAL_BATCH)
     steps = min(steps or whole, whole)
     model = tutorial_four()
-    model.fit(x, y, TUTORIAL_BATCH, steps_per_epoch=2, validation_data=(x_val, y_val), validation_steps=2)
+    model.fit(x, y, TUTORIAL_BATCH, steps_per_epoch=2, validation_data=(x_val, y_val), validation_steps=1)
     part: dict[str, Any] = (
         {"steps_per_epoch": steps} if steps < whole else {"validation_data": (x_val, y_val)}
     )
