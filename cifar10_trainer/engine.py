@@ -178,7 +178,11 @@ class Engine:
                 self.strategy.extended.update(v, lambda v, n: v.assign(n), args=(new,))
 
     def _graph(self, size: int | None) -> Callable:
-        """The compiled loop for images of one size: (iterator, count) -> sums of loss and of right answers."""
+        """The compiled loop: (iterator, count) -> sums of loss and of right answers.
+
+        On the device there is one for each size of the images, since it makes them; else one for all sizes.
+        """
+        size = size if self.on_device else None
         if size in self._graphs:
             return self._graphs[size]
         fetcher = self._fetcher(size)
@@ -236,6 +240,7 @@ class Engine:
                     table=self.table,
                     labels=self.labels,
                     fetcher=self._fetcher(size),
+                    any_size=bool(self.config.sizes),
                     context=context,
                 )
             self._iterator = key, iter(data)

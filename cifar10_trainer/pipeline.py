@@ -117,16 +117,24 @@ def resize(images, size: int):
     return tf.einsum("ow,bhwc->bhoc", weights, rows)
 
 
-def training_data(order: Order, start: int, stop: int, *, table, labels, fetcher: Fetcher, context=None):
-    """A prefetched tf.data pipeline of finished batches: the CPU's way."""
-    return (
-        index_data(order, start, stop, context)
-        .map(
-            lambda index, numbers: fetcher(table, labels, index, numbers),
-            num_parallel_calls=os.cpu_count(),
-        )
-        .prefetch(4)
-    )
+def training_data(
+    order: Order, start: int, stop: int, *, table, labels, fetcher: Fetcher, any_size=False, context=None
+):
+    """A prefetched tf.data pipeline of finished batches: the CPU's way.
+
+    any_size: whether the images are float32 whose height and width are not part of their type, so that a step traced
+    for one size of images takes them all.
+    """
+
+    def finished(index, numbers):
+        images, targets = fetcher(table, labels, index, numbers)
+        if any_size:
+            shape = [images.shape[0], None, None, images.shape[-1]]
+            images = tf.compat.v1.placeholder_with_default(tf.cast(images, tf.float32), shape)
+        return images, targets
+
+    data = index_data(order, start, stop, context)
+    return data.map(finished, num_parallel_calls=os.cpu_count()).prefetch(4)
 
 
 def index_data(order: Order, start: int, stop: int, context=None) -> tf.data.Dataset:

@@ -401,14 +401,16 @@ def test_no_thread_tunes_the_data():
 # --- the images' sizes ----------------------------------------------------------------------------------
 
 
-def test_each_size_has_its_share_of_the_steps():
+@pytest.mark.parametrize("on_device", [False, True])
+def test_each_size_has_its_share_of_the_steps(on_device):
     config = FAST.override(sizes=(20, 24, 32), epochs=2.75)
-    engine = make_engine(config)
+    engine = make_engine(config, on_device=on_device)
     assert engine.steps == 11
-    seen, true = [], engine._gradients_of
+    seen, traced, true = [], [], engine._gradients_of
 
     def watch(weights, others, images, targets):
-        seen.append(images.shape[1:])  # when the graph of a size is made
+        traced.append(images.shape[1:])  # when a graph is made
+        tf.py_function(lambda shape: seen.append(tuple(shape.numpy())), [tf.shape(images)], [])
         return true(weights, others, images, targets)
 
     engine._gradients_of = watch
@@ -417,7 +419,11 @@ def test_each_size_has_its_share_of_the_steps():
         engine.train(100)
         ends.append(engine.step)
     assert ends == [4, 7, 11]  # thirds of 11, rounded
-    assert list(dict.fromkeys(tuple(shape) for shape in seen)) == [(20, 20, 3), (24, 24, 3), (32, 32, 3)]
+    sides = [20] * 4 + [24] * 3 + [32] * 4
+    assert seen == [(16, side, side, 3) for side in sides]
+    # One graph serves all sizes, but where it makes the images itself.
+    graphs = [(20, 20, 3), (24, 24, 3), (32, 32, 3)] if on_device else [(None, None, 3)]
+    assert list(dict.fromkeys(tuple(shape) for shape in traced)) == graphs
 
 
 @pytest.mark.parametrize(
