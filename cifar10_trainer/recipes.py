@@ -56,7 +56,8 @@ def _sgd(learning_rate: float, **more: Any) -> Optimizer:
 
 # 94% on the test images in ten epochs, trained on all 50,000 images. The network and most settings are airbench94's;
 # kernels are trained by Muon, images grow, and the whitening has no bias. On validation images, three epochs of
-# fast.85: SGD 84.4%, Muon 85.8% (seed 0), 86.0% and 87.7% (seed 1).
+# fast.85: SGD 84.4%, Muon 85.8% (seed 0), 86.0% and 87.7% (seed 1). Ten epochs of 45,000 images: SGD and ReLU 91.7%,
+# Muon and ReLU 92.3%, Muon and SiLU 92.6%; at rate 0.3 92.1%.
 _fast = _define(
     "fast.94",
     Config(
@@ -97,12 +98,13 @@ _define(
     optimizer__learning_rate=0.12,
 )
 
-# 85% validation accuracy as soon as can be: a narrow network, three epochs of growing images.
+# 85% validation accuracy as soon as can be: a narrow network, three epochs of growing images, and ReLU, since SiLU
+# is a third of a step here.
 _define(
     "fast.85",
     _fast,
     parameters=498_656,
-    options__filters=(32, 128, 128),
+    options={"filters": (32, 128, 128), "activation": "relu"},
     epochs=3,
     batch_size=256,
     sizes=(20, 24, 32),
@@ -118,7 +120,7 @@ _define(
     "fast.70",
     RECIPES["fast.85"],
     parameters=65_204,
-    options={"filters": (12, 48, 128), "depth": 1},
+    options={"filters": (12, 48, 128), "depth": 1, "activation": "relu"},
     epochs=1.45,
     batch_size=64,
     sizes=(16, 20, 24, 32),
@@ -147,7 +149,7 @@ _define(
     dataset="digits",
     validation_fraction=0.1,
     whitening=False,
-    options__filters=(16, 32, 32),
+    options={"filters": (16, 32, 32), "activation": "relu"},
     epochs=20,
     batch_size=64,
     sizes=(),

@@ -24,7 +24,7 @@ def build(
     filters: tuple[int, ...] = (64, 256, 256),
     depth: int = 2,
     dropout: float = 0.0,
-    activation: str = "relu",
+    activation: str = "silu",
 ) -> keras.Model:
     """Builds the network, uncompiled. Images [n, height, width, channels] of 0-255 in, float32 probabilities out.
 
