@@ -106,14 +106,17 @@ def accelerate(
 def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
     """Raises ConfigError where the weights of `model` do not fit square images of these sides."""
     for side in {min(sizes), max(sizes)}:
+        deep = (
+            f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger ones"
+        )
         try:
             twin = keras.models.clone_model(
                 model, input_tensors=keras.Input((side, side, model.input_shape[-1]))
             )
         except ValueError as error:
-            raise ConfigError(
-                f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger ones"
-            ) from error
+            raise ConfigError(deep) from error
+        if any(0 in layer.output.shape[1:] for layer in twin.layers):  # Keras before 3.13 does not mind
+            raise ConfigError(deep)
         if [w.shape for w in twin.weights] != [w.shape for w in model.weights]:
             raise ConfigError(
                 f"sizes is {sizes}, but {model.name} flattens its maps, so it takes images of one size;"

@@ -291,8 +291,10 @@ def test_process_start_for_real():
 def test_seed_everything():
     def draws():
         runtime.seed_everything(7)
-        kernel = np.array(keras.layers.Dense(3).build((None, 3)) or keras.random.normal((3,)))
-        return random.random(), np.random.rand(), float(tf.random.uniform([])), kernel.tolist()
+        numbers = random.random(), np.random.rand(), float(tf.random.uniform([]))
+        layer = keras.layers.Dense(3)
+        layer.build((None, 3))
+        return *numbers, np.array(layer.kernel).tolist()
 
     first = draws()
     assert draws() == first
