@@ -285,12 +285,12 @@ def test_override_reaches_into_sections_and_options():
     )
     assert changed.epochs == 2
     assert changed.optimizer == dataclasses.replace(base.optimizer, learning_rate=0.5, momentum=0.1)
-    assert changed.options == {"filters": (32, 128, 128), "depth": 3}
+    assert changed.options == {"filters": (32, 128, 128), "activation": "relu", "depth": 3}
     assert changed.schedule.drops == (0.1, 0.2)
     same = ("augmentation", "averaging", "batch_size", "sizes", "recipe")
     assert [getattr(changed, name) for name in same] == [getattr(base, name) for name in same]
     assert base == RECIPES["fast.85"]
-    assert base.options == {"filters": (32, 128, 128)}
+    assert base.options == {"filters": (32, 128, 128), "activation": "relu"}
     assert base.override() == base
 
 
