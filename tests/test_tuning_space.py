@@ -86,7 +86,7 @@ def test_ranges_of_the_recipe_and_of_ones_own():
     hp = kt.HyperParameters()
     Space(FAST, {"learning_rate": None, "dropout": (0.1, 0.3), "batch_size": None})(hp)
     limits = {p.name: (p.min_value, p.max_value) for p in hp.space}
-    assert limits == {"learning_rate": (0.25, 4.0), "dropout": (0.1, 0.3), "batch_size": (128, 512)}
+    assert limits == {"learning_rate": (0.03, 0.48), "dropout": (0.1, 0.3), "batch_size": (128, 512)}
     # the recipe's own 0 is outside of the range: its end is the nearest
     assert hp.get("dropout") == 0.1
     assert {p.name: p.sampling for p in hp.space} == {

@@ -12,7 +12,7 @@ one over a folder of images (pictures/train/<class>/*), on two processes:
         return RECIPES["fast.85"].override(
             epochs=10,
             options__dropout=hp.Float("dropout", 0.0, 0.5, step=0.1),
-            optimizer__learning_rate=hp.Float("learning_rate", 0.2, 2.0, sampling="log", default=1.0),
+            optimizer__learning_rate=hp.Float("learning_rate", 0.05, 0.5, sampling="log", default=0.12),
         )
 
     if __name__ == "__main__":
