@@ -66,7 +66,8 @@ def test_every_hyperparameter_reaches_its_setting():
         epochs=4.5,
     )
     assert config == FAST.override(
-        options={"filters": (48, 192, 192), "dropout": 0.25},  # 48/32 of (32, 128, 128)
+        options__filters=(48, 192, 192),  # 48/32 of (32, 128, 128)
+        options__dropout=0.25,
         optimizer__learning_rate=0.5,
         optimizer__weight_decay=0.001,
         batch_size=128,
