@@ -83,7 +83,9 @@ def keep(workdir: Path, command: str | None = None) -> Path:
     record = {
         "date": time.strftime("%Y-%m-%d", time.localtime((workdir / "metrics.json").stat().st_mtime)),
         "commit": commit(),
-        "command": command or config["command"],
+        # Where the images are is one machine's own affair.
+        "command": command
+        or " ".join(word for word in config["command"].split() if not word.startswith("--data_dir=")),
         "environment": config.pop("environment"),
         "metrics": metrics,
         "config": {k: v for k, v in config.items() if k not in PRIVATE},
