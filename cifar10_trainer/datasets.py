@@ -232,9 +232,24 @@ def hold(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
     The lock is the system's: it ends with the process, however that ends, and leaves no file. Folders that were made
     here and are still empty at the end are removed. Raises OSError where the folder cannot be made.
     """
-    made, descriptor = _make(folder), None
+    made, descriptor = _take(folder, busy)
     try:
-        with contextlib.suppress(ImportError, OSError):  # no locks on Windows and some network file systems
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)  # last: whoever waits must find the folders gone or staying
+
+
+def _take(folder: Path, busy: Callable[[], None]) -> tuple[list[Path], int | None]:
+    """The folders made, the innermost first, and the descriptor that locks `folder`; None where there are no locks."""
+    made: list[Path] = []
+    while True:
+        made += [path for path in _make(folder) if path not in made]
+        descriptor = None
+        try:
             import fcntl
 
             descriptor = os.open(folder, os.O_RDONLY)
@@ -243,14 +258,14 @@ def hold(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
             except BlockingIOError:
                 busy()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                made += _make(folder)  # the other one may have left nothing
-        yield
-    finally:
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return made, descriptor
+        except FileNotFoundError:
+            pass  # who held it left it empty, and took it away: again
+        except (ImportError, OSError):  # no locks on Windows and some network file systems
+            return made, descriptor
         if descriptor is not None:
             os.close(descriptor)
-        with contextlib.suppress(OSError):  # not empty
-            for path in made:
-                path.rmdir()
 
 
 def _make(folder: Path) -> list[Path]:
