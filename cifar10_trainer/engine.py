@@ -82,7 +82,6 @@ class Engine:
         self.order = Order(len(images), config.batch_size, config.seed, config.augmentation, self.replicas)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
-        self.shape = images.shape[1:3]
         self.step = 0
         self.progress = Progress()
 
@@ -102,7 +101,7 @@ class Engine:
                 values = [*self.twin.trainable_variables, *self._statistics()]
                 self.averages = [tf.Variable(v.numpy(), trainable=False) for v in values]
 
-        self.table = augment.pixel_table(tf.constant(images))
+        self.table = augment.image_table(tf.constant(images))
         self.labels = tf.constant(labels, tf.int32)
         if self.on_device:
             self.table, self.labels = (
@@ -214,7 +213,7 @@ class Engine:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def _fetcher(self, size: int | None) -> Fetcher:
-        return Fetcher(self.config.augmentation, self.num_classes, self.shape, size)
+        return Fetcher(self.config.augmentation, self.num_classes, size)
 
     def _phase(self, step: int) -> tuple[int, int, int | None]:
         """(first step, end, image size) of the part of the run that `step` is in."""

@@ -82,22 +82,21 @@ class Fetcher:
 
     augmentation: Augmentation
     num_classes: int
-    shape: tuple[int, int]  # height, width
     size: int | None = None  # side that the images are resized to after augmentation; None: as they are
 
     def __call__(self, table, labels, index, numbers):
-        """table (`augment.pixel_table` of the images) and labels int32 [n] are the whole data set.
+        """table (`augment.image_table` of the images) and labels int32 [n] are the whole data set.
 
         Returns uint8 images, or float32 in 0-255 where they were mixed or resized.
         """
         a = self.augmentation
         layers = augment.layers_of(a)
         drawn = sum(layer.draws for layer in layers)
-        batch = augment.fetch(table, self.shape, index, layers, numbers[:, :drawn])
+        batch = augment.fetch(table, index, layers, numbers[:, :drawn])
         targets = tf.one_hot(tf.gather(labels, index), self.num_classes)
         if a.mixup or a.cutmix:
             batch, targets = augment.mix(batch, targets, numbers[:, drawn:], mixup=a.mixup, cutmix=a.cutmix)
-        if self.size and self.size != self.shape[0]:
+        if self.size and self.size != table.shape[1]:
             batch = resize(batch, self.size)
         return batch, targets
 

@@ -187,11 +187,11 @@ def loader(o: Options) -> dict[str, Any]:
 
     images, labels = made_up(o.images)
     batch, count = 512, o.images // 512
-    table, targets = augment.pixel_table(tf.constant(images)), tf.constant(labels, tf.int32)
+    table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
 
     def ours(**augmentation) -> Callable[[], float]:
         changes = Augmentation(**augmentation)
-        order, fetcher = Order(len(images), batch, 0, changes), Fetcher(changes, 10, (32, 32))
+        order, fetcher = Order(len(images), batch, 0, changes), Fetcher(changes, 10)
         data = training_data(order, 0, count, table=table, labels=targets, fetcher=fetcher)
 
         def measure() -> float:

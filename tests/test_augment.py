@@ -319,7 +319,7 @@ def test_fetch_is_the_layers_one_after_the_other(composition, known):
     # with a table of known size, as in training, and of unknown size, as inside tf.data
     shape = images.shape if known else [None, *images.shape[1:]]
     fetch = tf.function(
-        lambda x, i, u: augment.fetch(augment.pixel_table(x), (H, W), i, layers, u),
+        lambda x, i, u: augment.fetch(augment.image_table(x), i, layers, u),
         input_signature=[
             tf.TensorSpec(shape, tf.uint8),
             tf.TensorSpec([None], tf.int32),
@@ -335,11 +335,13 @@ def test_fetch_is_the_layers_one_after_the_other(composition, known):
     np.testing.assert_array_equal(result.numpy(), expected)
 
 
-def test_pixel_table():
+def test_image_table():
     images = some_images(3)
-    table = augment.pixel_table(tf.constant(images)).numpy()
-    np.testing.assert_array_equal(table[:-2], images.reshape(-1, 3))
-    np.testing.assert_array_equal(table[-2:], [[0] * 3, [127] * 3])
+    table = augment.image_table(tf.constant(images)).numpy()
+    assert table.shape == (4, H, W, 3)
+    np.testing.assert_array_equal(table[:-1], images)
+    np.testing.assert_array_equal(table[-1, 0, 0], [0] * 3)
+    np.testing.assert_array_equal(table[-1, -1, -1], [127] * 3)
 
 
 def test_layers_of_an_augmentation():

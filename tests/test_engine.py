@@ -17,7 +17,7 @@ from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.models import fast
 from cifar10_trainer.pipeline import index_data, training_data
 from cifar10_trainer.recipes import RECIPES
-from cifar10_trainer.twin import FastDropout, FusedBatchNormalization, accelerate
+from cifar10_trainer.twin import FastDropout, FastLeakyReLU, FusedBatchNormalization, accelerate
 
 SGD = Optimizer(name="sgd", learning_rate=0.05, momentum=0.9)
 ADAM = Optimizer(name="adam", learning_rate=0.01)
@@ -147,13 +147,32 @@ def test_fast_dropout_gates_its_gradient():
     np.testing.assert_allclose(tape.gradient(output, x), np.where(output.numpy() == 0, 0, 4 / 3), rtol=1e-4)
 
 
-def test_the_twin_drops_fast():
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_fast_leaky_relu_is_leaky_relu(policy):
+    x = tf.Variable(np.float32([[-1e30, -2.5, -1e-30, -0.0], [0.0, 1e-30, 2.5, 1e30]]))
+    results = []
+    for kind in (FastLeakyReLU, keras.layers.LeakyReLU):
+        layer = kind(0.1, dtype=policy)
+        with tf.GradientTape() as tape:
+            output = layer(x)
+        results.append((output, tape.gradient(output, x, 2 * tf.ones_like(output))))
+    assert results[0][0].dtype == (tf.bfloat16 if policy == "mixed_bfloat16" else tf.float32)
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(tf.cast(one, tf.float32), tf.cast(other, tf.float32))
+    by_hand = np.where(x.numpy() > 0, 2, 0.2)
+    np.testing.assert_allclose(results[0][1], by_hand, rtol=4e-3 if policy == "mixed_bfloat16" else 1e-6)
+
+
+def test_the_twin_has_the_fast_layers():
     twin = accelerate(
         models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10), "float32"
     )
     found = [layer for layer in twin.layers if isinstance(layer, keras.layers.Dropout)]
     assert [layer.rate for layer in found] == [0.2, 0.3, 0.4, 0.4]
     assert all(type(layer) is FastDropout for layer in found)
+    found = [layer for layer in twin.layers if isinstance(layer, keras.layers.LeakyReLU)]
+    assert [type(layer) for layer in found] == [FastLeakyReLU] * 7
+    assert {layer.negative_slope for layer in found} == {0.1}
 
 
 # --- the twin -------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def test_alternating_flip_is_random_at_first_and_changes_sides_every_epoch():
 def test_alternating_flip_mirrors_the_images():
     images, labels = some_data()
     order = order_of(n=N, batch_size=N, augmentation=Augmentation(flip="alternating"))
-    fetcher = Fetcher(order.augmentation, 5, (8, 8))
-    table = augment.pixel_table(tf.constant(images))
+    fetcher = Fetcher(order.augmentation, 5)
+    table = augment.image_table(tf.constant(images))
     seen = []
     for index, numbers in batches(order.dataset(0, 4)):
         fetched, _ = fetcher(table, tf.constant(labels), index, numbers)
@@ -229,9 +229,9 @@ def test_the_parts_of_the_replicas_are_the_batch_of_one(replicas, start):
 def test_the_parts_of_the_workers_are_the_batch_of_one(workers):
     images, labels = some_data(45)
     one, four = order_of(n=45, batch_size=8), order_of(n=45, batch_size=8, replicas=4)
-    fetcher = Fetcher(FLIP_SHIFT, 5, (8, 8))
+    fetcher = Fetcher(FLIP_SHIFT, 5)
     data = {
-        "table": augment.pixel_table(tf.constant(images)),
+        "table": augment.image_table(tf.constant(images)),
         "labels": tf.constant(labels),
         "fetcher": fetcher,
     }
@@ -260,8 +260,8 @@ from cifar10_trainer.config import Augmentation
 from cifar10_trainer.pipeline import Fetcher, Order, index_data, training_data
 a = Augmentation(flip="alternating", shift=2, cutout=3)
 images = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), np.uint8)
-table, labels = augment.pixel_table(tf.constant(images)), tf.range(45) % 5
-fetcher = Fetcher(a, 5, (8, 8))
+table, labels = augment.image_table(tf.constant(images)), tf.range(45) % 5
+fetcher = Fetcher(a, 5)
 def make(kind, order, context=None):
     if kind == "index":
         return index_data(order, 3, 13, context)
@@ -304,8 +304,8 @@ AUGMENTATIONS = {
 def test_tf_data_and_the_step_make_the_same_images(name, size):
     images, labels = some_data()
     order = order_of(augmentation=AUGMENTATIONS[name])
-    fetcher = Fetcher(order.augmentation, 5, (8, 8), size)
-    table, labels = augment.pixel_table(tf.constant(images)), tf.constant(labels)
+    fetcher = Fetcher(order.augmentation, 5, size)
+    table, labels = augment.image_table(tf.constant(images)), tf.constant(labels)
     inside = batches(training_data(order, 3, 9, table=table, labels=labels, fetcher=fetcher))
     in_step = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers))
     by_hand = [tuple(x.numpy() for x in in_step(*batch)) for batch in index_data(order, 3, 9)]
@@ -324,8 +324,8 @@ def test_tf_data_and_the_step_make_the_same_images(name, size):
 def test_the_step_may_be_compiled():
     images, labels = some_data()
     order = order_of(augmentation=AUGMENTATIONS["alternating, cutout"])
-    fetcher = Fetcher(order.augmentation, 5, (8, 8))
-    table, labels = augment.pixel_table(tf.constant(images)), tf.constant(labels)
+    fetcher = Fetcher(order.augmentation, 5)
+    table, labels = augment.image_table(tf.constant(images)), tf.constant(labels)
     compiled = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers), jit_compile=True)
     for batch in index_data(order, 0, 2):
         assert_same(
@@ -338,8 +338,8 @@ def test_fetcher_is_augmentation_then_mixing_then_resizing():
     a = Augmentation(flip="random", shift=2, cutout=3, mixup=1.0)
     index = np.array([4, 0, 21, 7], np.int32)
     numbers = np.random.default_rng(0).random((4, 1 + 2 + 2 + 3), np.float32)
-    found, targets = Fetcher(a, 5, (8, 8), 6)(
-        augment.pixel_table(tf.constant(images)), tf.constant(labels), index, numbers
+    found, targets = Fetcher(a, 5, 6)(
+        augment.image_table(tf.constant(images)), tf.constant(labels), index, numbers
     )
     expected, first = images[index], 0
     for layer in augment.layers_of(a):
@@ -359,9 +359,9 @@ def test_labels_are_one_hot_and_belong_to_their_images():
         order_of(augmentation=Augmentation()),
         0,
         5,
-        table=augment.pixel_table(tf.constant(images)),
+        table=augment.image_table(tf.constant(images)),
         labels=tf.constant(labels),
-        fetcher=Fetcher(Augmentation(), 7, (8, 8)),
+        fetcher=Fetcher(Augmentation(), 7),
     )
     for batch, targets in data:
         which = batch.numpy()[:, 0, 0, 0]
