@@ -148,12 +148,12 @@ def orthogonal(matrix, steps: int = 3):
     """Roughly the nearest matrix [m, n] with singular values of one: a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
-    x = tf.transpose(matrix) if tall else matrix
-    x = x / (tf.norm(x) + 1e-7)
-    for _ in range(steps):
-        square = tf.matmul(x, x, transpose_b=True)
-        x = a * x + tf.matmul(b * square + c * tf.matmul(square, square), x)
-    return tf.transpose(x) if tall else x
+    x = matrix / (tf.norm(matrix) + 1e-7)
+    for _ in range(steps):  # a x + b (x x') x + c (x x')^2 x, from the side where x x' is the smaller
+        square = tf.matmul(x, x, transpose_a=tall, transpose_b=not tall)
+        change = a * tf.eye(square.shape[0]) + b * square + c * tf.matmul(square, square)
+        x = tf.matmul(x, change) if tall else tf.matmul(change, x)
+    return x
 
 
 def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> keras.optimizers.Optimizer:

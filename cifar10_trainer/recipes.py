@@ -107,7 +107,7 @@ _define(
     options={"filters": (32, 128, 128), "activation": "relu"},
     epochs=3,
     batch_size=256,
-    sizes=(20, 24, 32),
+    sizes=(16, 20, 24, 32),
     validation_fraction=0.1,
     validation_interval=1000,  # only at the end: a validation is seconds
     optimizer__learning_rate=0.12,
