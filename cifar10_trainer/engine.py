@@ -21,7 +21,7 @@ import tensorflow as tf
 from . import augment, models, optim, runtime
 from .config import Config
 from .errors import RunError
-from .pipeline import Fetcher, Order, index_data, training_data, tuned_by_hand
+from .pipeline import Fetcher, Order, index_data, plain, training_data, tuned_by_hand
 from .twin import accelerate, check_sizes
 
 EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
@@ -142,6 +142,7 @@ class Engine:
         hits = tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == tf.argmax(targets, 1), tf.float32))
         return gradients, others, tf.reduce_sum(losses), hits
 
+    @plain
     def _replica_step(self, batch, data, fetcher):
         images, targets = fetcher(*data, *batch) if self.on_device else batch
         weights = [v.value for v in self.twin.trainable_variables]
@@ -155,6 +156,7 @@ class Engine:
         self.optimizer.apply(gradients, self.twin.trainable_variables)
         return others, loss, hits
 
+    @plain
     def _apply_others(self, others) -> None:
         """Writes what a step changed without a gradient: the mean over replicas; counters are equal on all."""
         for variable, new in zip(self.twin.non_trainable_variables, others, strict=True):
@@ -164,6 +166,7 @@ class Engine:
                 new = self.strategy.reduce(tf.distribute.ReduceOp.MEAN, new, axis=None)
             self.strategy.extended.update(variable.value, lambda v, n: v.assign(n), args=(new,))
 
+    @plain
     def _average(self) -> None:
         """Lookahead: moves the averages towards the weights, and the weights onto the averages."""
         rule = self.config.averaging
@@ -256,6 +259,7 @@ class Engine:
             self.replicas // local, self._replica_ids[0] // local, num_replicas_in_sync=self.replicas
         )
 
+    @plain
     def _next(self, iterator):
         """A batch for each replica of this worker, from the next elements of its iterator."""
         batches = {replica: next(iterator) for replica in self._replica_ids}
@@ -304,7 +308,7 @@ class Engine:
         starts = [(r * self.replicas + i) * part for r in range(rounds) for i in self._replica_ids]
         images_t, labels_t = tf.constant(images), tf.constant(labels, tf.int32)
         data = tf.data.Dataset.from_tensor_slices(tf.constant(starts))
-        data = data.map(lambda s: padded_slice(images_t, labels_t, s, part)).prefetch(2)
+        data = data.map(plain(lambda s: padded_slice(images_t, labels_t, s, part))).prefetch(2)
         loss, hits = self._evaluation(iter(data.with_options(tuned_by_hand())), tf.constant(rounds))
         return {"loss": float(loss) / len(images), "accuracy": float(hits) / len(images)}
 
@@ -323,6 +327,7 @@ class Engine:
 
         return loop
 
+    @plain
     def _replica_evaluation(self, batch):
         images, labels, weight = batch
         logits = self.twin(images, training=False)

@@ -21,6 +21,9 @@ import tensorflow as tf
 from . import augment
 from .config import Augmentation
 
+# For functions without tensors in their `if`s and `for`s: AutoGraph would read their sources, for half a second in all.
+plain = tf.autograph.experimental.do_not_convert
+
 
 @dataclass(frozen=True)
 class Order:
@@ -64,6 +67,7 @@ class Order:
         replicas = self.replicas if replicas is None else replicas
         steps, part = self.steps_per_epoch, self.batch_size // self.replicas
 
+        @plain
         def one_epoch(epoch):
             def cut(x):
                 x = tf.reshape(x[: steps * self.batch_size], [steps, self.replicas, part, *x.shape[1:]])
@@ -125,6 +129,7 @@ def training_data(
     for one size of images takes them all.
     """
 
+    @plain
     def finished(index, numbers):
         images, targets = fetcher(table, labels, index, numbers)
         if any_size:

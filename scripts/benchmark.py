@@ -232,8 +232,7 @@ def waiting(o: Options) -> dict[str, Any]:
         for kind, change in (("as in training", lambda engine: engine), ("one batch", with_one_batch)):
             engine = change(clock.engine_for(name, images, labels))
             steps = o.batches * 256 // engine.config.batch_size
-            seconds = clock.seconds_of(engine, steps)
-            passes[f"{name}: a step, {kind}"] = lambda s=seconds, n=steps: 1e3 * s() / n
+            passes[f"{name}: a step, {kind}"] = milliseconds_of(engine, steps)
     samples = in_turn(passes, o.rounds)
     verdicts = []
     for name in names:
@@ -242,6 +241,12 @@ def waiting(o: Options) -> dict[str, Any]:
         share = 100 * statistics.median(1 - b / w for w, b in zip(whole, bare, strict=True))
         verdicts.append(verdict(f"share of data in a step of {name}", share, "at most 3%", "%"))
     return {"rows": rows_of(samples, "ms"), "verdicts": verdicts}
+
+
+def milliseconds_of(engine: Any, steps: int) -> Callable[[], float]:
+    """What measures the milliseconds of each of `steps` steps."""
+    seconds = clock.seconds_of(engine, steps)
+    return lambda: 1e3 * seconds() / steps
 
 
 def with_one_batch(engine: Any) -> Any:
