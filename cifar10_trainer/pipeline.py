@@ -111,13 +111,15 @@ def resize(images, size: int):
     The weights are a triangle as wide as two output pixels (`tf.image.resize` with antialias=True computes
     the same). Returns float32 in 0-255.
     """
-    side = images.shape[1]
+    side, channels = images.shape[1], images.shape[3]
     scale = side / size
     centre = (np.arange(size) + 0.5) * scale - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(side)[None] - centre[:, None]) / max(scale, 1.0))
-    weights = tf.constant(weights / weights.sum(1, keepdims=True), tf.float32)
-    rows = tf.einsum("oh,bhwc->bowc", weights, tf.cast(images, tf.float32))
-    return tf.einsum("ow,bhwc->bhoc", weights, rows)
+    weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    # Nothing is transposed: the columns' matrix takes a whole row of pixels, its channels side by side.
+    columns = np.kron(weights.T, np.eye(channels, dtype=np.float32))
+    rows = tf.matmul(weights, tf.reshape(tf.cast(images, tf.float32), [-1, side, side * channels]))
+    return tf.reshape(tf.matmul(tf.reshape(rows, [-1, side * channels]), columns), [-1, size, size, channels])
 
 
 def training_data(
