@@ -264,6 +264,10 @@ def _take(folder: Path, busy: Callable[[], None]) -> tuple[list[Path], int | Non
             pass  # who held it left it empty, and took it away: again
         except (ImportError, OSError):  # no locks on Windows and some network file systems
             return made, descriptor
+        except BaseException:  # `busy` will not wait, or the user
+            if descriptor is not None:
+                os.close(descriptor)
+            raise
         if descriptor is not None:
             os.close(descriptor)
 

@@ -592,6 +592,18 @@ def test_a_folder_is_held_by_one_and_goes_when_it_is_empty(tmp_path):
     assert folder.is_dir() and calls
 
 
+def test_who_does_not_wait_for_a_held_folder_leaves_no_open_file(tmp_path):
+    def busy():
+        raise RunError("busy")
+
+    with datasets.hold(tmp_path / "a", busy):
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(RunError, match="busy"), datasets.hold(tmp_path / "a", busy):
+            pass
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(datasets, "BINARY_SIZE", 170_000_000)
     clock = iter([100.0, 100.1, 110.0, 270.0])
