@@ -194,9 +194,8 @@ class RandomCutout(RandomLayer):
 
 def image_table(images):
     """uint8 [n, h, w, c] and one image more, [n + 1, h, w, c], whose first pixel is black and whose last is grey."""
-    blank = tf.constant(GREY, images.dtype) * tf.cast(
-        tf.range(tf.size(images[0])) >= images.shape[-1], images.dtype
-    )
+    first = tf.range(tf.size(images[0])) < images.shape[-1]
+    blank = tf.where(first, tf.constant(BLACK, images.dtype), tf.constant(GREY, images.dtype))
     return tf.concat([images, tf.reshape(blank, [1, *images.shape[1:]])], axis=0)
 
 
@@ -215,7 +214,7 @@ def fetch(table, index, layers, numbers):
     moves = next((i for i, layer in enumerate(layers) if not isinstance(layer, Reindex)), len(layers))
     cutout = moves < len(layers) and isinstance(layers[moves], RandomCutout)
     if moves or cutout:
-        pixel = _moved_pixels(table, index, layers[:moves], parts)
+        pixel = _moved_pixels(table, index, layers[:moves], parts[:moves])
         if cutout:
             covered = layers[moves].covered(*table.shape[1:3], parts[moves])
             pixel = tf.where(covered, _pixels(table, pixel.dtype) - 1, pixel)
@@ -238,7 +237,7 @@ def _moved_pixels(table, index, layers, parts):
     rows = tf.broadcast_to(tf.range(height), [batch, height])
     columns = tf.broadcast_to(tf.range(width), [batch, width])
     # The last layer's result is indexed first: its rows lead to rows of what the layer before it made.
-    for layer, part in list(zip(layers, parts))[::-1]:  # noqa: B905 - further parts are those of other layers
+    for layer, part in list(zip(layers, parts, strict=True))[::-1]:
         rows, columns = layer.reindex(rows, columns, height, width, part)
     rows, columns = tf.cast(rows, kind), tf.cast(columns, kind)
     starts = (tf.cast(index, kind) * (height * width))[:, None] + rows * width

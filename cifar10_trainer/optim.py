@@ -149,9 +149,10 @@ def orthogonal(matrix, steps: int = 3):
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix / (tf.norm(matrix) + 1e-7)
+    identity = tf.eye(min(matrix.shape), dtype=matrix.dtype)
     for _ in range(steps):  # a x + b (x x') x + c (x x')^2 x, from the side where x x' is the smaller
         square = tf.matmul(x, x, transpose_a=tall, transpose_b=not tall)
-        change = a * tf.eye(square.shape[0]) + b * square + c * tf.matmul(square, square)
+        change = a * identity + b * square + c * tf.matmul(square, square)
         x = tf.matmul(x, change) if tall else tf.matmul(change, x)
     return x
 

@@ -134,9 +134,8 @@ def test_versus_takes_the_best_of_our_runs_that_fits_a_tenth(reproduce):
     ours = [
         record("fast.85", 2, 0, pflop=0.05, best_val_accuracy=0.78, test_accuracy=0.91),
         record("fast.85", 3, 0, pflop=0.09, best_val_accuracy=0.78, test_accuracy=0.8),
-        record(
-            "fast.85", 3, 1, pflop=0.11, best_val_accuracy=0.80, test_accuracy=0.82
-        ),  # 0.1 on average: it just fits
+        # 0.1 on average: it just fits
+        record("fast.85", 3, 1, pflop=0.11, best_val_accuracy=0.80, test_accuracy=0.82),
         record("fast.85", 4, 0, pflop=0.12, best_val_accuracy=0.9, test_accuracy=0.95),
         record("fast.default", 2, 0, pflop=0.1, best_val_accuracy=0.77, test_accuracy=0.99),
         record("fast.94", 1, 0, pflop=0.1, best_val_accuracy=None, test_accuracy=0.99),
