@@ -61,7 +61,7 @@ def _sgd(learning_rate: float, **more: Any) -> Optimizer:
 _fast = _define(
     "fast.94",
     Config(
-        options={"filters": (64, 256, 384)},
+        options={"filters": (64, 320, 384)},
         pixels="standardised",
         whitening=True,
         epochs=10,
@@ -83,7 +83,7 @@ _fast = _define(
         views=6,
     ),
     source="this project, after airbench94 (arXiv:2404.00498)",
-    parameters=3_008_160,
+    parameters=3_598_368,
 )
 
 # The recipe of every length: it anneals over whatever number of epochs it is given. With shifts of 2 and without
