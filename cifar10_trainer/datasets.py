@@ -160,7 +160,7 @@ def split(
     if dataset.validation is not None:
         return images, labels, *dataset.validation
     if fraction is None:
-        return images, labels, images[:0], labels[:0]
+        return images, labels, images[:0].copy(), labels[:0].copy()  # no views: they would hold all images
     if not 0 < fraction < 1:
         raise ConfigError(f"validation_fraction is {fraction}; allowed: greater than 0 and less than 1")
 
@@ -372,9 +372,8 @@ def _read(form: Path) -> Dataset:
         else:
             # Lazily, so that the next file is read while the last is verified.
             members = ((name, (form / name).read_bytes()) for name in _MD5 if (form / name).exists())
-        images, labels = _assemble(form, members)
-    n = 5 * _ROWS
-    return Dataset("cifar10", images[:n], labels[:n], images[n:], labels[n:], CIFAR10_CLASSES, str(form))
+        train, test = _assemble(form, members)
+    return Dataset("cifar10", *train, *test, CIFAR10_CLASSES, str(form))
 
 
 def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -426,32 +425,40 @@ def _tfrecords(path: str | os.PathLike[str]) -> Iterator[bytes]:
             file.read(4)
 
 
-def _assemble(form: Path, members: Iterable[tuple[str, bytes]]) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, 32, 32, 3] and labels int64 [n] of all six batches in order, each verified first."""
-    images = np.empty((len(_BATCHES) * _ROWS, 32, 32, 3), np.uint8)
-    labels = np.empty(len(_BATCHES) * _ROWS, np.int64)
+def _assemble(form: Path, members: Iterable[tuple[str, bytes]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [n, 32, 32, 3] and labels int64 [n], in order, of the training batches and of the test batch.
 
-    def place(member: tuple[str, bytes]) -> str:
-        name, content = member
-        received = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if received != _MD5[name]:
-            raise _damaged(form, f"the md5 of its {name} is {received}, not {_MD5[name]}")
-        batch = name.removesuffix(".bin")
-        at = slice(_BATCHES.index(batch) * _ROWS, (_BATCHES.index(batch) + 1) * _ROWS)
-        labels[at], planes = _parse(name, content)
-        for channel in range(3):  # several times faster than one transpose
-            images[at, :, :, channel] = planes[:, channel]
-        return batch
-
-    # Decompressing, hashing and copying all release the interpreter lock: the checks hide behind the reading.
-    with ThreadPoolExecutor(2) as pool:
-        found = set(pool.map(place, members))
+    Each batch is verified first. Training and test arrays share no memory: either can go alone.
+    """
+    n = _ROWS * (len(_BATCHES) - 1)
+    train, test = ((np.empty((m, 32, 32, 3), np.uint8), np.empty(m, np.int64)) for m in (n, _ROWS))
+    found = set()
+    with ThreadPoolExecutor(1) as pool:
+        # Reading and hashing release the interpreter lock: a batch is hashed while the next is read. The thread
+        # allocates nothing large, which glibc would keep.
+        hashed = ((name, content, pool.submit(_md5_of, content)) for name, content in members)
+        following = next(hashed, None)
+        while following:
+            (name, content, md5), following = following, next(hashed, None)
+            if md5.result() != _MD5[name]:
+                raise _damaged(form, f"the md5 of its {name} is {md5.result()}, not {_MD5[name]}")
+            batch = name.removesuffix(".bin")
+            first = _BATCHES.index(batch) * _ROWS
+            images, labels = (x[first : first + _ROWS] for x in train) if first < n else test
+            labels[:], planes = _parse(name, content)
+            for channel in range(3):  # several times faster than one transpose
+                images[..., channel] = planes[:, channel]
+            found.add(batch)
     missing = [batch for batch in _BATCHES if batch not in found]
     if len(missing) == len(_BATCHES):
         raise _damaged(form, "it holds no batch of CIFAR-10")
     if missing:
         raise _damaged(form, f"it lacks {', '.join(missing)}")
-    return images, labels
+    return [train, test]
+
+
+def _md5_of(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _parse(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -113,6 +113,12 @@ class Engine:
         self._graphs: dict[int | None, Callable] = {}
         self._iterator: tuple[tuple[int, int | None], Iterator] | None = None
 
+    @property
+    def images(self) -> np.ndarray:
+        """The training images, uint8 [n, height, width, channels], not copied where they lie in the host's memory."""
+        table = self.strategy.experimental_local_results(self.table)[0]
+        return np.asarray(table)[:-1]
+
     # -- the step ------------------------------------------------------------------------------------------------
 
     def _statistics(self) -> list:

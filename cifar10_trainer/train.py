@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -99,8 +100,9 @@ def train_and_evaluate(
         # ---- data -----------------------------------------------------------------------------------------------
         data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
         fraction, kind = config.validation_fraction, config.validation_split
-        split = datasets.split(data, fraction, kind, config.seed, config.validation_fold)
-        images, labels, *validation = split
+        images, labels, *validation = datasets.split(
+            data, fraction, kind, config.seed, config.validation_fold
+        )
         n_train, n_validation, n_test = len(images), len(validation[0]), len(data.test_images)
         runtime.check_batch(config.batch_size, n_train, replicas)
         say(
@@ -121,13 +123,18 @@ def train_and_evaluate(
             f"model: {config.recipe}, {parameters:,} parameters; "
             f"{engine.steps:,} steps of {config.batch_size}"
         )
-        record = _record(config, data, data_dir, parameters)
+        fingerprint, record = datasets.fingerprint(data), _record(config, data, data_dir, parameters)
+        # The engine has its own copy of the images: from here on the run holds no other.
+        del images
+        data = dataclasses.replace(
+            data, train_images=engine.images, train_labels=labels, validation=(validation[0], validation[1])
+        )
         if overwrite and chief:
             _remove_run(workdir)  # not sooner, so that a failure until here costs nothing
         run = _Run(
             engine,
             workdir,
-            datasets.fingerprint(data),
+            fingerprint,
             chief=chief,
             callbacks=callbacks,
             verbose=verbose,
@@ -188,7 +195,6 @@ def train_and_evaluate(
                     metrics=metrics,
                     history=run.history,
                     dataset=data,
-                    split=split,
                     test_probabilities=probabilities,
                 )
             # Last of all: a run is finished when it has its metrics.

@@ -348,8 +348,8 @@ EVIL = "<script>alert('1')</script>"
 def write_run(workdir, *, n_test=4, n_validation=2, names=("cat", EVIL, "owl"), **changes):
     images = solid([RED, LIME, NAVY, RED, LIME, NAVY])
     labels = np.array([0, 1, 2, 0, 1, 2])
-    dataset = Dataset("folder", images, labels, images[:n_test], labels[:n_test], names, "here")
-    held = slice(0, n_validation)
+    test, validation = ((images[:n], labels[:n]) for n in (n_test, n_validation))
+    dataset = Dataset("folder", images, labels, *test, names, "here", validation)
     metrics = {
         "recipe": "fast.default", "dataset": "folder", "target": 0.85, "best_val_accuracy": 0.875,
         "best_epoch": 2, "epoch_at_target": 2, "seconds_to_target": 71.23, "params": 1234567,
@@ -364,7 +364,6 @@ def write_run(workdir, *, n_test=4, n_validation=2, names=("cat", EVIL, "owl"), 
         "metrics": metrics,
         "history": history((1, 2.0, 0.3, 1.5, 0.5), (2, 1.0, 0.6, None, None)),
         "dataset": dataset,
-        "split": (images, labels, images[held], labels[held]),
         "test_probabilities": probabilities(*[0, 1, 2, 1][: n_test or n_validation]),
     }
     report.write_run(workdir, **{**values, **changes})
