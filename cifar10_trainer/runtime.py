@@ -151,6 +151,8 @@ def describe() -> dict[str, str]:
         )
     except OSError:
         pass
+    # Of this process: `taskset` may leave it fewer than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = tf.config.list_physical_devices("GPU")
     names = [tf.config.experimental.get_device_details(g).get("device_name", "GPU") for g in gpus]
     return {
@@ -159,7 +161,7 @@ def describe() -> dict[str, str]:
         "keras": keras.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "processor": f"{processor}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
+        "processor": f"{processor}, {cores} core{'' if cores == 1 else 's'}",
         "gpus": ", ".join(names) or "none",
     }
 

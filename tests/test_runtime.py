@@ -310,7 +310,7 @@ def test_describe_is_a_record_of_texts():
     assert record["tensorflow"] == tf.__version__
     assert record["keras"] == keras.__version__
     assert record["numpy"] == np.__version__
-    assert "cores" in record["processor"]
+    assert " core" in record["processor"]
 
 
 def test_describe_names_processor_and_gpus(devices, proc):
@@ -326,7 +326,7 @@ def test_describe_elsewhere(devices, proc):
     proc({})
     record = runtime.describe()
     assert record["gpus"] == "none"
-    assert "cores" in record["processor"]
+    assert " core" in record["processor"]
 
 
 @pytest.mark.parametrize(("batch", "n", "replicas"), [(10, 10, 1), (8, 100, 4), (1, 1, 1)])
