@@ -155,17 +155,19 @@ def main(argv: list[str]) -> None:
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite}
     if FLAGS.folds is None:
         cli.import_tensorflow()
+        from . import runtime
         from .train import train_and_evaluate
 
-        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, **where)
+        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, since=runtime.process_start(), **where)
         return
     for flag in ("final_fit", "hdf5", "validation_fraction"):
         if FLAGS[flag].present:
             raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
     cli.import_tensorflow()
+    from . import runtime
     from .folds import cross_validate
 
-    cross_validate(config, FLAGS.folds, FLAGS.workdir, **where)
+    cross_validate(config, FLAGS.folds, FLAGS.workdir, since=runtime.process_start(), **where)
 
 
 def command() -> int:

@@ -96,9 +96,13 @@ class RandomShift(Reindex):
             moved = tf.where((moved >= 0) & (moved < size), moved, -1)
         return tf.where(index < 0, index, moved)
 
-    def reindex(self, rows, columns, height, width, numbers):
+    def check(self, height, width):
+        """Raises ConfigError where images of this size have not enough pixels to mirror."""
         if self.fill == "reflect" and self.pixels >= min(height, width):
             raise ConfigError(f"shift is {self.pixels} pixels of {height}x{width}; allowed: less than a side")
+
+    def reindex(self, rows, columns, height, width, numbers):
+        self.check(height, width)
         return self._moved(rows, height, numbers[:, :1]), self._moved(columns, width, numbers[:, 1:2])
 
     def get_config(self):

@@ -67,7 +67,8 @@ def run(
 ) -> int:
     """Parses `argv`, calls `main(positional arguments)`, and gives the exit status.
 
-    0: done; 2: wrong usage; 1: anything else that failed; 130: interrupted before anything could be saved.
+    0: done; 2: wrong usage; 1: anything else that failed; 130: interrupted before anything could be saved; 141: nobody
+    reads the output any more.
     An error is one line on stderr; the traceback only with --debug. SIGTERM interrupts as Ctrl-C does.
     """
     argv = list(sys.argv if argv is None else argv)
@@ -88,24 +89,33 @@ def run(
                 raise ConfigError(f"--{name} is empty; allowed: a value, or no such flag")
         main(positional)
         return 0
-    except BrokenPipeError:
-        # Whoever read the output has had enough (`| head`): nothing to tell, and no second try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError as error:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read the output has had enough (`| head`): nothing to tell, and no second try at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        return _failed(error, flag_values)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if flag_values["debug"].value:
-            traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, ConfigError | RunError):
-            text = f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"
-        print(f"error: {text}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return _failed(error, flag_values)
     finally:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
+
+
+def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
+    """Tells of `error` in one line, and gives the exit status."""
+    if flag_values["debug"].value:
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, ConfigError | RunError):
+        text = f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"
+    print(f"error: {text}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _interrupt(number: int, frame: Any) -> None:

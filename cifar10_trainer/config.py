@@ -26,14 +26,15 @@ SPLITS = ("stratified", "last")
 FLIPS = ("none", "random", "alternating")
 FILLS = ("reflect", "nearest", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
-RECORDED = (
+RECORDED = (  # beside a Config in config.json
     "class_names",
     "data_dir",
     "data_source",
+    "fingerprint",
     "parameters",
     "command",
     "environment",
-)  # beside a Config in config.json
+)
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
 
 _UNUSED = {  # settings that would change nothing
@@ -246,9 +247,9 @@ class Config(_Section):
     # optimisation
     epochs: float = 40.0
     batch_size: int = 512  # over all replicas
-    sizes: tuple[
-        int, ...
-    ] = ()  # sides of the training images, each for an equal share of the steps; empty: as they are
+    # Sides of the training images, each for an equal share of the steps; the last stands for the images as they are,
+    # the others are in proportion. Empty: as they are.
+    sizes: tuple[int, ...] = ()
     label_smoothing: float = 0.0
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)

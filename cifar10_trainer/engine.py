@@ -29,7 +29,7 @@ EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
 
 @dataclass
 class Progress:
-    """What the steps since `clear` add up to."""
+    """What the steps since it was made add up to."""
 
     loss: float = 0.0
     correct: float = 0.0
@@ -68,14 +68,20 @@ class Engine:
         compiled: bool | None = None,
     ):
         gpu = bool(tf.config.list_logical_devices("GPU"))
-        if config.sizes:
-            check_sizes(model, config.sizes)
+        side = images.shape[1]
+        self.sizes = tuple(round(side * size / config.sizes[-1]) for size in config.sizes)
+        if self.sizes:
+            check_sizes(model, self.sizes)
+        for layer in augment.layers_of(config.augmentation):
+            if isinstance(layer, augment.RandomShift):
+                layer.check(*images.shape[1:3])
         self.model = model
         self.config = config
         self.strategy = strategy
         self.replicas = strategy.num_replicas_in_sync
         ids = strategy.experimental_distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         self._replica_ids = strategy.experimental_local_results(ids)  # of this worker
+        self.policy = policy
         self.num_classes = num_classes
         self.on_device = gpu if on_device is None else on_device
         self.compiled = gpu and not config.synchronize_batch_norm if compiled is None else compiled
@@ -89,7 +95,7 @@ class Engine:
             self.twin = accelerate(
                 model,
                 policy,
-                any_size=bool(config.sizes),
+                any_size=bool(self.sizes),
                 synchronize=config.synchronize_batch_norm and self.replicas > 1,
             )
             self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
@@ -226,7 +232,7 @@ class Engine:
 
     def _phase(self, step: int) -> tuple[int, int, int | None]:
         """(first step, end, image size) of the part of the run that `step` is in."""
-        sizes = self.config.sizes
+        sizes = self.sizes
         if not sizes:
             return 0, self.steps, None
         ends = [round((i + 1) * self.steps / len(sizes)) for i in range(len(sizes))]
@@ -248,7 +254,7 @@ class Engine:
                     table=self.table,
                     labels=self.labels,
                     fetcher=self._fetcher(size),
-                    any_size=bool(self.config.sizes),
+                    any_size=bool(self.sizes),
                     context=context,
                 )
             self._iterator = key, iter(data)

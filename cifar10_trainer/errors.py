@@ -14,6 +14,10 @@ class RunError(RuntimeError):
     """Right usage that could not be carried out: data, files, network, divergence. Exit status 1."""
 
 
+class Busy(RunError):
+    """Another process is at work in the folder."""
+
+
 class Interrupted(RunError):
     """A signal ended the run, with everything saved: the same command goes on from there."""
 

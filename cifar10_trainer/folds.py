@@ -33,6 +33,7 @@ def cross_validate(
     dataset: Dataset | None = None,
     overwrite: bool = False,
     verbose: int = 1,
+    since: float | None = None,
 ) -> dict[str, Any]:
     """Trains `config` once for each of `folds` stratified parts of the training images, validated on that part.
 
@@ -44,7 +45,7 @@ def cross_validate(
         config: what to do; its own split does not matter.
         folds: 2 to the number of images of the smallest class.
         workdir: a folder for all of it; None: runs/<recipe>-folds-<time>.
-        data_dir, dataset, overwrite, verbose: as for `train_and_evaluate`.
+        data_dir, dataset, overwrite, verbose, since: as for `train_and_evaluate`.
 
     Returns: the contents of folds.json: recipe, dataset, folds, seed, n_train (all training images), the list
     `runs` (fold, n_validation, val_accuracy, epochs, best_epoch, train_seconds), and over them val_accuracy_mean
@@ -52,7 +53,7 @@ def cross_validate(
     Raises: as `train_and_evaluate`.
     """
     say = print if verbose else (lambda *_: None)
-    since = runtime.process_start()
+    since = time.time() if since is None else since
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
     if (workdir / "folds.json").exists() and not overwrite:
         raise ConfigError(
@@ -66,14 +67,19 @@ def cross_validate(
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
     taken = ("n_validation", "epochs", "best_epoch", "train_seconds")
     runs = []
-    for i in range(folds):
-        say(f"-- fold {i + 1} of {folds}")
-        one = config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
-        metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
-        accuracy = metrics["best_val_accuracy"]
-        say(f"   {100 * accuracy:.2f}%\n")
-        runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
-        since = time.time()
+    with runtime.Signals() as signals:
+        for i in range(folds):
+            if signals.caught:  # too late for the fold before
+                raise _stopped(f"by {signals.caught} before fold {i + 1}", workdir, overwrite)
+            say(f"-- fold {i + 1} of {folds}")
+            one = config.override(
+                validation_fraction=1 / folds, validation_split="stratified", validation_fold=i
+            )
+            metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+            accuracy = metrics["best_val_accuracy"]
+            say(f"   {100 * accuracy:.2f}%\n")
+            runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
+            since = time.time()
     summary = _summary(config, data, runs)
     report.write_atomic(workdir / "folds.json", json.dumps(summary, indent=2) + "\n")
     mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
@@ -85,18 +91,22 @@ def cross_validate(
 
 def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:
     """The metrics of one fold: those of the finished run in its folder, or of one that is trained, or resumed, now."""
-    metrics = None if overwrite else _finished(folder, config)
+    metrics = None if overwrite else _finished(folder, config, datasets.fingerprint(more["dataset"]))
     if metrics is not None:
         return metrics
     try:
         return train_and_evaluate(config, folder, overwrite=overwrite, **more)
     except Interrupted as error:
-        raise Interrupted(
-            f"stopped in {folder.name}; everything is saved in {folder.parent}; the same command with"
-            f" --workdir={folder.parent} goes on from there"
-        ) from error
+        raise _stopped(f"in {folder.name}", folder.parent, overwrite) from error
     finally:
         keras.utils.clear_session()  # k models are more than one
+
+
+def _stopped(where: str, workdir: Path, overwrite: bool) -> Interrupted:
+    return Interrupted(
+        f"stopped {where}; everything is saved in {workdir}; the same command with --workdir={workdir}"
+        f"{' and without --overwrite' if overwrite else ''} goes on from there"
+    )
 
 
 def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,11 +133,16 @@ def _without_test_images(data: Dataset, folds: int) -> Dataset:
         raise ConfigError(
             f"folds is {folds}, but {data.source} has validation images of its own; allowed: a folder without val/"
         )
-    return dataclasses.replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
+    return dataclasses.replace(
+        data, test_images=data.test_images[:0].copy(), test_labels=data.test_labels[:0]
+    )
 
 
-def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
-    """The metrics of a finished run of `config` in the folder; None where there is none. Raises ConfigError, RunError."""
+def _finished(folder: Path, config: Config, fingerprint: str) -> dict[str, Any] | None:
+    """The metrics of a finished run of `config` on those images in the folder; None where there is none.
+
+    Raises ConfigError where the run is another, RunError where it cannot be read.
+    """
     if not (folder / "metrics.json").exists():
         return None
     try:
@@ -138,8 +153,9 @@ def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
         same = Config.from_record(there) == config
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is damaged ({error}); delete it, and this fold is run again") from error
-    if not same:
+    if not same or there.get("fingerprint") != fingerprint:
+        other = "on other images" if same else "of another configuration"
         raise ConfigError(
-            f"{folder} holds a run of another configuration; choose another --workdir, or replace it with --overwrite"
+            f"{folder} holds a run {other}; choose another --workdir, or replace it with --overwrite"
         )
     return metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import keras
 import tensorflow as tf
 
@@ -44,8 +46,6 @@ class Course(keras.optimizers.schedules.LearningRateSchedule):
         return self.peak * value
 
     def get_config(self):
-        import dataclasses
-
         return {"peak": self.peak, "steps": self.steps, "schedule": dataclasses.asdict(self.schedule)}
 
 

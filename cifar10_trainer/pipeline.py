@@ -7,7 +7,8 @@ Two pieces, so that the same batch can be made on either side:
   (with prefetch) or called inside the training step on a GPU, where the images then live.
 
 The order of epoch e and its random numbers are a function of (seed, e) alone. So a run started at step n sees
-what an uninterrupted one sees, and what an image becomes does not depend on batch size or replicas.
+what an uninterrupted one sees, and what an image becomes does not depend on batch size or replicas (but for mixup and cutmix, whose
+partner is a neighbour in the replica's part of the batch).
 """
 
 from __future__ import annotations

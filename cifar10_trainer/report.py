@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import datasets
 from .errors import RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .datasets import Dataset
 
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 NO_TEST_IMAGES = (
@@ -400,7 +401,7 @@ def write_run(
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
-    dataset: datasets.Dataset,
+    dataset: Dataset,
     test_probabilities: np.ndarray,
 ) -> None:
     """Writes classification_report.txt, figures/*.png and, last, report.html into `workdir`.
@@ -411,7 +412,8 @@ def write_run(
     the report then says so. Empty where there are neither: what needs them is left out.
     """
     workdir, names = Path(workdir), dataset.class_names
-    train_images, train_labels, val_images, val_labels = datasets.split(dataset, None)
+    train_images, train_labels = dataset.train_images, dataset.train_labels
+    val_images, val_labels = dataset.validation or (train_images[:0], train_labels[:0])
 
     # ---- the parts that every run has
     drawn = {name: workdir / "figures" / f"{name}.png" for name in FIGURES}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -164,6 +167,38 @@ def describe() -> dict[str, str]:
         "processor": f"{processor}, {cores} core{'' if cores == 1 else 's'}",
         "gpus": ", ".join(names) or "none",
     }
+
+
+class Signals:
+    """Catches SIGINT and SIGTERM within: `caught` is the first one's name; a second SIGINT interrupts at once.
+
+    One within another begins with what that has caught, and leaves to it what came too late for itself.
+    """
+
+    caught = ""
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = signal.Signals(number).name
+
+    def __enter__(self) -> Signals:
+        self._before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self)
+        for enclosing in self._enclosing():
+            self.caught = enclosing.caught
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        for enclosing in self._enclosing():
+            enclosing.caught = self.caught
+
+    def _enclosing(self) -> list[Signals]:
+        return [handler for handler in self._before.values() if isinstance(handler, Signals)]
 
 
 def check_batch(batch_size: int, n: int, replicas: int) -> None:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import zipfile
@@ -27,7 +26,7 @@ from . import datasets, models, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, Progress
-from .errors import ConfigError, Interrupted, RunError
+from .errors import Busy, ConfigError, Interrupted, RunError
 from .models import fast
 
 WRITTEN = (  # what a run writes, and --overwrite removes
@@ -42,6 +41,8 @@ WRITTEN = (  # what a run writes, and --overwrite removes
     "figures",
     "tensorboard",
 )
+# What EarlyStopping and ReduceLROnPlateau learn; the rest are settings, of which one changes its sign in use.
+REMEMBERED = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
 SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one sooner
 WAY_OUT = "choose another --workdir, or replace it with --overwrite"
 CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
@@ -78,11 +79,12 @@ def train_and_evaluate(
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
         score_test: whether to score the test images; a search does not.
         hdf5: whether to leave the model in the older format as well, as model.h5.
-        since: when this run's clock began, as from `time.time()`; None: when this process began.
+        since: when this run's clock began, as from `time.time()`; None: with this call.
 
     Returns: the contents of metrics.json.
     Raises: ConfigError for what cannot be; RunError for what failed, and for an interrupted run.
     """
+    since = time.time() if since is None else since
     say = print if verbose else (lambda *_: None)
 
     # ---- where and how ------------------------------------------------------------------------------------------
@@ -123,8 +125,8 @@ def train_and_evaluate(
             f"model: {config.recipe}, {parameters:,} parameters; "
             f"{engine.steps:,} steps of {config.batch_size}"
         )
-        fingerprint, record = datasets.fingerprint(data), _record(config, data, data_dir, parameters)
-        # The engine has its own copy of the images: from here on the run holds no other.
+        record = _record(config, data, data_dir, parameters)
+        # The engine has its own copy of the images. Where they were loaded here, the run now holds no other.
         del images
         data = dataclasses.replace(
             data, train_images=engine.images, train_labels=labels, validation=(validation[0], validation[1])
@@ -134,12 +136,13 @@ def train_and_evaluate(
         run = _Run(
             engine,
             workdir,
-            fingerprint,
+            record["fingerprint"],
             chief=chief,
             callbacks=callbacks,
             verbose=verbose,
             full_report=full_report,
-            since=since or runtime.process_start(),
+            since=since,
+            overwrite=overwrite,
         )
         if saved:
             run.restore(saved)
@@ -149,7 +152,7 @@ def train_and_evaluate(
 
         # ---- train ----------------------------------------------------------------------------------------------
         try:
-            with _Signals() as signals:
+            with runtime.Signals() as signals:
                 run.loop(validation, signals)
         except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
             raise runtime.lost_worker(error) from error
@@ -211,6 +214,7 @@ def _record(config: Config, data: Dataset, data_dir: str | None, parameters: int
         "class_names": list(data.class_names),
         "data_dir": data_dir and str(data_dir),
         "data_source": data.source,
+        "fingerprint": datasets.fingerprint(data),
         "parameters": parameters,
         "command": "python " + " ".join(sys.orig_argv[1:]),
         "environment": runtime.describe(),
@@ -231,9 +235,9 @@ def _score(
     if not (wanted and len(labels) and kept.exists()):
         return np.zeros((0, data.num_classes), np.float32), scores
     model = keras.models.load_model(kept, compile=False)
-    plain = scoring.predict_probabilities(model, images)
-    averaged = scoring.predict_probabilities(model, images, views=views) if views > 1 else plain
+    averaged = scoring.predict_probabilities(model, images, views=views)
     if tested:
+        plain = scoring.predict_probabilities(model, images) if views > 1 else averaged
         one, several = (scoring.score(labels, p) for p in (plain, averaged))
         scores = {
             "test_loss": one["loss"],
@@ -258,7 +262,7 @@ def _held(workdir: Path) -> Iterator[None]:
     """
 
     def busy() -> None:
-        raise RunError(
+        raise Busy(
             f"another run is at work in {workdir}; wait for its end, or choose another folder with --workdir"
         )
 
@@ -273,7 +277,9 @@ def _held(workdir: Path) -> Iterator[None]:
 
 
 def _remove_run(workdir: Path) -> None:
-    """Empties the run folder of an earlier run, and of nothing else. Raises RunError."""
+    """Empties the folder of an earlier run, if it is one, and of nothing else. Raises RunError."""
+    if not (workdir / "config.json").exists():
+        return
     try:
         for path in (workdir / name for name in WRITTEN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -351,34 +357,15 @@ def _pixel_statistics(
     return mean, tuple(max(s, 1e-3) for s in std)
 
 
-class _Signals:
-    """Catches SIGINT and SIGTERM: `caught` is the first one's name; a second SIGINT interrupts at once."""
-
-    caught = ""
-
-    def __enter__(self):
-        def note(number, frame):
-            if self.caught and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.caught = signal.Signals(number).name
-
-        try:
-            self.before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: signals are somebody else's
-            self.before = {}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 class _Run:
     """The loop over epochs, and what it remembers."""
 
-    def __init__(self, engine, workdir, fingerprint, *, chief, callbacks, verbose, full_report, since):
+    def __init__(
+        self, engine, workdir, fingerprint, *, chief, callbacks, verbose, full_report, since, overwrite
+    ):
         self.engine, self.config, self.workdir = engine, engine.config, workdir
         self.fingerprint, self.chief, self.full_report = fingerprint, chief, full_report
+        self.overwrite = overwrite
         self.history: list[dict[str, Any]] = []
         self.best, self.best_epoch, self.target = None, None, None
         self.images, self.step_seconds = 0, 0.0
@@ -390,8 +377,9 @@ class _Run:
         self._face = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
         self._face.optimizer = engine.optimizer
         self._face.stop_training = False
+        self._recipe_callbacks = self._make_callbacks()
         self.callbacks = keras.callbacks.CallbackList(
-            [*self._recipe_callbacks(), *callbacks],
+            [*self._recipe_callbacks, *callbacks],
             add_history=False,
             add_progbar=chief and bool(verbose),
             model=self._face,
@@ -418,7 +406,7 @@ class _Run:
     def epochs(self) -> int:
         return -(-self.engine.steps // self.engine.steps_per_epoch)
 
-    def _recipe_callbacks(self) -> list[keras.callbacks.Callback]:
+    def _make_callbacks(self) -> list[keras.callbacks.Callback]:
         c, found = self.config, []
         if c.early_stopping is not None:
             found.append(keras.callbacks.EarlyStopping(monitor="val_loss", patience=c.early_stopping))
@@ -453,8 +441,8 @@ class _Run:
             )
         count, self._began = 1, time.time()
         self.callbacks.on_train_begin()
-        # Keras's callbacks forget in on_train_begin. The recipe's come first: no other gets their memories.
-        for callback, memory in zip(self._recipe_callbacks_live(), self._memories, strict=False):
+        # Keras's callbacks forget in on_train_begin.
+        for callback, memory in zip(self._recipe_callbacks, self._memories, strict=False):
             vars(callback).update(memory)
         while engine.step < engine.steps and not self._face.stop_training:
             epoch = engine.step // per_epoch
@@ -524,7 +512,8 @@ class _Run:
         runtime.mean_over_workers(self.engine.strategy, 0)  # no worker leaves, or resumes, before that
         raise Interrupted(
             f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}; everything is saved in"
-            f" {self.workdir}; the same command with --workdir={self.workdir} goes on from there"
+            f" {self.workdir}; the same command with --workdir={self.workdir}"
+            f"{' and without --overwrite' if self.overwrite else ''} goes on from there"
         )
 
     def _save_model(self) -> None:
@@ -535,9 +524,9 @@ class _Run:
 
     def save(self) -> None:
         """Writes all that the rest of the run depends on: variables, step, callbacks, history."""
-        plain = (bool, int, float, str, type(None))
         meta = {
             "data": self.fingerprint,
+            "environment": self._environment(),
             "history": self.history,
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -547,8 +536,7 @@ class _Run:
             "seconds": self.seconds(),
             "elapsed": self.elapsed(),
             "callbacks": [
-                {k: v for k, v in vars(c).items() if isinstance(v, plain)}
-                for c in self._recipe_callbacks_live()
+                {k: v for k, v in vars(c).items() if k in REMEMBERED} for c in self._recipe_callbacks
             ],
         }
         content = io.BytesIO()
@@ -556,28 +544,36 @@ class _Run:
         report.write_atomic(self.workdir / "state.npz", content.getvalue())
         self._saved = time.time()
 
-    def _recipe_callbacks_live(self) -> list[keras.callbacks.Callback]:
-        kinds = (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau)
-        return [c for c in self.callbacks.callbacks if isinstance(c, kinds)]
-
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes up what `save` wrote. Raises ConfigError where the images are others, RunError on a damaged state."""
+        """Takes up what `save` wrote. Raises ConfigError where the run was another, RunError on a damaged state."""
         try:
             meta = json.loads(str(arrays["meta"]))
-            if meta.get("data", self.fingerprint) != self.fingerprint:
+            data, before = meta["data"], meta["environment"]
+            self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
+            self.target = meta["target"] and tuple(meta["target"])
+            self.images, self.step_seconds = meta["images"], meta["step_seconds"]
+            self._before = {"seconds": meta["seconds"], "elapsed": meta["elapsed"]}
+            self._memories = meta["callbacks"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise RunError(_damaged(self.workdir, error)) from error
+        if data != self.fingerprint:
+            raise ConfigError(
+                f"{self.workdir} holds an unfinished run on other images; {WAY_OUT}, or give it its own images"
+            )
+        for name, now in self._environment().items():
+            if before[name] != now:
                 raise ConfigError(
-                    f"{self.workdir} holds an unfinished run on other images; {WAY_OUT}, or give it its own images"
+                    f"{self.workdir} holds an unfinished run with {name} {before[name]}, now {now}; {WAY_OUT}, or"
+                    f" give it what it had"
                 )
+        try:
             self.engine.restore(arrays)
-        except ConfigError:
-            raise
         except (KeyError, ValueError) as error:
             raise RunError(_damaged(self.workdir, error)) from error
-        self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
-        self.target = meta["target"] and tuple(meta["target"])
-        self.images, self.step_seconds = meta["images"], meta["step_seconds"]
-        self._before = {"seconds": meta["seconds"], "elapsed": meta["elapsed"]}
-        self._memories = meta["callbacks"]
+
+    def _environment(self) -> dict[str, str | int]:
+        """What "auto" and the machine decide, and results depend on."""
+        return {"precision": self.engine.policy, "replicas": self.engine.replicas}
 
 
 def _summarise(say, metrics: dict[str, Any], workdir: Path) -> None:

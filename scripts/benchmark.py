@@ -8,7 +8,8 @@
 
 The rules of the clock:
 - What is compared runs in turn, A B A B, in one process or each in its own, after a round that does not count; a number
-  is a median, with its range; a ratio is the ratio of medians. So tracing and compiling do not count unless it is said.
+  is a median, with its range; a ratio is the ratio of medians; a share is the median of the rounds' shares, because a
+  processor's own speed differs from round to round. So tracing and compiling do not count unless it is said.
 - A training step includes its data: the time is of a whole pass, over random images that are in memory.
 - GFLOP count as the speed records do: two a multiply-add of convolutions and dense layers, three forward passes a
   step. That counts a gradient that no one computes, to the first trained convolution's input: up to 4% of a step.
@@ -125,7 +126,6 @@ def efficiency(o: Options) -> dict[str, Any]:
     samples = in_turn({**alone, **engines}, o.rounds)
     peak = max(alone, key=lambda n: statistics.median(samples[n]))
     rows = rows_of({n: samples[n] for n in (peak, *engines)}, "GFLOP/s", peak)
-    # Of each round by itself: a processor's own speed is not the same in all of them.
     shares = {
         n: 100 * statistics.median(a / b for a, b in zip(samples[n], samples[peak], strict=True))
         for n in engines
@@ -237,7 +237,6 @@ def waiting(o: Options) -> dict[str, Any]:
     verdicts = []
     for name in names:
         whole, bare = (samples[f"{name}: a step, {kind}"] for kind in ("as in training", "one batch"))
-        # Of each round by itself: a processor's own speed is not the same in all of them.
         share = 100 * statistics.median(1 - b / w for w, b in zip(whole, bare, strict=True))
         verdicts.append(verdict(f"share of data in a step of {name}", share, "at most 3%", "%"))
     return {"rows": rows_of(samples, "ms"), "verdicts": verdicts}

@@ -18,8 +18,6 @@ from typing import Any
 
 from absl import flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from cifar10_trainer import cli
 from cifar10_trainer.config import DATASETS
 from cifar10_trainer.errors import ConfigError, unknown
@@ -134,6 +132,12 @@ def main(argv: list[str]) -> None:
     common = {"recipe": FLAGS.recipe, "dataset": base.dataset, "epochs": base.epochs, "space": FLAGS.space}
     common |= {n: FLAGS[n].value for n in ("target", "max_trials", "stop_at_target")}
     out = Path(FLAGS.out)
+    for record in read_records(out):  # one table is of one kind of search
+        for key, value in common.items():
+            if record.get(key) != value:
+                raise ConfigError(
+                    f"{out} has a record of {key} {record.get(key)!r}, not {value!r}; choose another --out"
+                )
 
     # ---- the searches
     cli.import_tensorflow()
@@ -146,12 +150,6 @@ def main(argv: list[str]) -> None:
             settings = {"tuner": tuner, "seed": seed, **common}
             path = out / f"{tuner}-{seed}.json"
             if path.exists():
-                there = json.loads(path.read_text(encoding="utf-8"))
-                for key, value in settings.items():
-                    if there.get(key) != value:
-                        raise ConfigError(
-                            f"{path} is of {key} {there.get(key)!r}, not {value!r}; choose another --out"
-                        )
                 continue
             data = data or datasets.load(base.dataset, FLAGS.data_dir)
             print(f"\n== {tuner}, seed {seed}")

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clock import ROOT
-from reproduce import duration, rewrite
+from reproduce import duration, epochs_run, grouped, rewrite
 
 from cifar10_trainer.recipes import DEFAULT_RECIPE
 
@@ -28,6 +27,7 @@ class Point:
     recipe: str
     source: str
     epochs: float
+    epochs_run: str  # of those that the recipe has
     runs: int
     seconds: float  # of the whole process
     pflop: float
@@ -38,13 +38,13 @@ class Point:
 
 def points_of(records: Sequence[dict[str, Any]]) -> list[Point]:
     """A Point for each recipe and number of epochs that was scored on CIFAR-10's test images, the cheapest first."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        metrics = record["metrics"]
-        if metrics["dataset"] == "cifar10" and metrics["test_accuracy"] is not None and metrics.get("pflop"):
-            groups[metrics["recipe"], record["config"]["epochs"]].append(record)
+    scored = [
+        r
+        for r in records
+        if r["metrics"]["dataset"] == "cifar10" and r["metrics"]["test_accuracy"] is not None
+    ]
     points = []
-    for (recipe, epochs), group in groups.items():
+    for (recipe, epochs), group in grouped(scored).items():
         runs = [r["metrics"] for r in group]
         held_out = [r["best_val_accuracy"] for r in runs if r["best_val_accuracy"] is not None]
         averaged = [r["test_accuracy_views"] for r in runs if r["views"] > 1]
@@ -53,6 +53,7 @@ def points_of(records: Sequence[dict[str, Any]]) -> list[Point]:
                 recipe,
                 group[0]["config"]["origin"]["source"],
                 epochs,
+                epochs_run(recipe, group),
                 len(runs),
                 statistics.median(r["total_seconds"] for r in runs),
                 statistics.mean(r["pflop"] for r in runs),
@@ -96,7 +97,7 @@ def table(points: Sequence[Point]) -> str:
         number = next((n for n, some in tutorials(points).items() if p in some), "")
         cells = [
             f"`{p.recipe}`" + (f" ({number})" if number else ""),
-            f"{p.epochs:g}",
+            p.epochs_run,
             duration(p.seconds),
             f"{p.pflop:.3g}",
             *(percent(x) for x in (p.validation, p.test, p.views)),

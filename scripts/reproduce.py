@@ -49,6 +49,8 @@ flags.DEFINE_boolean("table", False, "only rewrite the tables", flag_values=FLAG
 
 # What a record leaves out of config.json: where things are on one machine.
 PRIVATE = ("data_dir", "data_source", "class_names", "command")
+# In what a recorded run may differ from its recipe.
+FREE = ("epochs", "seed", "strategy", "precision")
 
 
 def chosen(names: list[str]) -> list[str]:
@@ -69,10 +71,11 @@ def chosen(names: list[str]) -> list[str]:
     return [n for n in RECIPES if n in names]
 
 
-def keep(workdir: Path, command: str | None = None) -> Path:
-    """Writes the record of a finished run, and returns its path. Raises RunError where the run is not finished.
+def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Path:
+    """Writes the record of a finished run, and returns its path.
 
-    command: what makes such a run; None: the run's own command.
+    command: what makes such a run; None: the run's own command. at: the commit that made it; None: the present one.
+    Raises RunError where the run is not finished, or not of its recipe as it is now.
     """
     from cifar10_trainer import report
 
@@ -80,12 +83,21 @@ def keep(workdir: Path, command: str | None = None) -> Path:
         config, metrics = (json.loads((workdir / f"{n}.json").read_text()) for n in ("config", "metrics"))
     except OSError as error:
         raise RunError(f"{workdir} holds no finished run: {error.strerror}: {error.filename}") from error
+    ran = Config.from_record(config)
+    free = {name: getattr(ran, name) for name in FREE}
+    recipe = RECIPES[ran.recipe].override(**free).to_dict()
+    different = [key for key, value in ran.to_dict().items() if recipe[key] != value]
+    if different:
+        key = different[0]
+        raise RunError(
+            f"{workdir} holds a run of {ran.recipe} with {key} {getattr(ran, key)!r}, where the recipe has {recipe[key]!r};"
+            f" allowed: the recipe as it is, but for {', '.join(FREE)}; delete {workdir} to run it again"
+        )
     record = {
         "date": time.strftime("%Y-%m-%d", time.localtime((workdir / "metrics.json").stat().st_mtime)),
-        "commit": commit(),
+        "commit": commit() if at is None else at,
         # Where the images are is one machine's own affair.
-        "command": command
-        or " ".join(word for word in config["command"].split() if not word.startswith("--data_dir=")),
+        "command": command or re.sub(r" --?data_dir[= ]\S+", "", config["command"]),
         "environment": config.pop("environment"),
         "metrics": metrics,
         "config": {k: v for k, v in config.items() if k not in PRIVATE},
@@ -300,7 +312,7 @@ def run(name: str, seed: int, epochs: float | None) -> None:
     if (RESULTS / f"{name}-{config.epochs:g}-{seed}.json").exists():
         print(f"{name}, seed {seed}: has its record")
         return
-    workdir = ROOT / "runs" / "reproduce" / f"{name}-{config.epochs:g}-{seed}"
+    workdir, at = ROOT / "runs" / "reproduce" / f"{name}-{config.epochs:g}-{seed}", commit()
     if not (workdir / "metrics.json").exists():
         command = [sys.executable, "-m", "cifar10_trainer", f"--recipe={name}", f"--seed={seed}"]
         command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
@@ -311,7 +323,7 @@ def run(name: str, seed: int, epochs: float | None) -> None:
     shown = f"python scripts/reproduce.py {name}"
     if epochs is not None:
         shown += f" --epochs={epochs:g}"
-    print(f"record: {keep(workdir, shown).relative_to(ROOT)}")
+    print(f"record: {keep(workdir, shown, at).relative_to(ROOT)}")
 
 
 def main(argv: list[str]) -> None:

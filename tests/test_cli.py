@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli
+from cifar10_trainer import cli, runtime
 from cifar10_trainer.config import DATASETS, PRECISIONS, STRATEGIES, Config
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
@@ -130,11 +130,12 @@ def test_flag_and_config(flag, trained):
     assert [call["config"] for call in trained] == [expected]
 
 
-def test_no_flags_are_the_default_recipe(trained):
+def test_no_flags_are_the_default_recipe(trained, monkeypatch):
+    monkeypatch.setattr(runtime, "process_start", lambda: 12.5)
     assert config_of() == DEFAULT
     assert invoke() == 0
     expected = {"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False, "hdf5": False}
-    assert trained == [expected]
+    assert trained == [{**expected, "since": 12.5}]
 
 
 def test_zero_is_a_value_and_not_the_lack_of_one():
@@ -256,10 +257,12 @@ def test_hdf5(trained):
 
 def test_folds(trained, monkeypatch):
     calls = []
+    monkeypatch.setattr(runtime, "process_start", lambda: 12.5)
     folds = importlib.import_module("cifar10_trainer.folds")
     monkeypatch.setattr(folds, "cross_validate", lambda *given, **more: calls.append((*given, more)))
     assert invoke("--recipe=vgg.3", "--folds=5", "--workdir=there", "--data_dir=here", "--overwrite") == 0
-    assert calls == [(RECIPES["vgg.3"], 5, "there", {"data_dir": "here", "overwrite": True})]
+    expected = {"data_dir": "here", "overwrite": True, "since": 12.5}
+    assert calls == [(RECIPES["vgg.3"], 5, "there", expected)]
     assert not trained
 
 
@@ -449,6 +452,11 @@ def test_an_error_is_one_line_and_a_status(error, status, line, capsys):
     assert simple(failing(error)) == status
     out, err = capsys.readouterr()
     assert (out, err) == ("", line + "\n")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys):
+    assert simple(failing(BrokenPipeError(32, "Broken pipe"))) == 1
+    assert capsys.readouterr().err.startswith("error: BrokenPipeError: [Errno 32] Broken pipe")
 
 
 def test_a_long_error_of_somebody_elses_is_cut(capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import statistics
 import sys
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, cross_validate, datasets, evaluate
+from cifar10_trainer import cli, cross_validate, datasets, evaluate, runtime
 from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.errors import ConfigError, Interrupted, RunError
 from cifar10_trainer.recipes import RECIPES
@@ -42,7 +44,8 @@ def scripted(monkeypatch):
         metrics = {"best_val_accuracy": 0.5 + config.validation_fold / 10, "n_validation": 7, "epochs": 1}
         metrics |= {"best_epoch": 1, "train_seconds": 2.0}
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps({**config.to_dict(), "command": "x"}))
+        found = {"command": "x", "fingerprint": datasets.fingerprint(more["dataset"])}
+        (workdir / "config.json").write_text(json.dumps({**config.to_dict(), **found}))
         (workdir / "metrics.json").write_text(json.dumps(metrics))
         return metrics
 
@@ -114,6 +117,34 @@ def test_a_split_of_the_recipe_does_not_matter(tmp_path, digits, scripted):
     assert [call["config"] for call in scripted] == [
         TINY.override(validation_fraction=0.5, validation_fold=fold) for fold in (0, 1)
     ]
+
+
+def test_finished_folds_of_other_images_are_refused(tmp_path, digits, scripted):
+    quietly(2, tmp_path, digits)
+    (tmp_path / "folds.json").unlink()
+    images = digits.train_images.copy()
+    images[0, 0, 0] ^= 1
+    with pytest.raises(ConfigError, match=r"fold-1-of-2 holds a run on other images; .*--overwrite"):
+        quietly(2, tmp_path, dataclasses.replace(digits, train_images=images))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_signal_too_late_for_one_fold_stops_before_the_next(
+    tmp_path, digits, scripted, monkeypatch, overwrite
+):
+    once = folds_module.train_and_evaluate
+
+    def late(config, workdir, **more):
+        with runtime.Signals():  # as in a run whose last step is done
+            os.kill(os.getpid(), signal.SIGTERM)
+        return once(config, workdir, **more)
+
+    monkeypatch.setattr(folds_module, "train_and_evaluate", late)
+    before = signal.getsignal(signal.SIGTERM)
+    way_on = r"and without --overwrite goes on" if overwrite else rf"--workdir={tmp_path} goes on"
+    with pytest.raises(Interrupted, match=f"stopped by SIGTERM before fold 2; .*{way_on}"):
+        quietly(3, tmp_path, digits, overwrite=overwrite)
+    assert len(scripted) == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_is_finished_is_not_run_again(tmp_path, digits, scripted, monkeypatch):

@@ -330,6 +330,27 @@ def test_another_configuration_is_not_resumed(tmp_path, digits, change, reason):
     assert "--overwrite" in str(info.value) and "\n" not in str(info.value)
 
 
+def test_overwrite_leaves_alone_what_is_no_run(tmp_path, digits):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "mine").touch()
+    (tmp_path / "model.h5").write_text("mine")
+    train_quietly(TINY.override(epochs=0.25), tmp_path, digits, overwrite=True)
+    assert (tmp_path / "tensorboard" / "mine").exists() and (tmp_path / "model.h5").read_text() == "mine"
+
+
+def test_an_augmentation_that_does_not_fit_costs_no_earlier_run(tmp_path, digits):
+    images, test_images = (x[:, ::2, ::2].copy() for x in (digits.train_images, digits.test_images))
+    small = dataclasses.replace(digits, train_images=images, test_images=test_images)
+    train_quietly(TINY.override(epochs=0.25), tmp_path / "old", small)
+    before = (tmp_path / "old" / "metrics.json").read_text()
+    too_far = TINY.override(augmentation__shift=16)
+    for name, overwrite in (("old", True), ("new", False)):
+        with pytest.raises(ConfigError, match="shift is 16 pixels of 16x16"):
+            train_quietly(too_far, tmp_path / name, small, overwrite=overwrite)
+    assert (tmp_path / "old" / "metrics.json").read_text() == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path, digits):
     for name in ("config.json", "metrics.json", "state.npz", "report.html", "notes.txt"):
         (tmp_path / name).write_text("{}")
@@ -352,7 +373,8 @@ EVENTFUL = TINY.override(
     early_stopping=3,
     schedule=Schedule(name="plateau", drop=0.5, patience=2, end=0.01),
 )
-LOSSES = [1.0, 0.9, 0.95, 0.96, 0.85, 0.9]  # the rate drops after the fourth
+# The third is better than the second by less than counts; the rate drops after the fourth.
+LOSSES = [1.0, 0.9, 0.89995, 0.96, 0.85, 0.9]
 ACCURACIES = [0.1, 0.3, 0.2, 0.2, 0.25, 0.2]
 
 
@@ -366,7 +388,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, digits, monke
     rows = read_history(tmp_path / "whole")
     assert [round(row["learning_rate"], 6) for row in rows] == [0.02, 0.02, 0.02, 0.02, 0.01, 0.01]
 
-    monkeypatch.setattr(runtime, "process_start", lambda: began - 1000)
     workdir = tmp_path / "parts"
     stops = [
         (7, "batch", send(signal.SIGTERM), "SIGTERM at step 7 of 72"),
@@ -377,12 +398,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, digits, monke
     for step, moment, action, message in stops:
         began = time.time()
         with pytest.raises(RunError, match=f"stopped by {message}; everything is saved in .*--workdir="):
-            train_quietly(EVENTFUL, workdir, digits, callbacks=[At(step, action, moment)])
+            train_quietly(EVENTFUL, workdir, digits, callbacks=[At(step, action, moment)], since=began - 1000)
         assert (workdir / "state.npz").exists() and not (workdir / "metrics.json").exists()
         assert len(read_history(workdir) if step >= PER_EPOCH else []) == step // PER_EPOCH
         assert (workdir / "model.keras").exists()
     began = time.time()
-    found = train_quietly(EVENTFUL, workdir, digits)
+    found = train_quietly(EVENTFUL, workdir, digits, since=began - 1000)
 
     assert without_seconds(read_history(workdir)) == without_seconds(rows)
     assert_same_weights(saved_weights(workdir), saved_weights(tmp_path / "whole"))
@@ -483,6 +504,33 @@ def test_an_unfinished_run_without_a_state_begins_again(tmp_path, digits):
     (tmp_path / "model.keras").write_text("of the dead run")
     metrics = train_quietly(TINY.override(epochs=0.5), tmp_path, digits)
     assert metrics["epochs"] == 1 and saved_weights(tmp_path)
+
+
+def test_the_way_on_from_an_overwriting_run_is_without_overwrite(tmp_path, digits, step_by_step):
+    with pytest.raises(RunError, match=rf"--workdir={tmp_path} and without --overwrite goes on"):
+        train_quietly(TINY, tmp_path, digits, callbacks=[At(3, send(signal.SIGTERM))], overwrite=True)
+
+
+def test_a_signal_before_the_loop_stops_its_first_step(tmp_path, digits, step_by_step):
+    with runtime.Signals() as enclosing:
+        send(signal.SIGTERM)()
+        with pytest.raises(RunError, match="stopped by SIGTERM at step 0 of 72"):
+            train_quietly(TINY.override(epochs=6), tmp_path, digits)
+    assert enclosing.caught == "SIGTERM"
+
+
+@pytest.mark.parametrize(("name", "was", "now"), [("precision", "float32", "mixed_bfloat16")])
+def test_an_unfinished_run_of_another_precision_is_refused(
+    tmp_path, digits, monkeypatch, step_by_step, name, was, now
+):
+    """As where a machine with bfloat16 goes on with what one without it began."""
+    config = TINY.override(precision="auto")
+    monkeypatch.setattr(runtime, "choose_precision", lambda _: (was, "it is all there is"))
+    with pytest.raises(RunError):
+        train_quietly(config, tmp_path, digits, callbacks=[At(3, send(signal.SIGTERM))])
+    monkeypatch.setattr(runtime, "choose_precision", lambda _: (now, "it is faster"))
+    with pytest.raises(ConfigError, match=rf"unfinished run with {name} {was}, now {now}; .*--overwrite"):
+        train_quietly(config, tmp_path, digits)
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path, digits, step_by_step):

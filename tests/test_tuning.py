@@ -45,6 +45,16 @@ def space(hp):
     )
 
 
+class _Without:
+    """Hyperparameters of which one is not drawn."""
+
+    def __init__(self, name, hp):
+        self.name, self.hp = name, hp
+
+    def Float(self, name, *args, **more):
+        return 0.0 if name == self.name else self.hp.Float(name, *args, **more)
+
+
 def board(folder):
     with open(folder / "leaderboard.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -133,6 +143,10 @@ def test_a_finished_search_only_tells_what_it_found(finished, digits, capsys, mo
         (
             {"space": lambda hp: TINY.override(options__dropout=hp.Float("dropout", 0, 0.4))},
             "max_value was 0.5",
+        ),
+        (
+            {"space": lambda hp: space(_Without("dropout", hp))},
+            "dropout was {.*}, now None",
         ),
     ],
 )

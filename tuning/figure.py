@@ -69,7 +69,7 @@ def _trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
     """A mark at (x, row's accuracy) a trial: full runs, shorter ones, low ones, failures and the best apart."""
     done = [(x, r) for x, r in points if r.status == "completed"]
     full = max(r.metrics["epochs"] for _, r in done)
-    best = max((r for _, r in done), key=lambda r: r.accuracy)
+    best = done[0][1]  # rows come best first, by whatever they were searched for
 
     def kind(row: Row) -> str:
         if row.status == "failed" or row.accuracy < floor:

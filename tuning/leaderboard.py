@@ -159,7 +159,7 @@ class Leaderboard:
             parts[0] += f" in {duration(row.metrics['seconds'])}"
         best = rows[0]
         if best.status == "completed":
-            side = "past" if (self.oracle.best_accuracy() or 0) >= self.target else "short of"
+            side = "past" if best.accuracy >= self.target else "short of"
             parts.append(
                 f"best {percent(best.accuracy)} (trial {best.trial}), {side} the target {percent(self.target)}"
             )

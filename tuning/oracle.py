@@ -71,7 +71,7 @@ class SearchOracle(kt.Oracle):
         )
         self.on_begin: Callable[[Trial], None] = _nothing
         self.on_end: Callable[[Trial], None] = _nothing
-        self.stopped = False  # no trial runs any more, and none will
+        self.stopped = False  # no further trial will begin
         self.ended: dict[str, float] = {}  # trial -> seconds of the search at its end
         self._heard: dict[str, float] = {}  # worker -> when it last gave a sign of life
         self._unheard = -math.inf  # that time, for workers from before a restart
@@ -264,7 +264,7 @@ class Halving(SearchOracle, HalvingOracle):
 
 
 def make(tuner: str, *, epochs: float, **options: Any) -> SearchOracle:
-    """The oracle of a name in `space.TUNERS`. epochs: of a full run."""
+    """The oracle of a name in `options.TUNERS`. epochs: of a full run."""
     if tuner in ("hyperband", "halving"):
         options["epochs"] = epochs
     kinds = {"random": Random, "bayesian": Bayesian, "hyperband": Hyperband, "halving": Halving}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .oracle import SearchOracle
     from .tuner import Trainer
 
-MAX_DEATHS = 15  # of workers in a row, with no trial begun or ended between
+MAX_DEATHS = 15  # of each worker in a row, with no trial begun or ended between
 CHIEF = "chief"  # KerasTuner knows the chief by this word in its id
 
 
@@ -135,7 +135,7 @@ class Team:
                 self.start(number)
             elif process.exitcode:
                 self._deaths += 1
-                if process.exitcode > 0 or self._deaths > MAX_DEATHS:
+                if process.exitcode > 0 or self._deaths > MAX_DEATHS * self.count:
                     raise RunError(f"worker {number} ended with status {process.exitcode}; try --workers=1")
                 name = signal.Signals(-process.exitcode).name
                 self.say(f"worker {number} was ended by {name}; its trial is run again")

@@ -34,7 +34,7 @@ from keras_tuner.engine.trial import Trial
 from cifar10_trainer import models, report, runtime
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
-from cifar10_trainer.errors import ConfigError, Interrupted, RunError
+from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError
 from cifar10_trainer.train import train_and_evaluate
 
 from . import oracle, parallel
@@ -43,10 +43,9 @@ from .leaderboard import Leaderboard, Row
 from .options import OBJECTIVES, Options
 
 WRITTEN = ("trials", "tensorboard", "search.json", "leaderboard.csv", "best_config.json", "search.png")
-MAX_STARTS, MAX_OUT_OF_MEMORY = (
-    10,
-    2,
-)  # starts of a trial whose process dies each time without getting any further
+# Starts of a trial whose process dies each time without getting any further.
+MAX_STARTS, MAX_OUT_OF_MEMORY = 10, 2
+WAIT_LEASES = 10  # that a trial taken over waits for the process that had it
 
 SpaceFunction = Callable[[kt.HyperParameters], Config]
 DatasetOrLoader = Dataset | Callable[[], Dataset]
@@ -100,9 +99,10 @@ class Trainer(BaseTuner):
     ):
         super().__init__(search_oracle, space, directory=str(folder.parent), project_name=folder.name)
         self.space, self.dataset, self.search_digest, self.live = space, dataset, search, live
-        self._beat_seconds = lease / 6
+        self._lease = lease
         tf.get_logger().addFilter(_worth_telling)
         self._waiting, self.verbose = False, verbose
+        self.signals = runtime.Signals()
 
     def save(self) -> None:
         """The oracle's file is all there is to save; a worker has none."""
@@ -127,8 +127,15 @@ class Trainer(BaseTuner):
             )
         folder = Path(self.get_trial_dir(trial.trial_id))
         try:
+            if self.signals.caught:  # too late for the trial before
+                raise Interrupted(f"stopped by {self.signals.caught}")
+            config = make_config(self.space, trial.hyperparameters, self.dataset.name)
             with self._signs_of_life(trial.trial_id), _counted_starts(folder):
-                return self._train(make_config(self.space, trial.hyperparameters, self.dataset.name), folder)
+                for _ in range(round(WAIT_LEASES * self._lease)):
+                    with contextlib.suppress(Busy):  # who had the trial was taken for dead: it may yet end it
+                        return self._train(config, folder)
+                    time.sleep(1)
+                return self._train(config, folder)
         except Interrupted as error:
             raise errors.FatalError(str(error)) from error
         except Exception as error:  # whatever it is, it is this trial's, and the search goes on
@@ -178,7 +185,7 @@ class Trainer(BaseTuner):
         over = threading.Event()
 
         def beat() -> None:
-            while not over.wait(self._beat_seconds):
+            while not over.wait(self._lease / 6):
                 with contextlib.suppress(grpc.RpcError):
                     self.oracle.get_trial(trial_id)
 
@@ -310,7 +317,8 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
             _search(trainer, chooser, space, dataset, o, say)
         except (Interrupted, KeyboardInterrupt) as error:
             done = f"{len(chooser.end_order)} of {o.max_trials} trials are done, and kept in {workdir}"
-            raise Interrupted(f"interrupted: {done}; the same command goes on from there") from error
+            way_on = f"the same command{' without --overwrite' if o.overwrite else ''} goes on from there"
+            raise Interrupted(f"interrupted: {done}; {way_on}") from error
 
         return _conclude(board, hp, o, say)
 
@@ -408,7 +416,7 @@ def _search(
     if _over(chooser, o):
         return
     if o.role == "alone" and not o.local_workers:
-        with _plain_errors(o):
+        with _plain_errors(o), trainer.signals:
             trainer.search()
         return
     address = parallel.listening_address(o.chief)
@@ -436,6 +444,8 @@ def _plain_errors(o: Options) -> Iterator[None]:
         kind = Interrupted if isinstance(error.__cause__, Interrupted) else RunError
         raise kind(str(error)) from error
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNKNOWN:  # it answered, with an error of its own
+            raise RunError(f"the chief at {o.chief} failed: {error.details()}") from error
         code = error.code().name.lower().replace("_", " ")
         raise RunError(
             f"no answer from the chief at {o.chief} in {o.patience:g} s ({code}); start it, then this worker again"
@@ -443,11 +453,12 @@ def _plain_errors(o: Options) -> Iterator[None]:
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for key in b:
-        if isinstance(b[key], Mapping) and isinstance(a.get(key), Mapping):
-            yield from _differences(a[key], b[key])
-        elif a.get(key) != b[key]:
-            yield key, a.get(key), b[key]
+    for key in dict.fromkeys([*a, *b]):
+        was, now = a.get(key), b.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now)
+        elif was != now:
+            yield key, was, now
 
 
 @contextlib.contextmanager

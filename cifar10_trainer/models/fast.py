@@ -100,7 +100,7 @@ def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5
     """Sets the layer "whitening" to the eigenvectors of the images' 2x2 patches, and freezes it.
 
     Filter i is eigenvector i of the patches' second moments over sqrt(eigenvalue + epsilon); the second half of
-    the filters are the first half's negatives. The first 2,000 images are used.
+    the filters are the first half's negatives. Some 2,000 images, from all over, are used.
 
     Args:
         images: uint8 [n, height, width, channels]; mean, std: as the model's preprocessing has them.
@@ -110,7 +110,8 @@ def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5
     if "whitening" not in (layer.name for layer in model.layers):
         raise ConfigError(f"whitening is True; allowed with the architecture {model.name}: False")
     mean, std = 0.0 if mean is None else mean, 1.0 if std is None else std
-    x = (images[:2000].astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
+    images = images[:: max(1, len(images) // 2000)]  # a folder's images are sorted by class
+    x = (images.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
     h, w = x.shape[1:3]
     patches = np.stack([x[:, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1)], axis=3)
     patches = patches.reshape(-1, 4 * x.shape[-1])
