@@ -11,6 +11,7 @@ function of (seed, step), a run restored at step n goes on exactly as if it had 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ import tensorflow as tf
 from . import augment, models, optim, runtime
 from .config import Config
 from .errors import RunError
+from .models import fast
 from .pipeline import Fetcher, Order, index_data, plain, training_data, tuned_by_hand
 from .twin import accelerate, check_sizes
 
@@ -389,3 +391,42 @@ def padded_slice(images, labels, start, length):
     weight = tf.cast(index < tf.shape(labels)[0], tf.float32)
     index = tf.minimum(index, tf.shape(labels)[0] - 1)
     return tf.gather(images, index), tf.gather(labels, index), weight
+
+
+def prepare(
+    config: Config,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    strategy: tf.distribute.Strategy,
+    policy: str,
+) -> Engine:
+    """An Engine at the start of a run: the model of `config`, drawn from its seed, with what it knows of the images.
+
+    Arguments as of `Engine`.
+    """
+    runtime.seed_everything(config.seed)
+    mean, std = pixel_statistics(config.pixels, images)
+    model = models.build(config, input_shape=images.shape[1:], num_classes=num_classes, mean=mean, std=std)
+    if config.whitening:
+        fast.whiten(model, images, mean, std)
+    return Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes)
+
+
+def pixel_statistics(
+    pixels: str, images: np.ndarray
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
+    if pixels == "unit":
+        return None, None
+    channels = images.shape[-1]
+    rows, n = images.reshape(len(images), -1), images.size // channels
+    # Sums of 8-bit numbers and of their squares are exact in 64 bits, and need no float copy of the images.
+    sums = rows.sum(0, dtype=np.uint64), np.einsum("np,np->p", rows, rows, dtype=np.uint64)
+    total, squares = (s.reshape(-1, channels).sum(0).tolist() for s in sums)
+    mean = tuple(t / n / 255 for t in total)
+    if pixels == "centred":
+        return mean, None
+    std = (math.sqrt(n * s - t * t) / n / 255 for t, s in zip(total, squares, strict=True))
+    return mean, tuple(max(s, 1e-3) for s in std)

@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -25,9 +24,8 @@ import tensorflow as tf
 from . import datasets, models, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
-from .engine import Engine, Progress
+from .engine import Progress, prepare
 from .errors import Busy, ConfigError, Interrupted, RunError
-from .models import fast
 
 WRITTEN = (  # what a run writes, and --overwrite removes
     "config.json",
@@ -113,14 +111,10 @@ def train_and_evaluate(
         )
 
         # ---- model ----------------------------------------------------------------------------------------------
-        runtime.seed_everything(config.seed)
-        mean, std = _pixel_statistics(config.pixels, images)
-        shape, classes = data.input_shape, data.num_classes
-        model = models.build(config, input_shape=shape, num_classes=classes, mean=mean, std=std)
-        if config.whitening:
-            fast.whiten(model, images, mean, std)
-        engine = Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=classes)
-        parameters = model.count_params()
+        engine = prepare(
+            config, images, labels, num_classes=data.num_classes, strategy=strategy, policy=policy
+        )
+        parameters = engine.model.count_params()
         say(
             f"model: {config.recipe}, {parameters:,} parameters; "
             f"{engine.steps:,} steps of {config.batch_size}"
@@ -337,24 +331,6 @@ def _write_model(model: keras.Model, path: Path) -> None:
         raise RunError(f"cannot write {path}: {error}; make room or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _pixel_statistics(
-    pixels: str, images: np.ndarray
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
-    if pixels == "unit":
-        return None, None
-    channels = images.shape[-1]
-    rows, n = images.reshape(len(images), -1), images.size // channels
-    # Sums of 8-bit numbers and of their squares are exact in 64 bits, and need no float copy of the images.
-    sums = rows.sum(0, dtype=np.uint64), np.einsum("np,np->p", rows, rows, dtype=np.uint64)
-    total, squares = (s.reshape(-1, channels).sum(0).tolist() for s in sums)
-    mean = tuple(t / n / 255 for t in total)
-    if pixels == "centred":
-        return mean, None
-    std = (math.sqrt(n * s - t * t) / n / 255 for t, s in zip(total, squares, strict=True))
-    return mean, tuple(max(s, 1e-3) for s in std)
 
 
 class _Run:

@@ -118,17 +118,13 @@ def made_up(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def engine_for(recipe: str, images, labels, *, strategy: str = "none", **changes):
     """An Engine on `images` for a recipe with `changes`, in the precision that suits the device; it does not end."""
-    from cifar10_trainer import models, runtime
-    from cifar10_trainer.engine import Engine
-    from cifar10_trainer.models import fast
+    from cifar10_trainer import runtime
+    from cifar10_trainer.engine import prepare
 
     config = RECIPES[recipe].override(**{"epochs": 10_000, **changes})
     chosen, _ = runtime.choose_strategy(strategy)
     policy, _ = runtime.choose_precision(config.precision)
-    model = models.build(config, input_shape=images.shape[1:], num_classes=10)
-    if config.whitening:
-        fast.whiten(model, images, None, None)
-    return Engine(model, config, images, labels, strategy=chosen, policy=policy, num_classes=10)
+    return prepare(config, images, labels, num_classes=10, strategy=chosen, policy=policy)
 
 
 def seconds_of(engine, steps: int) -> Callable[[], float]:

@@ -101,26 +101,22 @@ def run_seeds(recipe: str, data, seeds: int, **changes) -> dict[str, Any]:
 
 def fresh(recipe: str, data, seed: int, **changes) -> tuple[Any, float]:
     """An Engine at the start of a run, as `python -m cifar10_trainer` makes it; and the seconds that whitening took."""
-    from cifar10_trainer import models, runtime
-    from cifar10_trainer.engine import Engine
+    from cifar10_trainer import runtime
+    from cifar10_trainer.engine import pixel_statistics, prepare
     from cifar10_trainer.models import fast
-    from cifar10_trainer.train import _pixel_statistics
 
     config = RECIPES[recipe].override(seed=seed, **changes)
-    runtime.seed_everything(seed)
-    mean, std = _pixel_statistics(config.pixels, data.train_images)
-    given = {"input_shape": data.input_shape, "num_classes": data.num_classes}
-    model = models.build(config, **given, mean=mean, std=std)
-    start = time.perf_counter()
-    if config.whitening:
-        fast.whiten(model, data.train_images, mean, std)
-    whitening = time.perf_counter() - start
     strategy, _ = runtime.choose_strategy(config.strategy)
     policy, _ = runtime.choose_precision(config.precision)
     arrays = data.train_images, data.train_labels
-    return Engine(
-        model, config, *arrays, strategy=strategy, policy=policy, num_classes=data.num_classes
-    ), whitening
+    engine = prepare(config, *arrays, num_classes=data.num_classes, strategy=strategy, policy=policy)
+    whitening = 0.0
+    if config.whitening:  # once more, for the clock
+        statistics_of_pixels = pixel_statistics(config.pixels, data.train_images)
+        start = time.perf_counter()
+        fast.whiten(engine.model, data.train_images, *statistics_of_pixels)
+        whitening = time.perf_counter() - start
+    return engine, whitening
 
 
 def begin_again(engine: Any, recipe: str, data, seed: int, **changes) -> float:

@@ -621,6 +621,7 @@ def record(recipe, epochs, seed=0, **metrics):
     known = {
         "recipe": recipe, "dataset": "cifar10", "best_val_accuracy": 0.8, "test_accuracy": 0.7, "views": 1,
         "test_accuracy_views": 0.7, "total_seconds": 100.0, "pflop": 0.1, "seed": seed, "epoch_at_target": None,
+        "epochs": epochs,
     }  # fmt: skip
     source = RECIPES[recipe].origin.source
     return {"config": {"epochs": epochs, "origin": {"source": source}}, "metrics": {**known, **metrics}}

@@ -20,7 +20,7 @@ from PIL import Image
 from cifar10_trainer import __main__ as command
 from cifar10_trainer import cli, datasets, evaluate, predict, runtime
 from cifar10_trainer.config import Averaging, Config, Optimizer, Schedule
-from cifar10_trainer.engine import Engine
+from cifar10_trainer.engine import Engine, pixel_statistics
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import RECIPES
 from cifar10_trainer.train import train_and_evaluate
@@ -626,7 +626,7 @@ def test_two_runs_are_equal_whatever_the_steps_a_call(tmp_path, digits, monkeypa
 def test_pixel_statistics(pixels):
     images = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), np.uint8)
     images[..., 2] = 9  # one level: its deviation would be zero
-    mean, std = train._pixel_statistics(pixels, images)
+    mean, std = pixel_statistics(pixels, images)
     unit = images.astype(np.float64).reshape(-1, 3) / 255
     if pixels == "unit":
         assert mean is None
