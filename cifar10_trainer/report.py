@@ -106,19 +106,22 @@ def _number(text: str) -> int | float | None:
 # ---- drawing ---------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure of so many inches, apart from pyplot and its state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes the PNG file `path`, whole or not at all."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, facecolor="white")
     write_atomic(path, png.getvalue())
 
 
-def _style(axes: Axes, title: str = "", grid: Literal["x", "both"] | None = None) -> None:
+def style_axes(axes: Axes, title: str = "", grid: Literal["x", "both"] | None = None) -> None:
+    """The house's look. title: at the top left; grid: the lines behind the data; None: neither lines nor frame."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold", pad=8, parse_math=False)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
     axes.set_axisbelow(True)
@@ -167,9 +170,9 @@ def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: st
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
     below, right = round(height * (0.08 + 0.1 * lines)), max(1, round(width * 0.12))
     mosaic = _mosaic(images, columns, (below, right))
-    figure = _figure(8, 8 * mosaic.shape[0] / mosaic.shape[1] + 0.35)
+    figure = new_figure(8, 8 * mosaic.shape[0] / mosaic.shape[1] + 0.35)
     axes = figure.add_subplot()
-    _style(axes, title)
+    style_axes(axes, title)
     _show(axes, mosaic, height)
     axes.set_axis_off()
     for i, caption in enumerate(captions):
@@ -178,7 +181,7 @@ def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: st
         size = min(8.5, 170 / longest)
         style: dict[str, Any] = {"fontsize": size, "color": INK, "linespacing": 1.15, "parse_math": False}
         axes.text(x, y, caption, ha="center", va="baseline", **style)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def sample_images(
@@ -201,7 +204,7 @@ def sample_images(
     gap = max(1, round(height / 16)), max(1, round(width / 16))
     cell = 0.6 if blocks == 1 else 0.36
     names_width = 0.085 * max(len(_shorten(name)) for name in class_names) + 0.15
-    figure = _figure(blocks * (per_class * cell * width / height + names_width), rows * cell + 0.35)
+    figure = new_figure(blocks * (per_class * cell * width / height + names_width), rows * cell + 0.35)
     of_all = "" if shown == len(class_names) else f", the first {shown} of {len(class_names)} classes"
     for block, axes in enumerate(figure.subplots(1, blocks, squeeze=False)[0]):
         classes = range(block * rows, min((block + 1) * rows, shown))
@@ -209,13 +212,13 @@ def sample_images(
         for row, c in enumerate(classes):
             chosen = images[np.flatnonzero(labels == c)[:per_class]]
             tiles[row, : len(chosen)] = chosen
-        _style(axes, f"Training images{of_all}" if block == 0 else "")
+        style_axes(axes, f"Training images{of_all}" if block == 0 else "")
         _show(axes, _mosaic(tiles.reshape(-1, height, width, 3), per_class, gap), height)
         axes.set_anchor("NW")
         axes.set_xticks([])
         centres = [row * (height + gap[0]) + height / 2 for row in range(len(classes))]
         _name_ticks(axes.yaxis, centres, [class_names[c] for c in classes], cell)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def random_samples(
@@ -240,11 +243,11 @@ def class_distribution(
     counts = {name: np.bincount(labels, minlength=n) for name, labels in splits.items() if len(labels)}
     colours = dict(zip(splits, (BLUE, VERMILION, GREEN, INK), strict=False))
     inches = min(0.3, 12 / n)
-    figure = _figure(9, max(1.6, n * inches + 0.9))
+    figure = new_figure(9, max(1.6, n * inches + 0.9))
     panels = figure.subplots(1, max(1, len(counts)), sharey=True, squeeze=False)[0]
     positions = np.arange(n)
     for axes, (name, count) in zip(panels, counts.items(), strict=True):
-        _style(axes, f"{name}: {count.sum():,} images", grid="x")
+        style_axes(axes, f"{name}: {count.sum():,} images", grid="x")
         axes.barh(positions, count, color=colours[name], height=0.72)
         axes.locator_params(axis="x", nbins=4, integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -255,7 +258,7 @@ def class_distribution(
                 axes.annotate(f"{value:,}", (value, y), (3, 0), textcoords="offset points", **style)
     _name_ticks(panels[0].yaxis, list(positions), class_names, inches)
     panels[0].set_ylim(n - 0.4, -0.6)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def training_curves(
@@ -274,9 +277,9 @@ def training_curves(
     validated = [row for row in history if row.get("val_accuracy") is not None]
     if best_epoch is None and validated:
         best_epoch = max(validated, key=lambda row: row["val_accuracy"])["epoch"]
-    figure = _figure(10, 3.8)
+    figure = new_figure(10, 3.8)
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        _style(axes, quantity.capitalize(), grid="both")
+        style_axes(axes, quantity.capitalize(), grid="both")
         lines = (quantity, "training", BLUE), (f"val_{quantity}", "validation", VERMILION)
         for column, name, colour in lines:
             points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
@@ -304,7 +307,7 @@ def training_curves(
         axes.set_xlabel("epoch", fontsize=9, color=INK)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=9, labelcolor=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def confusion_matrix(
@@ -326,10 +329,10 @@ def confusion_matrix(
     counts = np.bincount(np.asarray(labels) * n + predicted, minlength=n * n).reshape(n, n)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     inches = max(min(0.58, 9 / n), 2.5 / n)  # the side of a cell
-    figure = _figure(n * inches + 2.4, n * inches + 1.6)
+    figure = new_figure(n * inches + 2.4, n * inches + 1.6)
     axes = figure.add_subplot()
     accuracy = np.trace(counts) / max(1, counts.sum())
-    _style(axes, f"{counts.sum():,} {split} images, {accuracy:.2%} correct")
+    style_axes(axes, f"{counts.sum():,} {split} images, {accuracy:.2%} correct")
     drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     if inches > 0.35:
         for (row, column), count in np.ndenumerate(counts):
@@ -349,7 +352,7 @@ def confusion_matrix(
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
     bar.set_label("share of the true class", fontsize=9, color=INK)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def misclassified_examples(
@@ -371,9 +374,9 @@ def misclassified_examples(
     of = f"{len(labels):,} {split} images"
     title = f"The first {len(first)} of {len(wrong):,} wrong among {of}: true → predicted"
     if len(wrong) == 0:
-        figure = _figure(8, 1)
+        figure = new_figure(8, 1)
         figure.text(0.5, 0.5, f"All {of} are right.", ha="center", va="center", color=INK)
-        return _save(figure, path)
+        return save_figure(figure, path)
     captions = [
         f"{_shorten(class_names[labels[i]], 12)} → {_shorten(class_names[predicted[i]], 12)}\n"
         f"p={probabilities[i, predicted[i]]:.2f}"

@@ -427,19 +427,19 @@ def table(record: dict[str, Any]) -> str:
 
 def bars(record: dict[str, Any], path: Path) -> None:
     """Draws the medians and ranges of the sections step and loader, as far as there are any, to the PNG file `path`."""
-    from cifar10_trainer.report import BLUE, FAINT, INK, _figure, _save, _style
+    from cifar10_trainer.report import BLUE, FAINT, INK, new_figure, save_figure, style_axes
 
     found = [(n, record["sections"][n]) for n in ("step", "loader") if n in record["sections"]]
     if not found:
         return
     heights = [len(section["rows"]) for _, section in found]
-    figure = _figure(9, 0.28 * sum(heights) + 0.9 * len(found))
+    figure = new_figure(9, 0.28 * sum(heights) + 0.9 * len(found))
     panels = figure.subplots(len(found), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (name, section) in zip(panels, found, strict=True):
         rows = section["rows"]
         unit = next(iter(rows.values()))["unit"]
         titles = {"step": f"A training step, {unit}", "loader": f"The input pipeline, {unit}"}
-        _style(axes, titles[name], grid="x")
+        style_axes(axes, titles[name], grid="x")
         medians = [row["median"] for row in rows.values()]
         colours = [BLUE if row_name.startswith(OURS) else FAINT for row_name in rows]
         axes.barh(range(len(rows)), medians, color=colours, height=0.72)
@@ -452,7 +452,7 @@ def bars(record: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.12 * max(row["max"] for row in rows.values()))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def keep(name: str, found: dict[str, Any]) -> None:

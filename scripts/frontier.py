@@ -110,15 +110,15 @@ def draw(points: Sequence[Point], path: Path) -> None:
     """Draws test accuracy over time and over arithmetic, the best recipe of each tutorial labelled, to the PNG `path`."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, _figure, _save, _style
+    from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, new_figure, save_figure, style_axes
 
-    figure = _figure(10, 4.6)
+    figure = new_figure(10, 4.6)
     panels = figure.subplots(1, 2, sharey=True)
     own, others = ours(points), tutorials(points)
     for axes, cost, title in zip(
         panels, ("seconds", "pflop"), ("Seconds of the whole run", "PFLOP of training"), strict=True
     ):
-        _style(axes, title, grid="both")
+        style_axes(axes, title, grid="both")
         line: dict[str, Any] = {"linewidth": 1.6, "markersize": 4, "zorder": 3}
         for quantity, colour, words in (("views", GREEN, ", averaged views"), ("test", BLUE, "")):
             shown = [(getattr(p, cost), 100 * getattr(p, quantity)) for p in own if getattr(p, quantity)]
@@ -154,7 +154,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     where: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
     if handles:
         figure.legend(handles, labels, fontsize=9, labelcolor=INK, **where)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def publish(records: Sequence[dict[str, Any]]) -> None:

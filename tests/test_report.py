@@ -41,8 +41,10 @@ def where(picture, colour):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were drawn, to look at their contents; they are saved as usual."""
-    figures, save = [], report._save
-    monkeypatch.setattr(report, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    figures, save = [], report.save_figure
+    monkeypatch.setattr(
+        report, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path))
+    )
     return figures
 
 

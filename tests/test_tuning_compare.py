@@ -59,6 +59,13 @@ def test_the_table_is_compute_per_success(script):
     assert halving == ["halving", "0 of 1", "-", "-", "-", "2+", "86.00%"]
 
 
+def test_the_readmes_table_is_that_of_the_records(script):
+    root = Path(__file__).parents[1]
+    records = script.read_records(root / "results" / "tuners")
+    assert len(records) == 12
+    assert script.table(records) in (root / "README.md").read_text(encoding="utf-8")
+
+
 def test_in_miniature(script, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, _figure, _save, _style
+from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, new_figure, save_figure, style_axes
 
 from .leaderboard import Row, in_epochs, percent
 
@@ -28,10 +28,10 @@ def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float
     names = list(dict.fromkeys(name for row in done for name in row.values))
     columns = 2 if len(names) in (1, 3) else 3
     lines = math.ceil((1 + len(names)) / columns)
-    figure = _figure(3.9 * columns, 3.0 * lines + 0.7)
+    figure = new_figure(3.9 * columns, 3.0 * lines + 0.7)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, name in zip(grid.flat, ["", *names], strict=False):
-        _style(axes, name or "Time", grid="both")
+        style_axes(axes, name or "Time", grid="both")
         _trials(axes, [(r.values.get(name) if name else _minutes(r), r) for r in rows], floor)
         label = f"target: {100 * target:.4g}%"
         axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (5, 4)), label=label)
@@ -58,7 +58,7 @@ def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float
     figure.legend(
         handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=9, labelcolor=INK
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _minutes(row: Row) -> float:
