@@ -86,4 +86,4 @@ def test_in_miniature(script, tmp_path, capsys, monkeypatch):
     assert cli.run(script.main, script.FLAGS, script.USAGE, command.split()) == 0
     other = command.replace("target=0.05", "target=0.06").split()
     assert cli.run(script.main, script.FLAGS, script.USAGE, other) == 2
-    assert "is of target 0.05, not 0.06" in capsys.readouterr().err
+    assert "has a record of target 0.05, not 0.06" in capsys.readouterr().err
