@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cifar10_trainer import cli
+from cifar10_trainer.__main__ import read_config
 from tuning.leaderboard import Row
 
 pytestmark = pytest.mark.filterwarnings(
@@ -64,6 +66,24 @@ def test_the_readmes_table_is_that_of_the_records(script):
     records = script.read_records(root / "results" / "tuners")
     assert len(records) == 12
     assert script.table(records) in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_search_is_that_of_the_record(script):
+    root = Path(__file__).parents[1]
+    with open(root / "results" / "search" / "leaderboard.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    best, recipe = rows[0], next(r for r in rows if r["trial"] == "1")
+    assert len(rows) == 20 and {r["epochs"] for r in rows} == {"3"}
+    assert float(best["val_accuracy"]) == max(float(r["val_accuracy"]) for r in rows)
+    found, began = (100 * float(r["val_accuracy"]) for r in (best, recipe))
+    text = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert f"after {float(recipe['ended']):.0f} seconds" in text
+    assert (
+        f"{found:.2f}% validation accuracy, {found - began:.2f} points above the recipe's {began:.2f}%"
+        in text
+    )
+    config = read_config(root / "results" / "search" / "best_config.json")
+    assert config.options["filters"][0] == int(best["hp.filters"])
 
 
 def test_in_miniature(script, tmp_path, capsys, monkeypatch):
