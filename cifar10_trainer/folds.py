@@ -91,7 +91,7 @@ def cross_validate(
 
 def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:
     """The metrics of one fold: those of the finished run in its folder, or of one that is trained, or resumed, now."""
-    metrics = None if overwrite else _finished(folder, config, datasets.fingerprint(more["dataset"]))
+    metrics = None if overwrite else _finished(folder, config, more["dataset"])
     if metrics is not None:
         return metrics
     try:
@@ -138,8 +138,8 @@ def _without_test_images(data: Dataset, folds: int) -> Dataset:
     )
 
 
-def _finished(folder: Path, config: Config, fingerprint: str) -> dict[str, Any] | None:
-    """The metrics of a finished run of `config` on those images in the folder; None where there is none.
+def _finished(folder: Path, config: Config, data: Dataset) -> dict[str, Any] | None:
+    """The metrics of a finished run of `config` on `data` in the folder; None where there is none.
 
     Raises ConfigError where the run is another, RunError where it cannot be read.
     """
@@ -153,7 +153,7 @@ def _finished(folder: Path, config: Config, fingerprint: str) -> dict[str, Any] 
         same = Config.from_record(there) == config
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is damaged ({error}); delete it, and this fold is run again") from error
-    if not same or there.get("fingerprint") != fingerprint:
+    if not same or there.get("fingerprint") != datasets.fingerprint(data):
         other = "on other images" if same else "of another configuration"
         raise ConfigError(
             f"{folder} holds a run {other}; choose another --workdir, or replace it with --overwrite"
