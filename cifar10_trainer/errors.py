@@ -22,6 +22,17 @@ class Interrupted(RunError):
     """A signal ended the run, with everything saved: the same command goes on from there."""
 
 
+def interrupted(how: str, workdir: object, overwrite: bool) -> Interrupted:
+    """The error for what a signal ended, with everything saved in `workdir`.
+
+    how: what happened, as in "stopped by SIGINT at step 3"; overwrite: whether the command said --overwrite.
+    """
+    return Interrupted(
+        f"{how}; everything is saved in {workdir}; the same command with --workdir={workdir}"
+        f"{' and without --overwrite' if overwrite else ''} goes on from there"
+    )
+
+
 def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigError:
     """The error for a name that is not one of `allowed`, with the nearest name where there is one."""
     near = difflib.get_close_matches(str(received), list(allowed), n=1)

@@ -127,13 +127,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The images and labels of split `name`; training and validation images are parted as `settings` say.
 
-    settings: validation_fraction, _split and _fold, and seed of the run; without them all training images are
-    for training. Raises ConfigError when the split is empty.
+    settings: validation_fraction, _split and _fold, seed and fingerprint of the run; without them all training images
+    are for training. Raises ConfigError when the split is empty, or the images that the run parted were others.
     """
     if name == "test":
         images, labels = dataset.test_images, dataset.test_labels
         others = "validation, train"
     else:
+        if settings.get("fingerprint", datasets.fingerprint(dataset)) != datasets.fingerprint(dataset):
+            raise ConfigError(
+                f"split is {name!r}, but {dataset.source} does not hold the images that the run parted; allowed: test,"
+                " its own images (--data_dir), or --model with its model.keras"
+            )
         fraction, kind = settings.get("validation_fraction"), settings.get("validation_split", "stratified")
         fold = settings.get("validation_fold", 0)
         parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0), fold)

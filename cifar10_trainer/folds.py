@@ -20,7 +20,7 @@ import tensorflow as tf
 from . import datasets, report, runtime
 from .config import Config
 from .datasets import Dataset
-from .errors import ConfigError, Interrupted, RunError
+from .errors import ConfigError, Interrupted, RunError, interrupted
 from .train import train_and_evaluate
 
 
@@ -70,7 +70,7 @@ def cross_validate(
     with runtime.Signals() as signals:
         for i in range(folds):
             if signals.caught:  # too late for the fold before
-                raise _stopped(f"by {signals.caught} before fold {i + 1}", workdir, overwrite)
+                raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             say(f"-- fold {i + 1} of {folds}")
             one = config.override(
                 validation_fraction=1 / folds, validation_split="stratified", validation_fold=i
@@ -97,16 +97,9 @@ def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[
     try:
         return train_and_evaluate(config, folder, overwrite=overwrite, **more)
     except Interrupted as error:
-        raise _stopped(f"in {folder.name}", folder.parent, overwrite) from error
+        raise interrupted(f"stopped in {folder.name}", folder.parent, overwrite) from error
     finally:
         keras.utils.clear_session()  # k models are more than one
-
-
-def _stopped(where: str, workdir: Path, overwrite: bool) -> Interrupted:
-    return Interrupted(
-        f"stopped {where}; everything is saved in {workdir}; the same command with --workdir={workdir}"
-        f"{' and without --overwrite' if overwrite else ''} goes on from there"
-    )
 
 
 def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from . import datasets, models, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Progress, prepare
-from .errors import Busy, ConfigError, Interrupted, RunError
+from .errors import Busy, ConfigError, RunError, interrupted
 
 WRITTEN = (  # what a run writes, and --overwrite removes
     "config.json",
@@ -486,11 +486,8 @@ class _Run:
         if self.chief:
             self.save()
         runtime.mean_over_workers(self.engine.strategy, 0)  # no worker leaves, or resumes, before that
-        raise Interrupted(
-            f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}; everything is saved in"
-            f" {self.workdir}; the same command with --workdir={self.workdir}"
-            f"{' and without --overwrite' if self.overwrite else ''} goes on from there"
-        )
+        how = f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}"
+        raise interrupted(how, self.workdir, self.overwrite)
 
     def _save_model(self) -> None:
         if self.chief:
@@ -524,7 +521,8 @@ class _Run:
         """Takes up what `save` wrote. Raises ConfigError where the run was another, RunError on a damaged state."""
         try:
             meta = json.loads(str(arrays["meta"]))
-            data, before = meta["data"], meta["environment"]
+            now = self._environment()
+            data, before = meta["data"], {name: meta["environment"][name] for name in now}
             self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
             self.target = meta["target"] and tuple(meta["target"])
             self.images, self.step_seconds = meta["images"], meta["step_seconds"]
@@ -536,10 +534,10 @@ class _Run:
             raise ConfigError(
                 f"{self.workdir} holds an unfinished run on other images; {WAY_OUT}, or give it its own images"
             )
-        for name, now in self._environment().items():
-            if before[name] != now:
+        for name, was in before.items():
+            if was != now[name]:
                 raise ConfigError(
-                    f"{self.workdir} holds an unfinished run with {name} {before[name]}, now {now}; {WAY_OUT}, or"
+                    f"{self.workdir} holds an unfinished run with {name} {was}, now {now[name]}; {WAY_OUT}, or"
                     f" give it what it had"
                 )
         try:

@@ -404,6 +404,23 @@ def test_a_model_that_does_not_fit(run_folder, capsys):
     assert status == 2 and "trained on blue, red, green" in message
 
 
+def test_only_the_images_that_a_run_parted_can_be_parted_again(run_folder, capsys):
+    folder = run_folder.parent / "data"
+    change_config(run_folder, fingerprint=datasets.fingerprint(datasets.load("folder", folder, 8)))
+    assert run(["--workdir", run_folder, "--split=validation"]) == 0
+    capsys.readouterr()
+    Image.new("RGB", (12, 12), COLOURS["red"]).save(folder / "train" / "red" / "another.png")
+    status, message = failure(["--workdir", run_folder, "--split=validation"], capsys)
+    assert status == 2 and str(folder) in message and "--model" in message
+    assert run(["--workdir", run_folder]) == 0, "test images may be any"
+    assert (
+        run(
+            ["--model", run_folder / "model.keras", "--dataset=folder", "--data_dir", folder, "--split=train"]
+        )
+        == 0
+    )
+
+
 def test_a_split_without_images(run_folder, capsys):
     change_config(run_folder, validation_fraction=None)
     status, message = failure(["--workdir", run_folder, "--split=validation"], capsys)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cifar10_trainer import RECIPES, datasets
 from cifar10_trainer.__main__ import read_config
-from cifar10_trainer.errors import ConfigError, Interrupted, RunError
+from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError
 from cifar10_trainer.train import train_and_evaluate
 from tuning import Options, tune, tuner
 from tuning.figure import search_figure
@@ -292,6 +292,29 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
     assert len(calls) == 1
     assert found.best.accuracy == 0.8
     assert found.best.metrics["seconds"] >= 2  # of its history
+
+
+def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_path, monkeypatch):
+    calls, waits = [], []
+    events = [Busy("another run is at work"), Busy("another run is at work"), 0.8]
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(tuner.time, "sleep", waits.append)
+    found = tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
+    assert found.best.accuracy == 0.8
+    assert len(calls) == 3 and waits == [1, 1]
+
+
+def test_a_trial_does_not_wait_for_ever(digits, tmp_path, monkeypatch):
+    calls, waits = [], []
+    tries = tuner.WAIT_LEASES * 2 + 1  # one a second, and one more
+    events = [Busy("another run is at work")] * tries + [0.8]
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(tuner.time, "sleep", waits.append)
+    found = tune(space, digits, workdir=str(tmp_path), max_trials=2, lease=2, verbose=0)
+    failed = next(row for row in found.rows if row.trial == 1)
+    assert failed.status == "failed" and "another run is at work" in failed.reason
+    assert sum(waits) == 20, "seconds: ten leases"
+    assert found.best.accuracy == 0.8, "the search goes on"
 
 
 # ---- failure ---------------------------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ import sys
 import time
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from PIL import Image
 
 import tuning
 from cifar10_trainer.errors import RunError
-from tuning import parallel
+from tuning import parallel, tuner
+from tuning.options import Options
 
 ROOT = Path(__file__).parents[1]
 
@@ -186,6 +188,23 @@ def test_a_worker_without_a_chief_ends(tmp_path):
     assert "Traceback" not in told
 
 
+class Answer(grpc.RpcError):
+    """What gRPC raises where the chief has failed while it answered."""
+
+    def code(self):
+        return grpc.StatusCode.UNKNOWN
+
+    def details(self):
+        return "Exception calling application: disk full"
+
+
+def test_an_error_of_the_chief_is_told_as_its_own():
+    options = Options(role="worker", chief="127.0.0.1:5000")
+    failure = pytest.raises(RunError, match=r"the chief at 127\.0\.0\.1:5000 failed: .*disk full")
+    with failure, tuner._plain_errors(options):
+        raise Answer
+
+
 def test_a_port_that_is_taken_is_not_shared():
     with socket.create_server((parallel.LOOPBACK, 0)) as other:
         address = f"{parallel.LOOPBACK}:{other.getsockname()[1]}"
@@ -212,3 +231,49 @@ def test_the_documented_example(tmp_path):
         told = finish(process)
     assert re.search(r"\n[01]\.\d+ \{'filters': \(8, 8\), .*'dropout': ", told)
     check_leaderboard(tmp_path / "searches" / "pictures", 3)
+
+
+class Dead:
+    """A worker's process that a signal, or its own error, has ended."""
+
+    pid = 1
+
+    def __init__(self, exitcode):
+        self.exitcode = exitcode
+
+
+def team_of(monkeypatch, workers, exitcode):
+    """A team whose workers all end at once, and the numbers of those that it started."""
+    options = Options(workers=workers)
+    team, started_ = parallel.Team(None, None, options, "127.0.0.1:5000", lambda text: None), []
+
+    def start(number):
+        started_.append(number)
+        team._processes[number] = Dead(exitcode)
+
+    monkeypatch.setattr(team, "start", start)
+    return team, started_
+
+
+def test_workers_that_die_without_end_end_the_search(monkeypatch):
+    team, begun = team_of(monkeypatch, 2, -signal.SIGKILL)
+    team.tend(0)
+    with pytest.raises(RunError, match=r"worker \d ended with status -9; try --workers=1"):
+        for _ in range(1000):
+            team.tend(0)
+    assert len(begun) == 2 + 2 * parallel.MAX_DEATHS, "each at first, and after each death that is allowed"
+
+
+def test_workers_that_die_now_and_then_do_not_end_it(monkeypatch):
+    team, begun = team_of(monkeypatch, 2, -signal.SIGKILL)
+    for trial in range(100):  # each time a trial was begun or ended in between
+        team.tend(trial)
+    assert len(begun) == 200
+
+
+def test_a_worker_that_cannot_work_ends_the_search_at_once(monkeypatch):
+    team, begun = team_of(monkeypatch, 2, 2)
+    team.tend(0)
+    with pytest.raises(RunError, match="worker 0 ended with status 2"):
+        team.tend(0)
+    assert begun == [0, 1]

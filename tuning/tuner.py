@@ -34,7 +34,7 @@ from keras_tuner.engine.trial import Trial
 from cifar10_trainer import models, report, runtime
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
-from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError
+from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError, interrupted
 from cifar10_trainer.train import train_and_evaluate
 
 from . import oracle, parallel
@@ -316,9 +316,8 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
         try:
             _search(trainer, chooser, space, dataset, o, say)
         except (Interrupted, KeyboardInterrupt) as error:
-            done = f"{len(chooser.end_order)} of {o.max_trials} trials are done, and kept in {workdir}"
-            way_on = f"the same command{' without --overwrite' if o.overwrite else ''} goes on from there"
-            raise Interrupted(f"interrupted: {done}; {way_on}") from error
+            how = f"stopped: {len(chooser.end_order)} of {o.max_trials} trials are done"
+            raise interrupted(how, workdir, o.overwrite) from error
 
         return _conclude(board, hp, o, say)
 
