@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import keras_tuner as kt
 import pytest
 from keras_tuner.engine.trial import TrialStatus
 
 from tuning import TUNERS
+from tuning.leaderboard import Leaderboard
 from tuning.oracle import FAILURE, SEARCH, SHARE, make
 
 pytestmark = pytest.mark.filterwarnings(
@@ -267,3 +269,16 @@ def test_a_chief_that_comes_back_leaves_trials_to_their_workers(tmp_path):
 def test_a_search_that_comes_back_alone_takes_over_at_once(tmp_path):
     trial = new(tmp_path).create_trial("worker2")
     assert new(tmp_path).create_trial("tuner0").trial_id == trial.trial_id
+
+
+def test_the_time_that_is_left_is_shared_by_the_workers_that_live(tmp_path):
+    oracle = new(tmp_path, max_trials=9)
+    board = Leaderboard(oracle, tmp_path, lambda hp: None, target=0.85, max_trials=9)
+    rows = [SimpleNamespace(status="completed", metrics={"seconds": seconds}) for seconds in (20.0, 40.0)]
+    rows.append(SimpleNamespace(status="failed", metrics={}))
+    rows.append(SimpleNamespace(status="unfinished", metrics={}))
+    assert board.time_left(rows[2:]) is None, "nothing has been completed"
+    assert board.time_left(rows) == 6 * 30  # of nine trials three have ended
+    for worker in ("here", "elsewhere"):
+        oracle.create_trial(worker)
+    assert board.time_left(rows) == 6 * 30 / 2

@@ -89,7 +89,7 @@ def duration(seconds: float) -> str:
 class Leaderboard:
     """Watches an oracle, tells how its search goes, and keeps the search's folder up to date.
 
-    configure: hyperparameters -> Config of the trial. max_trials: the budget. workers: that run at the same time.
+    configure: hyperparameters -> Config of the trial. max_trials: the budget.
     """
 
     def __init__(
@@ -100,11 +100,10 @@ class Leaderboard:
         *,
         target: float,
         max_trials: int,
-        workers: int = 1,
         say: Callable[[str], None] = print,
     ):
         self.oracle, self.workdir, self.configure = oracle, workdir, configure
-        self.target, self.max_trials, self.workers, self.say = target, max_trials, max(workers, 1), say
+        self.target, self.max_trials, self.say = target, max_trials, say
         oracle.on_begin, oracle.on_end = self.begin, self.end
 
     def rows(self) -> list[Row]:
@@ -170,10 +169,11 @@ class Leaderboard:
         self.say("; ".join(parts))
 
     def time_left(self, rows: Sequence[Row]) -> float | None:
-        """Seconds for the trials to come, if they take as long as those so far."""
+        """Seconds for the trials to come, if they take as long as those so far, on as many workers as live now."""
         seconds = [r.metrics["seconds"] for r in rows if r.status == "completed"]
         left = self.max_trials - sum(r.status != "unfinished" for r in rows)
-        return statistics.fmean(seconds) * left / self.workers if seconds else None
+        workers = max(1, len(self.oracle.workers()))
+        return statistics.fmean(seconds) * left / workers if seconds else None
 
     def write(self) -> None:
         """leaderboard.csv, best_config.json and the TensorBoard logs, complete as of now."""

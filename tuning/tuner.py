@@ -290,7 +290,6 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
             lambda hp: make_config(space, hp, data.name),
             target=o.target,
             max_trials=o.max_trials,
-            workers=o.local_workers,
             say=say,
         )
         trainer = Trainer(
