@@ -1,6 +1,6 @@
 """Which tuner reaches a target with the least compute: the same space and images for each, several seeds.
 
-    python scripts/compare_tuners.py --target=0.86 --seeds=0,1,2 --max_trials=12
+    python scripts/compare_tuners.py --target=0.86 --out=results/tuners-86
 
 Writes one JSON record a search into --out as soon as it is over, and prints the table of all records there. Started
 again, it goes on where it was. The searches do without the recipe itself as first trial, which would be

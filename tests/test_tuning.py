@@ -157,6 +157,22 @@ def test_another_search_in_the_folder_is_refused(finished, digits, change, says)
         tune(options.pop("space", space), digits, **options)
 
 
+def test_overwrite_removes_nothing_where_no_search_is(digits, tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events").write_text("a run's")
+    tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=1, overwrite=True, verbose=0)
+    assert (tmp_path / "tensorboard" / "events").read_text() == "a run's"
+
+
+def test_a_search_goes_on_with_its_own_images_only(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8], []))
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
+    tune(space, digits, **options)
+    relabelled = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy())
+    with pytest.raises(ConfigError, match="holds another search: images was"):
+        tune(space, relabelled, **options)
+
+
 def test_overwrite_begins_anew(digits, tmp_path):
     (tmp_path / "trials").mkdir()
     (tmp_path / "search.json").write_text('{"tuner": "bayesian"}')
@@ -198,7 +214,8 @@ def fake_training(accuracies, calls):
             f"1,1.0,0.5,{1 - result},{result},0.1,2.0\n"
         )
         metrics = {"best_val_accuracy": result, "epochs": 1, "params": 100, "pflop": 0.5}
-        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        record = {**config.to_dict(), "fingerprint": datasets.fingerprint(options["dataset"])}
+        (folder / "config.json").write_text(json.dumps(record))
         (folder / "metrics.json").write_text(json.dumps(metrics))
         return metrics
 

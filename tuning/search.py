@@ -23,7 +23,7 @@ USAGE = """usage: python -m tuning.search [flags]
 
 Searches for the configuration with the best validation accuracy, around a recipe. Started again, it goes on.
 Examples:
-  python -m tuning.search --target=0.85 --stop_at_target
+  python -m tuning.search --target=0.87 --stop_at_target
   python -m tuning.search --space=filters,learning_rate=0.05:0.2,weight_decay --max_trials=30 --workers=2
   python -m tuning.search --dataset=digits --epochs=2 --max_trials=4      (offline, a minute)"""
 DEFAULT_RECIPE = "fast.85"  # a trial a minute

@@ -31,7 +31,7 @@ from keras_tuner import errors
 from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.trial import Trial
 
-from cifar10_trainer import models, report, runtime
+from cifar10_trainer import datasets, models, report, runtime
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError, interrupted
@@ -148,7 +148,11 @@ class Trainer(BaseTuner):
         keras.utils.clear_session()
         gc.collect()
         record, history = folder / "config.json", folder / "history.csv"
-        stale = record.exists() and Config.from_record(json.loads(record.read_text())) != config
+        stale = False
+        if record.exists():
+            there = json.loads(record.read_text())
+            other = there.get("fingerprint") != datasets.fingerprint(self.dataset)
+            stale = other or Config.from_record(there) != config
         before = 0.0
         if history.exists() and not stale:
             before = sum(row["seconds"] for row in report.read_history(history))
@@ -378,7 +382,7 @@ def describe(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any], kt.Hy
     parameters = {p.name: {"kind": type(p).__name__, **p.get_config()} for p in hp.space}
     record = {
         "dataset": data.name,
-        "images": len(data.train_images),
+        "images": datasets.fingerprint(data),
         "hyperparameters": parameters,
         "defaults": config.to_dict(),
     }
@@ -480,7 +484,7 @@ def _claimed(workdir: Path, o: Options, record: dict[str, Any]) -> Iterator[None
                 raise RunError(
                     f"another process is searching in {workdir}; choose another --workdir"
                 ) from None
-        if o.overwrite:
+        if o.overwrite and file.exists():  # else it is no search that lies there
             for name in WRITTEN:
                 path = workdir / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
