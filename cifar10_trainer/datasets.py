@@ -219,8 +219,7 @@ def fingerprint(dataset: Dataset) -> str:
     nothing in a run but its last score.
     """
     value = zlib.crc32("\n".join(dataset.class_names).encode())
-    parts = [(dataset.train_images, dataset.train_labels)]
-    for images, labels in [*parts, *filter(None, [dataset.validation])]:
+    for images, labels in filter(None, [(dataset.train_images, dataset.train_labels), dataset.validation]):
         value = zlib.crc32(labels.tobytes(), value)
         value = zlib.crc32(images[:: max(1, len(images) // 500)].tobytes(), value)
     return f"{value:08x}"

@@ -134,7 +134,7 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
         images, labels = dataset.test_images, dataset.test_labels
         others = "validation, train"
     else:
-        if settings.get("fingerprint", datasets.fingerprint(dataset)) != datasets.fingerprint(dataset):
+        if "fingerprint" in settings and settings["fingerprint"] != datasets.fingerprint(dataset):
             raise ConfigError(
                 f"split is {name!r}, but {dataset.source} does not hold the images that the run parted; allowed: test,"
                 " its own images (--data_dir), or --model with its model.keras"

@@ -126,7 +126,7 @@ def train_and_evaluate(
             data, train_images=engine.images, train_labels=labels, validation=(validation[0], validation[1])
         )
         if overwrite and chief:
-            _remove_run(workdir)  # not sooner, so that a failure until here costs nothing
+            remove(workdir, "config.json", WRITTEN)  # not sooner, so that a failure until here costs nothing
         run = _Run(
             engine,
             workdir,
@@ -270,12 +270,12 @@ def _held(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _remove_run(workdir: Path) -> None:
-    """Empties the folder of an earlier run, if it is one, and of nothing else. Raises RunError."""
-    if not (workdir / "config.json").exists():
+def remove(workdir: Path, marker: str, written: Iterable[str]) -> None:
+    """Removes `written`, files and folders, from where the file `marker` tells that they lie. Raises RunError."""
+    if not (workdir / marker).exists():
         return
     try:
-        for path in (workdir / name for name in WRITTEN):
+        for path in (workdir / name for name in written):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(workdir, error) from error

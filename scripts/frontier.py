@@ -140,11 +140,11 @@ def draw(points: Sequence[Point], path: Path) -> None:
             if some:
                 x = [getattr(p, cost) for p in some]
                 axes.plot(x, [100 * p.test for p in some], "s", color=colour, label=words, **style)
-        named = {name: (getattr(best, cost), 100 * best.test) for name, (best, *_) in others.items()}
-        for name, (x, y) in named.items():
-            # Under the point where another's stands in the way.
-            free = not any(0 < other - y < 3 and x / 1.5 < cost_ < x * 1.5 for cost_, other in named.values())
-            axes.annotate(name, (x, y), (0, 7 if free else -14), color=INK, **small)
+        places = {name: (getattr(best, cost), 100 * best.test) for name, (best, *_) in others.items()}
+        for name, (x, y) in places.items():
+            # Under its point, where another would stand on the label.
+            covered = any(x / 1.5 < u < 1.5 * x and 0 < v - y < 3 for u, v in places.values())
+            axes.annotate(name, (x, y), (0, -14 if covered else 7), color=INK, **small)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,g}")

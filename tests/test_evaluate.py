@@ -413,12 +413,8 @@ def test_only_the_images_that_a_run_parted_can_be_parted_again(run_folder, capsy
     status, message = failure(["--workdir", run_folder, "--split=validation"], capsys)
     assert status == 2 and str(folder) in message and "--model" in message
     assert run(["--workdir", run_folder]) == 0, "test images may be any"
-    assert (
-        run(
-            ["--model", run_folder / "model.keras", "--dataset=folder", "--data_dir", folder, "--split=train"]
-        )
-        == 0
-    )
+    other_data = ["--dataset=folder", "--data_dir", folder, "--split=train"]
+    assert run(["--model", run_folder / "model.keras", *other_data]) == 0
 
 
 def test_a_split_without_images(run_folder, capsys):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
@@ -35,7 +34,7 @@ from cifar10_trainer import datasets, models, report, runtime
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError, interrupted
-from cifar10_trainer.train import train_and_evaluate
+from cifar10_trainer.train import remove, train_and_evaluate
 
 from . import oracle, parallel
 from .figure import search_figure
@@ -130,6 +129,8 @@ class Trainer(BaseTuner):
             if self.signals.caught:  # too late for the trial before
                 raise Interrupted(f"stopped by {self.signals.caught}")
             config = make_config(self.space, trial.hyperparameters, self.dataset.name)
+            keras.utils.clear_session()  # of the trial before
+            gc.collect()
             with self._signs_of_life(trial.trial_id), _counted_starts(folder):
                 for _ in range(round(WAIT_LEASES * self._lease)):
                     with contextlib.suppress(Busy):  # who had the trial was taken for dead: it may yet end it
@@ -145,14 +146,12 @@ class Trainer(BaseTuner):
 
     def _train(self, config: Config, folder: Path) -> dict[str, float]:
         """Runs `config` in `folder`, or finishes what a killed process began there."""
-        keras.utils.clear_session()
-        gc.collect()
         record, history = folder / "config.json", folder / "history.csv"
-        stale = False
-        if record.exists():
-            there = json.loads(record.read_text())
-            other = there.get("fingerprint") != datasets.fingerprint(self.dataset)
-            stale = other or Config.from_record(there) != config
+        there = json.loads(record.read_text()) if record.exists() else None
+        stale = there is not None and (
+            Config.from_record(there) != config
+            or there.get("fingerprint") != datasets.fingerprint(self.dataset)
+        )
         before = 0.0
         if history.exists() and not stale:
             before = sum(row["seconds"] for row in report.read_history(history))
@@ -484,10 +483,8 @@ def _claimed(workdir: Path, o: Options, record: dict[str, Any]) -> Iterator[None
                 raise RunError(
                     f"another process is searching in {workdir}; choose another --workdir"
                 ) from None
-        if o.overwrite and file.exists():  # else it is no search that lies there
-            for name in WRITTEN:
-                path = workdir / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if o.overwrite:
+            remove(workdir, file.name, WRITTEN)
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
             for key, was, now in _differences(there, record):
