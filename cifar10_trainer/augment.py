@@ -26,6 +26,7 @@ class RandomLayer(keras.layers.Layer):
     """Base: uint8 images [batch, height, width, channels] in, the same out."""
 
     draws = 1  # uniform numbers for each image
+    compilable = True  # by XLA
 
     def __init__(self, **kwargs):
         # Pixels stay uint8 whatever the global policy is.
@@ -111,6 +112,8 @@ class RandomShift(Reindex):
 
 class Projective(RandomLayer):
     """A linear map about the image's centre, bilinear. `fill="reflect"` repeats the border, as SciPy's does."""
+
+    compilable = False
 
     def __init__(self, amount, fill="reflect", **kwargs):
         super().__init__(**kwargs)

@@ -1,8 +1,8 @@
 """The one training step and loop, the same for every strategy, precision and device.
 
-`Engine` trains the accelerated twin (`twin.py`) of a plain Keras model. A step is a pure function of variables'
-values (`stateless_call`), so that XLA can compile it on a GPU; several steps run in one loop inside the graph.
-`Model.fit` does none of this under every strategy.
+`Engine` trains the accelerated twin (`twin.py`) of a plain Keras model. Gradients are a pure function of variables'
+values (`stateless_call`), so that XLA can compile it on a GPU; several steps run in one loop inside the graph. Where
+one GPU does everything, XLA compiles that whole loop. `Model.fit` does none of this under every strategy.
 
 The engine's whole state is a dictionary of arrays: `state()` and `restore()`. With the data's order being a
 function of (seed, step), a run restored at step n goes on exactly as if it had never stopped.
@@ -53,7 +53,8 @@ class Engine:
         policy: a Keras dtype policy's name.
         num_classes: classes of the labels.
         on_device: whether images live, and are augmented, where the step runs. None: on GPUs.
-        compiled: whether XLA compiles the gradient function. None: on GPUs.
+        compiled: whether XLA compiles the gradient function or, where one replica makes its images itself and XLA
+            knows how, the loop of whole steps. None: on GPUs.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class Engine:
         self.sizes = tuple(round(side * size / config.sizes[-1]) for size in config.sizes)
         if self.sizes:
             check_sizes(model, self.sizes)
-        for layer in augment.layers_of(config.augmentation):
+        layers = augment.layers_of(config.augmentation)
+        for layer in layers:
             if isinstance(layer, augment.RandomShift):
                 layer.check(*images.shape[1:3])
         self.model = model
@@ -116,10 +118,14 @@ class Engine:
                 strategy.experimental_distribute_values_from_function(lambda _, x=x: tf.identity(x))
                 for x in (self.table, self.labels)
             )
-        gradients = tf.function(self._gradients, jit_compile=True) if self.compiled else self._gradients
-        self._gradients_of = gradients
+        # Reductions over replicas, and what tf.data does, must stay outside of what XLA compiles.
+        alone = self.on_device and self.replicas == 1
+        self.whole = self.compiled and alone and all(layer.compilable for layer in layers)
+        apart = self.compiled and not self.whole
+        self._gradients_of = tf.function(self._gradients, jit_compile=True) if apart else self._gradients
         self._graphs: dict[int | None, Callable] = {}
         self._iterator: tuple[tuple[int, int | None], Iterator] | None = None
+        self._epoch: tuple[int, tuple] | None = None
 
     @property
     def images(self) -> np.ndarray:
@@ -193,8 +199,23 @@ class Engine:
             for v in (average, variable.value):
                 self.strategy.extended.update(v, lambda v, n: v.assign(n), args=(new,))
 
+    @plain
+    def _step(self, batch, data, fetcher):
+        """One step on all replicas, but for the averaging: the sums of loss and of right answers."""
+        others, loss, hits = self.strategy.run(
+            lambda batch, data: self._replica_step(batch, data, fetcher), args=(batch, data)
+        )
+        self._apply_others(others)
+        # In float64 their sums are exact, so they do not depend on how many steps a call takes.
+        return tuple(
+            tf.cast(self.strategy.reduce(tf.distribute.ReduceOp.SUM, x, axis=None), tf.float64)
+            for x in (loss, hits)
+        )
+
     def _graph(self, size: int | None) -> Callable:
-        """The compiled loop: (iterator, count) -> sums of loss and of right answers.
+        """The compiled loop: (batches, first, count) -> sums of loss and of right answers of `count` steps.
+
+        batches: an iterator or, where XLA compiles the loop, `_epoch_of` an epoch, of which `first` is the first step.
 
         On the device there is one for each size of the images, since it makes them; else one for all sizes.
         """
@@ -205,26 +226,20 @@ class Engine:
         every = self.config.averaging.every
         data = (self.table, self.labels) if self.on_device else ()
 
-        @tf.function(reduce_retracing=True)
-        def loop(iterator, count, data):
-            # In float64 these sums are exact, so they do not depend on how many steps a call takes.
+        def loop(batches, first, count, data):
             loss = hits = tf.constant(0.0, tf.float64)
-            for _ in tf.range(count):
-                others, part, right = self.strategy.run(
-                    lambda batch, data: self._replica_step(batch, data, fetcher),
-                    args=(self._next(iterator), data),
-                )
-                self._apply_others(others)
-                total, right = (
-                    self.strategy.reduce(tf.distribute.ReduceOp.SUM, x, axis=None) for x in (part, right)
-                )
-                loss += tf.cast(total, tf.float64)
-                hits += tf.cast(right, tf.float64)
+            i, end = first, first + count
+            while i < end:  # XLA would compile again for each new value of a `tf.range`
+                batch = [tf.gather(x, i) for x in batches] if self.whole else self._next(batches)
+                part, right = self._step(batch, data, fetcher)
+                loss, hits = loss + part, hits + right
                 if every and self.optimizer.iterations % every == 0:
                     self._average()
+                i += 1
             return loss, hits
 
-        self._graphs[size] = lambda iterator, count: loop(iterator, count, data)
+        graph = tf.function(loop, reduce_retracing=True, jit_compile=self.whole or None)
+        self._graphs[size] = lambda batches, first, count: graph(batches, first, count, data)
         return self._graphs[size]
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -240,6 +255,13 @@ class Engine:
         ends = [round((i + 1) * self.steps / len(sizes)) for i in range(len(sizes))]
         i = next(i for i, end in enumerate(ends) if step < end)
         return (ends[i - 1] if i else 0), ends[i], sizes[i]
+
+    def _epoch_of(self, epoch: int) -> tuple:
+        """(index int32 [steps, batch], numbers float32 [steps, batch, draws]) of an epoch, made once."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            with tf.device("CPU"):  # as tf.data does it
+                self._epoch = epoch, tuple(x[:, 0] for x in self.order.batches(epoch))
+        return self._epoch[1]
 
     def _batches(self, end: int, size: int | None) -> Iterator:
         """Batches from the present step to `end`; made once for a stretch of steps without a break."""
@@ -284,13 +306,20 @@ class Engine:
     def train(self, count: int) -> dict[str, float]:
         """Takes up to `count` steps, and returns the mean loss and accuracy since `progress` was cleared.
 
-        Stops before where the size of the images changes. Raises RunError where the loss is no number,
-        and where memory runs out.
+        Stops before where the size of the images changes and, where XLA compiles the loop, at the end of an epoch.
+        Raises RunError where the loss is no number, and where memory runs out.
         """
         _, end, size = self._phase(self.step)
+        batches: Iterator | tuple
+        if self.whole:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            end = min(end, self.step - first + self.steps_per_epoch)
+            batches = self._epoch_of(epoch)
+        else:
+            first, batches = self.step, self._batches(end, size)
         count = min(count, end - self.step)
         try:
-            loss, hits = self._graph(size)(self._batches(end, size), tf.constant(count))
+            loss, hits = self._graph(size)(batches, tf.constant(first), tf.constant(count))
         except tf.errors.ResourceExhaustedError as error:
             raise runtime.out_of_memory(error) from error
         self.step += count
@@ -377,7 +406,7 @@ class Engine:
                 v.assign(arrays[f"{kind}/{i}"])
         step, loss, correct, images = arrays["engine"]
         self.step, self.progress = int(step), Progress(float(loss), float(correct), int(images))
-        self._iterator = None
+        self._iterator = self._epoch = None
 
     def export(self) -> keras.Model:
         """The plain model with the weights trained so far."""
@@ -406,12 +435,18 @@ def prepare(
 
     Arguments as of `Engine`.
     """
+    model = initial_model(config, images, num_classes)
+    return Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes)
+
+
+def initial_model(config: Config, images: np.ndarray, num_classes: int) -> keras.Model:
+    """The plain model that a run starts with."""
     runtime.seed_everything(config.seed)
     mean, std = pixel_statistics(config.pixels, images)
     model = models.build(config, input_shape=images.shape[1:], num_classes=num_classes, mean=mean, std=std)
     if config.whitening:
         fast.whiten(model, images, mean, std)
-    return Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes)
+    return model
 
 
 def pixel_statistics(

@@ -61,21 +61,24 @@ class Order:
             numbers = tf.concat([once, numbers[:, 1:]], axis=1)
         return index, tf.gather(numbers, index)
 
+    def batches(self, epoch):
+        """What `epoch` gives, cut: (index [steps, replicas, part of a batch], numbers [..., draws])."""
+        steps, part = self.steps_per_epoch, self.batch_size // self.replicas
+        shape = [steps, self.replicas, part]
+        return tuple(tf.reshape(x[: steps * self.batch_size], shape + x.shape[1:]) for x in self.epoch(epoch))
+
     def dataset(
         self, start: int, stop: int, first_replica: int = 0, replicas: int | None = None
     ) -> tf.data.Dataset:
         """Steps start to stop, for the replicas from `first_replica` on: one element a replica, in turn."""
         replicas = self.replicas if replicas is None else replicas
-        steps, part = self.steps_per_epoch, self.batch_size // self.replicas
 
         @plain
         def one_epoch(epoch):
-            def cut(x):
-                x = tf.reshape(x[: steps * self.batch_size], [steps, self.replicas, part, *x.shape[1:]])
-                return tf.reshape(x[:, first_replica : first_replica + replicas], [-1, part, *x.shape[3:]])
+            mine = (x[:, first_replica : first_replica + replicas] for x in self.batches(epoch))
+            return tf.data.Dataset.from_tensor_slices(tuple(tf.reshape(x, [-1, *x.shape[2:]]) for x in mine))
 
-            return tf.data.Dataset.from_tensor_slices(tuple(cut(x) for x in self.epoch(epoch)))
-
+        steps = self.steps_per_epoch
         first = start // steps
         data = tf.data.Dataset.range(first, -(-stop // steps)).flat_map(one_epoch)
         return data.skip((start - first * steps) * replicas).take((stop - start) * replicas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -56,24 +57,24 @@ def airbench_rows(checkout: str, data, deadline: float) -> dict[str, Any]:
 
 def run_seeds(recipe: str, data, seeds: int, **changes) -> dict[str, Any]:
     """A section's rows and verdicts: runs of a recipe that validates nothing, seeds 0 to `seeds` - 1, compiled once."""
-    engine, _ = fresh(recipe, data, 0, **changes)
-    plain, averaged = (tester(engine, data.test_images, data.test_labels, v) for v in (1, 6))
+    engine, _ = start(recipe, data, 0, **changes)
+    test = tester(engine, data.test_images, data.test_labels)
     began = time.perf_counter()
     train(engine)
-    averaged(), plain()
+    test()
     first = time.perf_counter() - began
     samples: dict[str, list[float]] = {k: [] for k in ("whitening", "training", "test", "plain", "views")}
     for seed in range(seeds):
         whitening = begin_again(engine, recipe, data, seed, **changes)
-        start = time.perf_counter()
+        began = time.perf_counter()
         train(engine)
         trained = time.perf_counter()
-        views = averaged()
+        plain, views = test()
         tested = time.perf_counter()
-        found = whitening, trained - start, tested - trained, 100 * plain(), 100 * views
+        found = whitening, trained - began, tested - trained, 100 * plain, 100 * views
         for values, value in zip(samples.values(), found, strict=True):
             values.append(value)
-        print(f"  seed {seed}: {tested - start:.2f} s, {100 * views:.2f}%", flush=True)
+        print(f"  seed {seed}: {tested - began:.2f} s, {100 * views:.2f}%", flush=True)
     seconds = [a + b for a, b in zip(samples["training"], samples["test"], strict=True)]
     with_whitening = [a + b for a, b in zip(samples["whitening"], seconds, strict=True)]
     rows = rows_of(
@@ -99,30 +100,34 @@ def run_seeds(recipe: str, data, seeds: int, **changes) -> dict[str, Any]:
     }
 
 
-def fresh(recipe: str, data, seed: int, **changes) -> tuple[Any, float]:
-    """An Engine at the start of a run, as `python -m cifar10_trainer` makes it; and the seconds that whitening took."""
+def start(recipe: str, data, seed: int, images: int | None = None, **changes) -> tuple[Any, float]:
+    """An Engine at the start of a run, as `python -m cifar10_trainer` makes it; and the seconds that whitening took.
+
+    images: how many it holds, where it is not to be trained.
+    """
     from cifar10_trainer import runtime
-    from cifar10_trainer.engine import pixel_statistics, prepare
+    from cifar10_trainer.engine import Engine, initial_model, pixel_statistics
     from cifar10_trainer.models import fast
 
     config = RECIPES[recipe].override(seed=seed, **changes)
     strategy, _ = runtime.choose_strategy(config.strategy)
     policy, _ = runtime.choose_precision(config.precision)
-    arrays = data.train_images, data.train_labels
-    engine = prepare(config, *arrays, num_classes=data.num_classes, strategy=strategy, policy=policy)
+    model = initial_model(config, data.train_images, data.num_classes)
     whitening = 0.0
     if config.whitening:  # once more, for the clock
         statistics_of_pixels = pixel_statistics(config.pixels, data.train_images)
-        start = time.perf_counter()
-        fast.whiten(engine.model, data.train_images, *statistics_of_pixels)
-        whitening = time.perf_counter() - start
+        began = time.perf_counter()
+        fast.whiten(model, data.train_images, *statistics_of_pixels)
+        whitening = time.perf_counter() - began
+    arrays = data.train_images[:images], data.train_labels[:images]
+    engine = Engine(model, config, *arrays, strategy=strategy, policy=policy, num_classes=data.num_classes)
     return engine, whitening
 
 
 def begin_again(engine: Any, recipe: str, data, seed: int, **changes) -> float:
     """Puts an engine, with what it has compiled, at the start of a run with another seed; the seconds of whitening."""
-    other, whitening = fresh(recipe, data, seed, **changes)
-    engine.config, engine.order = other.config, other.order
+    other, whitening = start(recipe, data, seed, engine.config.batch_size, **changes)
+    engine.config, engine.order = other.config, dataclasses.replace(engine.order, seed=seed)
     engine.restore(other.state())
     return whitening
 
@@ -133,10 +138,11 @@ def train(engine: Any) -> None:
         engine.train(engine.steps)
 
 
-def tester(engine: Any, images, labels, views: int) -> Callable[[], float]:
-    """What scores the weights as they are on test images that live on the device: accuracy, 0-1.
+def tester(engine: Any, images, labels) -> Callable[[], tuple[float, float]]:
+    """What scores the weights as they are on test images that live on the device: accuracies, 0-1.
 
-    views: 1, or 6 as `scoring.predict_probabilities` averages them. Compiled by XLA where the engine's step is.
+    That of the images as they are, and that of six views averaged as `scoring.predict_probabilities` does. Compiled by
+    XLA where the engine's step is.
     """
     import tensorflow as tf
 
@@ -145,28 +151,25 @@ def tester(engine: Any, images, labels, views: int) -> Callable[[], float]:
     x = tf.constant(np.reshape(images, (n // size, size, *images.shape[1:])))
     y = tf.constant(np.reshape(labels, (n // size, size)), tf.int64)
 
-    def weighted(batch):
-        batch = tf.cast(batch, tf.float32)
-        if views == 1:
-            return [(1.0, batch)]
-        side = batch.shape[1]
-        padded = tf.pad(batch, [[0, 0], [1, 1], [1, 1], [0, 0]], "REFLECT")
-        shifted = [(1 / 8, padded[:, i : i + side, i : i + side]) for i in (0, 2)]
-        return [(w, v) for w, s in [(1 / 4, batch), *shifted] for v in (s, s[:, :, ::-1])]
-
     @tf.function(jit_compile=engine.compiled)
     def hits(batch, answers):
-        logits = tf.add_n([w * engine.twin(view, training=False) for w, view in weighted(batch)])
-        return tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == answers, tf.float32))
+        batch = tf.cast(batch, tf.float32)
+        side = batch.shape[1]
+        padded = tf.pad(batch, [[0, 0], [1, 1], [1, 1], [0, 0]], "REFLECT")
+        views = [batch, padded[:, :side, :side], padded[:, 2:, 2:]]
+        both = [[engine.twin(v, training=False) for v in (view, view[:, :, ::-1])] for view in views]
+        image, first, last = (tf.add_n(logits) for logits in both)
+        counted = [tf.argmax(logits, 1) == answers for logits in (both[0][0], 2 * image + first + last)]
+        return tf.reduce_sum(tf.cast(counted, tf.float32), axis=1)
 
     @tf.function
     def all_hits(x, y):
-        total = tf.constant(0.0)
+        total = tf.zeros(2)
         for i in tf.range(n // size):
             total += hits(tf.gather(x, i), tf.gather(y, i))
         return total
 
-    return lambda: float(all_hits(x, y)) / n
+    return lambda: tuple((all_hits(x, y).numpy() / n).tolist())
 
 
 def gpu_step(o: Options, batch: int = 512, batches: int = 96, several: int = 32) -> dict[str, Any]:

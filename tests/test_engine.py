@@ -56,11 +56,11 @@ def plain_model(config, images=None):
     return model
 
 
-def make_engine(config, n=64, policy="float32", **options):
+def make_engine(config, n=64, policy="float32", strategy=None, **options):
     images, labels = pictures(n)
-    none = tf.distribute.get_strategy()
+    options["strategy"] = strategy or tf.distribute.get_strategy()
     model = plain_model(config, images)
-    return Engine(model, config, images, labels, strategy=none, policy=policy, num_classes=10, **options)
+    return Engine(model, config, images, labels, policy=policy, num_classes=10, **options)
 
 
 def assert_same(state, expected):
@@ -399,7 +399,7 @@ def test_divergence_is_an_error():
 def test_running_out_of_memory_is_one_line(monkeypatch):
     engine = make_engine(VGG)
 
-    def exhausted(iterator, count):
+    def exhausted(batches, first, count):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor\nwith a long story")
 
     monkeypatch.setattr(engine, "_graph", lambda size: exhausted)
@@ -616,6 +616,78 @@ def test_a_step_compiled_by_xla_is_the_same_step():
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
     for v, w in zip(plain.twin.get_weights(), compiled.twin.get_weights(), strict=True):
         np.testing.assert_allclose(w, v, rtol=1e-3, atol=1e-5)  # other kernels, two steps
+
+
+WHOLE = FAST.override(
+    options__filters=(4, 8), augmentation=Augmentation(flip="alternating", shift=2, cutout=6, mixup=0.4)
+)
+
+
+def whole(config, **options):
+    """An engine whose loop of whole steps XLA compiles, as it does on one GPU."""
+    return make_engine(config, on_device=True, compiled=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "tolerance"),
+    [
+        (WHOLE.override(sizes=(20, 32), averaging__every=3, optimizer__name="muon"), 1e-4),
+        (VGG.override(epochs=1, optimizer__learning_rate=1e-3), 1e-4),
+        (WHOLE.override(epochs=1, optimizer=Optimizer(name="adam", learning_rate=1e-4)), 1e-3),
+    ],
+    ids=["muon, sizes, averaging", "sgd", "adam"],
+)
+def test_whole_steps_compiled_by_xla_are_the_same_steps(config, tolerance):
+    """At low rates: XLA's kernels round otherwise, and steps at high rates make much of it."""
+    config = config.override(optimizer__learning_rate=min(config.optimizer.learning_rate, 0.01))
+    plain, compiled = make_engine(config), whole(config)
+    assert compiled.whole and not plain.whole
+    while plain.step < plain.steps:
+        one = plain.train(plain.steps)
+    while compiled.step < compiled.steps:
+        other = compiled.train(2)
+    assert int(compiled.optimizer.iterations) == compiled.steps == plain.steps
+    assert other["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    for v, w in zip(plain.twin.get_weights(), compiled.twin.get_weights(), strict=True):
+        np.testing.assert_allclose(w, v, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_whole_steps_do_not_depend_on_the_calls_nor_on_a_break():
+    config = WHOLE.override(epochs=3, averaging__every=3)
+    one, other = whole(config), whole(config)
+    ends = []
+    while one.step < one.steps:
+        one.train(100)
+        ends.append(one.step)
+    assert ends == [4, 8, 12]  # a call ends with its epoch
+    for count in (1, 3, 2, 1):
+        other.train(count)
+    resumed = whole(config)
+    resumed.restore(other.state())
+    while resumed.step < resumed.steps:
+        resumed.train(3)
+    assert_same(resumed.state(), one.state())
+    mirrored = whole(config, strategy=tf.distribute.MirroredStrategy(["CPU:0"]))
+    while mirrored.step < mirrored.steps:
+        mirrored.train(100)
+    assert_same(mirrored.state(), one.state())
+
+
+def test_whole_steps_are_traced_once_for_each_size():
+    """XLA compiles for each trace, and so for each value of what it takes for a constant: seconds on a CPU."""
+    engine = whole(WHOLE.override(sizes=(20, 32)))
+    traced, gradients = [], engine._gradients_of
+    engine._gradients_of = lambda *args: traced.append(1) or gradients(*args)
+    for count in (1, 2, 1, 3, 1):
+        engine.train(count)
+    assert len(traced) == 2
+
+
+def test_what_xla_cannot_compile_stays_outside():
+    engine = whole(WHOLE.override(augmentation__rotation=0.1))
+    assert engine.compiled and not engine.whole
+    plain = make_engine(WHOLE.override(augmentation__rotation=0.1))
+    assert engine.train(1)["loss"] == pytest.approx(plain.train(1)["loss"], rel=1e-4)
 
 
 def test_float16_scales_its_loss():
