@@ -28,6 +28,7 @@ PyTorch is compared where it is installed. Nothing here depends on it.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -393,7 +394,7 @@ SECTIONS: dict[str, Section] = {
     s.__name__: s for s in (step, efficiency, loader, waiting, memory, scaling, precision, target, frontier)
 }
 NOT_QUICK = ("precision",)  # accuracy after a part of a run says nothing
-GPU_SECTIONS: dict[str, Section] = {s.__name__: s for s in (gpu.gpu_step, gpu.gpu_94)}
+GPU_SECTIONS: dict[str, Section] = {s.__name__: s for s in (gpu.gpu_step, gpu.gpu_94, gpu.gpu_airbench)}
 
 
 # ---- the record ------------------------------------------------------------------------------------------
@@ -460,8 +461,11 @@ def keep(name: str, found: dict[str, Any]) -> None:
     from cifar10_trainer import report, runtime
 
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"sections": {}}
-    words = ["python scripts/benchmark.py", name]
+    words = [f"XLA_FLAGS={v!r}" for v in [os.environ.get("XLA_FLAGS")] if v and FLAGS.gpu]
+    words += ["python scripts/benchmark.py", name]
     words += [f"--{n}" for n in ("gpu", "quick") if FLAGS[n].value]
+    words += [f"--seeds={FLAGS.seeds}"] if FLAGS.seeds else []
+    words += ["--airbench=PATH"] if FLAGS.airbench else []
     record["sections"][name] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": reproduce.commit(),

@@ -485,9 +485,7 @@ def test_seeds_in_one_process():
     assert len(rows["fast.94: compiling, once"]["samples"]) == 1
 
 
-def test_airbench_beside_the_seeds(monkeypatch):
-    rows = clock.rows_of({"fast.94: whitening, training and test": [2.0, 2.4, 2.2]}, "s")
-    monkeypatch.setattr(gpu, "run_seeds", lambda *_: {"rows": rows, "verdicts": []})
+def test_airbench_is_a_section(monkeypatch):
     monkeypatch.setattr("cifar10_trainer.datasets.load", lambda *_: None)
 
     def airbench(checkout, name, data, runs, limit):
@@ -496,12 +494,11 @@ def test_airbench_beside_the_seeds(monkeypatch):
         return {"seconds": [4.4], "plain": [0.93], "views": [0.94]}
 
     monkeypatch.setattr(peers, "airbench", airbench)
-    assert gpu.gpu_94(Options(airbench=None))["verdicts"] == []
-    found = gpu.gpu_94(Options(airbench="x", deadline=0))
-    assert [(v["what"].split()[-1], v["value"]) for v in found["verdicts"]] == [
-        ("airbench94.py", 0.5), ("airbench94_muon.py", 0.5),
-    ]  # fmt: skip
-    assert found["rows"]["airbench94_muon.py: averaged views"]["median"] == 94
+    assert gpu.gpu_airbench(Options(airbench=None)) == {}
+    rows = gpu.gpu_airbench(Options(airbench="x", deadline=0))["rows"]
+    assert [n for n, row in rows.items() if row["unit"] == "s"] == ["airbench94.py", "airbench94_muon.py"]
+    assert rows["airbench94_muon.py"]["median"] == 4.4
+    assert rows["airbench94_muon.py: averaged views"]["median"] == 94
 
 
 @pytest.mark.slow
@@ -525,7 +522,7 @@ def command(*argv):
     [
         (["stepp"], "unknown section 'stepp'; allowed: step, efficiency, .* Did you mean 'step'"),
         (["--gpu"], "gpu is True, but TensorFlow sees no GPU; allowed: on a machine with one"),
-        (["--gpu", "step"], "unknown section 'step'; allowed: gpu_step, gpu_94"),
+        (["--gpu", "step"], "unknown section 'step'; allowed: gpu_step, gpu_94, gpu_airbench"),
         (["--nogpu", "--airbench=x"], "airbench is x; allowed with --gpu only"),
     ],
 )
