@@ -17,7 +17,14 @@ from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.models import fast
 from cifar10_trainer.pipeline import index_data, training_data
 from cifar10_trainer.recipes import RECIPES
-from cifar10_trainer.twin import FastDropout, FastLeakyReLU, FusedBatchNormalization, accelerate
+from cifar10_trainer.twin import (
+    FastConv2D,
+    FastDropout,
+    FastLeakyReLU,
+    FusedBatchNormalization,
+    accelerate,
+    kernel_gradient,
+)
 
 SGD = Optimizer(name="sgd", learning_rate=0.05, momentum=0.9)
 ADAM = Optimizer(name="adam", learning_rate=0.01)
@@ -161,6 +168,69 @@ def test_fast_leaky_relu_is_leaky_relu(policy):
         np.testing.assert_array_equal(tf.cast(one, tf.float32), tf.cast(other, tf.float32))
     by_hand = np.where(x.numpy() > 0, 2, 0.2)
     np.testing.assert_allclose(results[0][1], by_hand, rtol=4e-3 if policy == "mixed_bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (3, 5), (8, 8)], ids=str)
+def test_kernel_gradient_by_its_definition(size):
+    """Kernel place (i, j) has the sum over all pixels p of x[p + (i, j)] dy[p]."""
+    generator = np.random.default_rng(0)
+    x, dy = (generator.normal(size=(2, *size, channels)).astype(np.float32) for channels in (3, 4))
+    expected = np.zeros((3, 3, 3, 4))
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    for i in range(3):
+        for j in range(3):
+            part = padded[:, i : i + size[0], j : j + size[1]]
+            expected[i, j] = np.einsum("nhwc,nhwd->cd", part, dy)
+    found = kernel_gradient(tf.constant(x), tf.constant(dy))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # float32 sums of up to 128
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("side", [4, 5], ids=["small", "not small"])
+@pytest.mark.parametrize("any_size", [False, True])
+def test_fast_convolution_is_the_convolution(any_size, side, policy):
+    """Of 64 channels, maps of 4x4 are small and those of 5x5 are not."""
+    assert (FastConv2D.small(side, side, 64)) == (side == 4)
+    generator = np.random.default_rng(1)
+    x, weights = generator.normal(size=(3, side, side, 64)), generator.normal(size=(3, 3, 64, 64)) / 24
+    seeds, results = tf.constant(generator.normal(size=(3, side, side, 64)), tf.float32), []
+    for kind in (FastConv2D, keras.layers.Conv2D):
+        layer = kind(64, 3, padding="same", activation="relu", dtype=policy)
+        maps = keras.Input((None, None, 64) if any_size else (side, side, 64))
+        model = keras.Model(maps, layer(maps))
+        layer.set_weights([weights, np.full(64, 0.1)])
+        images = tf.constant(x, tf.float32)
+
+        @tf.function
+        def differentiate(model, images):
+            with tf.GradientTape() as tape:
+                tape.watch(images)
+                output = model(images)
+                total = tf.reduce_sum(seeds * tf.cast(output, tf.float32))
+            return output, *tape.gradient(total, [images, *model.trainable_variables])
+
+        results.append(differentiate(model, images))
+    tolerance = 2e-2 if policy == "mixed_bfloat16" else 1e-5
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        one, other = tf.cast(one, tf.float32), tf.cast(other, tf.float32)
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * np.abs(other).max())
+
+
+def test_fast_convolutions_are_where_they_pay(monkeypatch):
+    def chosen(recipe, **options):
+        model = models.build(RECIPES[recipe], input_shape=(32, 32, 3), num_classes=10)
+        twin = accelerate(model, "float32", **options)
+        return [layer.name for layer in twin.layers if type(layer) is FastConv2D]
+
+    last = ["block3_conv1", "block3_conv2"]
+    # 32 pixels: the maps of fast are 31, 15, 15, 7, 7 and 3 pixels a side.
+    assert chosen("fast.default") == ["block2_conv2", *last]
+    assert chosen("fast.85") == last[1:]  # 7 x 7 pixels are many for 128 channels
+    assert chosen("fast.85", any_size=True) == ["block2_conv2", *last]
+    assert chosen("leaky.baseline") == []  # 8x8 and more
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: ["a GPU"])
+    assert chosen("fast.default") == []
 
 
 def test_the_twin_has_the_fast_layers():
@@ -688,6 +758,20 @@ def test_what_xla_cannot_compile_stays_outside():
     assert engine.compiled and not engine.whole
     plain = make_engine(WHOLE.override(augmentation__rotation=0.1))
     assert engine.train(1)["loss"] == pytest.approx(plain.train(1)["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(), (16, 32)], ids=str)
+def test_steps_with_fast_convolutions_are_the_same_steps(sizes, monkeypatch):
+    config = FAST.override(options__filters=(64, 64, 64), sizes=sizes, optimizer__learning_rate=0.01)
+    fast = make_engine(config)
+    monkeypatch.setattr(FastConv2D, "suits", lambda *_: False)
+    plain = make_engine(config)
+    kinds = [sum(type(layer) is FastConv2D for layer in engine.twin.layers) for engine in (fast, plain)]
+    assert kinds == [5 if sizes else 1, 0]  # all but the first, of 24 channels; or that on 3x3 pixels
+    while fast.step < fast.steps:
+        assert fast.train(100)["loss"] == pytest.approx(plain.train(100)["loss"], rel=1e-4)
+    for v, w in zip(plain.twin.get_weights(), fast.twin.get_weights(), strict=True):
+        np.testing.assert_allclose(w, v, rtol=1e-3, atol=1e-4)  # sums in another order, eight steps
 
 
 def test_float16_scales_its_loss():
