@@ -119,7 +119,8 @@ class Engine:
                 for x in (self.table, self.labels)
             )
         # Reductions over replicas, and what tf.data does, must stay outside of what XLA compiles.
-        alone = self.on_device and self.replicas == 1
+        cluster = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        alone = self.on_device and self.replicas == 1 and not cluster
         self.whole = self.compiled and alone and all(layer.compilable for layer in layers)
         apart = self.compiled and not self.whole
         self._gradients_of = tf.function(self._gradients, jit_compile=True) if apart else self._gradients

@@ -104,6 +104,14 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
         "history": report.read_history(workdir / "history.csv"),
     }
     path = RESULTS / f"{metrics['recipe']}-{config['epochs']:g}-{metrics['seed']}.json"
+    if path.exists():
+        before = json.loads(path.read_text())["metrics"]
+        for name in ("strategy", "precision"):
+            if before.get(name) != metrics.get(name):
+                raise RunError(
+                    f"{path.name} is of a run with {name} {before.get(name)}, {workdir} of one with {metrics.get(name)};"
+                    " allowed: the same; delete the record to replace it"
+                )
     RESULTS.mkdir(parents=True, exist_ok=True)
     report.write_atomic(path, json.dumps(record, indent=1) + "\n")
     return path
@@ -187,6 +195,7 @@ def versus(records: list[dict[str, Any]]) -> str:
             continue
         name, epochs = max(theirs, key=lambda k: k[1] / RECIPES[k[0]].epochs)
         of, budget = RECIPES[name].epochs, pflop(groups[name, epochs], RECIPES[name].epochs)
+        run = max(lengths(groups[name, epochs]))
         fitting = {k: pflop(g) for k, g in groups.items() if is_own(k[0]) and pflop(g) <= budget / 10}
         if not fitting:
             continue
@@ -197,7 +206,7 @@ def versus(records: list[dict[str, Any]]) -> str:
                 str(tutorial),
                 f"`{name}`",
                 f"{100 * best:.2f}" if best else "none",
-                measured if epochs >= of else f"{measured}, {epochs:g} of {of:g} epochs",
+                measured if run >= of else f"{measured}, {run:g} of {of:g} epochs",
                 f"{budget:.3g}",
                 f"`{ours[0]}`, {ours[1]:g} epochs",
                 spread([r["metrics"]["test_accuracy"] for r in groups[ours]]),

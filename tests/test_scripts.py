@@ -196,6 +196,26 @@ def test_keep_refuses_an_unfinished_run(reproduce, tmp_path):
         reproduce.keep(tmp_path)
 
 
+def test_a_record_gives_way_to_its_like_only(reproduce, tmp_path, monkeypatch):
+    record = json.loads((ROOT / "results" / "runs" / "fast.85-3-0.json").read_text())
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "records")
+
+    def finished(**metrics):
+        extra = {"environment": record["environment"], "command": record["command"]}
+        (tmp_path / "config.json").write_text(json.dumps({**record["config"], **extra}))
+        (tmp_path / "metrics.json").write_text(json.dumps({**record["metrics"], **metrics}))
+        (tmp_path / "history.csv").write_text("epoch,loss\n1,2.0\n")
+        return tmp_path
+
+    path = reproduce.keep(finished())
+    assert reproduce.keep(finished(test_accuracy=0.5)) == path
+    assert json.loads(path.read_text())["metrics"]["test_accuracy"] == 0.5
+    for change in ({"precision": "float32"}, {"strategy": "mirrored"}):
+        with pytest.raises(RunError, match=f"of a run with {next(iter(change))} .*; allowed: the same; delete"):
+            reproduce.keep(finished(**change))
+    assert json.loads(path.read_text())["metrics"]["test_accuracy"] == 0.5
+
+
 def test_choice_of_recipes(reproduce):
     flags = reproduce.FLAGS
     flags(["reproduce"])

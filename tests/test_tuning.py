@@ -510,3 +510,12 @@ def test_conditional_hyperparameters(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.5] * 6, calls))
     found = tune(conditional, digits, workdir=str(tmp_path), tuner="random", max_trials=6, verbose=0)
     assert {r.values["optimizer"]: len(r.values) for r in found.rows} == {"sgd": 1, "adam": 2}
+
+
+def test_a_trial_of_a_folder_has_its_images_size(digits):
+    import keras_tuner as kt
+
+    side = digits.input_shape[0]
+    folder = dataclasses.replace(digits, name="folder")
+    assert tuner.make_config(space, kt.HyperParameters(), folder).image_size == side != 32
+    assert tuner.make_config(space, kt.HyperParameters(), digits).image_size == 32

@@ -66,15 +66,16 @@ class Found:
 # ---- a trial ---------------------------------------------------------------------------------------------------
 
 
-def make_config(space: SpaceFunction, hp: kt.HyperParameters, dataset: str) -> Config:
-    """The Config of a trial: the space's, for the share of its epochs that the oracle gives it."""
+def make_config(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> Config:
+    """The Config of a trial on `data`: the space's, for the share of its epochs that the oracle gives it."""
     config = space(hp)
     if not isinstance(config, Config):
         raise ConfigError(
             f"the space gives a {type(config).__name__}; allowed: a function of hp that gives a Config"
         )
     epochs = float(f"{config.epochs * hp.values.get(oracle.SHARE, 1.0):.6g}")
-    return config.override(dataset=dataset, epochs=epochs)
+    size = {"image_size": data.input_shape[0]} if data.name == "folder" else {}  # the others have one size
+    return config.override(dataset=data.name, epochs=epochs, **size)
 
 
 class Trainer(BaseTuner):
@@ -128,7 +129,7 @@ class Trainer(BaseTuner):
         try:
             if self.signals.caught:  # too late for the trial before
                 raise Interrupted(f"stopped by {self.signals.caught}")
-            config = make_config(self.space, trial.hyperparameters, self.dataset.name)
+            config = make_config(self.space, trial.hyperparameters, self.dataset)
             keras.utils.clear_session()  # of the trial before
             gc.collect()
             with self._signs_of_life(trial.trial_id), _counted_starts(folder):
@@ -290,7 +291,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
         board = Leaderboard(
             chooser,
             workdir,
-            lambda hp: make_config(space, hp, data.name),
+            lambda hp: make_config(space, hp, data),
             target=o.target,
             max_trials=o.max_trials,
             say=say,
@@ -365,7 +366,7 @@ def describe(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any], kt.Hy
     """What is searched, as JSON and as hyperparameters. Raises ConfigError where it cannot be."""
     hp = kt.HyperParameters()
     try:
-        config = make_config(space, hp, data.name)
+        config = make_config(space, hp, data)
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:  # KerasTuner's, about a range
