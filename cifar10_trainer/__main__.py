@@ -51,7 +51,12 @@ _define(flags.DEFINE_integer, "seed", "of weights, order and augmentation; defau
 _define(
     flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
 )
-_define(flags.DEFINE_boolean, "final_fit", "train on all training images and keep the last weights (of a folder with val/: the best by it)", False)
+_define(
+    flags.DEFINE_boolean,
+    "final_fit",
+    "train on all training images and keep the last weights (of a folder with val/: the best by it)",
+    False,
+)
 _define(
     flags.DEFINE_integer, "folds", "cross-validate: train once for each of so many parts, validated on it"
 )

@@ -142,8 +142,12 @@ def kernel_gradient(x, dy):
         part = maps[:, max(i, 0) : height + min(i, 0), max(j, 0) : width + min(j, 0)]
         return tf.reshape(part, [-1, maps.shape[-1]])
 
-    places = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    products = [tf.matmul(pixels(x, i, j), pixels(dy, -i, -j), transpose_a=True) for i, j in places]
+    products: list = []
+    for i, j in [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
+        with tf.control_dependencies(
+            products[-1:]
+        ):  # one after another: the copies of all would be in memory
+            products.append(tf.matmul(pixels(x, i, j), pixels(dy, -i, -j), transpose_a=True))
     return tf.reshape(tf.stack(products), [3, 3, x.shape[-1], dy.shape[-1]])
 
 

@@ -211,7 +211,9 @@ def test_a_record_gives_way_to_its_like_only(reproduce, tmp_path, monkeypatch):
     assert reproduce.keep(finished(test_accuracy=0.5)) == path
     assert json.loads(path.read_text())["metrics"]["test_accuracy"] == 0.5
     for change in ({"precision": "float32"}, {"strategy": "mirrored"}):
-        with pytest.raises(RunError, match=f"of a run with {next(iter(change))} .*; allowed: the same; delete"):
+        with pytest.raises(
+            RunError, match=f"of a run with {next(iter(change))} .*; allowed: the same; delete"
+        ):
             reproduce.keep(finished(**change))
     assert json.loads(path.read_text())["metrics"]["test_accuracy"] == 0.5
 
