@@ -144,7 +144,14 @@ def training_data(
         return images, targets
 
     data = index_data(order, start, stop, context)
-    return data.map(finished, num_parallel_calls=os.cpu_count()).prefetch(4)
+    data = data.map(finished, num_parallel_calls=os.cpu_count()).prefetch(4)
+    if any_size:
+        # Resizing is half of the work, and steps are short: they share their work out evenly, and all cores would wait
+        # for the one that is busy with a batch. With all cores for each batch they wait half as long.
+        options = tf.data.Options()
+        options.threading.max_intra_op_parallelism = os.cpu_count() or 1
+        data = data.with_options(options)
+    return data
 
 
 def index_data(order: Order, start: int, stop: int, context=None) -> tf.data.Dataset:
@@ -157,11 +164,10 @@ def index_data(order: Order, start: int, stop: int, context=None) -> tf.data.Dat
 def tuned_by_hand() -> tf.data.Options:
     """No autotuning: the end of an iterator waits, for up to a minute, for the thread that does it.
 
-    A batch takes all cores for a moment. In one thread it would take less in all, but a step shares its work out evenly,
-    and waits for the core that is busy with a batch: twice as long.
+    Batches are made side by side, each in one thread: up to a sixth faster than many threads for each.
     """
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
-    options.threading.max_intra_op_parallelism = os.cpu_count() or 1
+    options.threading.max_intra_op_parallelism = 1
     return options
