@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar10_trainer import RECIPES
+from cifar10_trainer import RECIPES, report
 from cifar10_trainer.errors import ConfigError, RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +204,7 @@ def test_a_record_gives_way_to_its_like_only(reproduce, tmp_path, monkeypatch):
         extra = {"environment": record["environment"], "command": record["command"]}
         (tmp_path / "config.json").write_text(json.dumps({**record["config"], **extra}))
         (tmp_path / "metrics.json").write_text(json.dumps({**record["metrics"], **metrics}))
-        (tmp_path / "history.csv").write_text("epoch,loss\n1,2.0\n")
+        report.write_history(tmp_path / "history.csv", record["history"])
         return tmp_path
 
     path = reproduce.keep(finished())
