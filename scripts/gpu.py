@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import clock
@@ -22,7 +22,16 @@ def gpu_94(o: Options) -> dict[str, Any]:
     """fast.94 on all training images, compiled once, scored on the test images."""
     from cifar10_trainer import datasets
 
-    return run_seeds("fast.94", datasets.load("cifar10", o.data_dir), o.seeds)
+    goals = {"seconds": "at most 2.0 s", "accuracy": "at least 94.0%"}
+    return run_seeds("fast.94", datasets.load("cifar10", o.data_dir), o.seeds, goals)
+
+
+def gpu_96(o: Options) -> dict[str, Any]:
+    """fast.96 on all training images, compiled once, scored on the test images; only where it is named."""
+    from cifar10_trainer import datasets
+
+    data = datasets.load("cifar10", o.data_dir)
+    return run_seeds("fast.96", data, min(o.seeds, 5), {"accuracy": "from 95% to 96%"})
 
 
 def gpu_airbench(o: Options) -> dict[str, Any]:
@@ -55,8 +64,14 @@ def airbench_rows(checkout: str, data, deadline: float) -> dict[str, Any]:
     return rows
 
 
-def run_seeds(recipe: str, data, seeds: int, **changes) -> dict[str, Any]:
-    """A section's rows and verdicts: runs of a recipe that validates nothing, seeds 0 to `seeds` - 1, compiled once."""
+def run_seeds(
+    recipe: str, data, seeds: int, goals: Mapping[str, str] | None = None, **changes
+) -> dict[str, Any]:
+    """A section's rows and verdicts: runs of a recipe that validates nothing, seeds 0 to `seeds` - 1, compiled once.
+
+    goals: of the seconds of training and test, and of the accuracy with averaged views.
+    """
+    goals = goals or {}
     engine, _ = start(recipe, data, 0, **changes)
     test = tester(engine, data.test_images, data.test_labels)
     began = time.perf_counter()
@@ -93,8 +108,13 @@ def run_seeds(recipe: str, data, seeds: int, **changes) -> dict[str, Any]:
     return {
         "rows": rows,
         "verdicts": [
-            verdict("training and test, median", statistics.median(seconds), "at most 2.0 s", " s"),
-            verdict(f"mean of {seeds} seeds, averaged views", mean["averaged views"], "at least 94.0%", "%"),
+            verdict("training and test, median", statistics.median(seconds), goals.get("seconds", ""), " s"),
+            verdict(
+                f"mean of {seeds} seeds, averaged views",
+                mean["averaged views"],
+                goals.get("accuracy", ""),
+                "%",
+            ),
             verdict(f"mean of {seeds} seeds, plain", mean["plain"], unit="%"),
         ],
     }

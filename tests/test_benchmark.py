@@ -471,6 +471,14 @@ def test_the_test_is_that_of_the_package(views, compiled):
     assert gpu.tester(engine, data.test_images, wrong)()[place] == pytest.approx(18 / 30)
 
 
+def test_the_recipe_for_96_runs_as_that_for_94_does(monkeypatch):
+    monkeypatch.setattr("cifar10_trainer.datasets.load", lambda *_: made_up_data())
+    monkeypatch.setitem(RECIPES, "fast.96", RECIPES["fast.96"].override(**FEW))
+    found = gpu.gpu_96(Options(seeds=1))
+    assert [v["goal"] for v in found["verdicts"]] == ["", "from 95% to 96%", ""]
+    assert all(name.startswith("fast.96: ") for name in found["rows"])
+
+
 def test_seeds_in_one_process():
     found = gpu.run_seeds("fast.94", made_up_data(), 2, **FEW)
     rows = found["rows"]
@@ -522,7 +530,7 @@ def command(*argv):
     [
         (["stepp"], "unknown section 'stepp'; allowed: step, efficiency, .* Did you mean 'step'"),
         (["--gpu"], "gpu is True, but TensorFlow sees no GPU; allowed: on a machine with one"),
-        (["--gpu", "step"], "unknown section 'step'; allowed: gpu_step, gpu_94, gpu_airbench"),
+        (["--gpu", "step"], "unknown section 'step'; allowed: gpu_step, gpu_94, gpu_airbench, gpu_96"),
         (["--nogpu", "--airbench=x"], "airbench is x; allowed with --gpu only"),
     ],
 )
