@@ -119,6 +119,9 @@ def train_and_evaluate(
             f"model: {config.recipe}, {parameters:,} parameters; "
             f"{engine.steps:,} steps of {config.batch_size}"
         )
+        if engine.compiled:
+            programs = max(1, len(set(engine.sizes)))
+            say(f"XLA compiles {programs} program(s) on the way, which takes about half a minute each")
         record = _record(config, data, data_dir, parameters)
         # The engine has its own copy of the images. Where they were loaded here, the run now holds no other.
         del images

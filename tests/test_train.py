@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -248,6 +249,20 @@ def test_the_scores_are_those_of_the_saved_model(whole, digits):
     assert metrics["best_val_accuracy"] == pytest.approx(right.mean(), abs=1e-6)  # a float32 quotient
     report = (workdir / "classification_report.txt").read_text()
     assert f"{metrics['test_accuracy']:.4f}" in report
+
+
+def test_a_run_as_on_one_gpu(tmp_path, digits, monkeypatch, capsys):
+    """Images and whole steps compiled by XLA on the device, which is a CPU: the same run, but for rounding."""
+    config = TINY.override(epochs=2)
+    usual = train_quietly(config, tmp_path / "usual", digits)
+    made = functools.partial(Engine, on_device=True, compiled=True)
+    monkeypatch.setattr("cifar10_trainer.engine.Engine", made)
+    found = train_and_evaluate(config, tmp_path / "compiled", dataset=digits, full_report=False)
+    assert "XLA compiles 1 program(s) on the way" in capsys.readouterr().out
+    one, other = read_history(tmp_path / "usual"), read_history(tmp_path / "compiled")
+    assert len(one) == len(other) == 2
+    assert float(other[0]["loss"]) == pytest.approx(float(one[0]["loss"]), rel=0.02)
+    assert found["test_accuracy"] == pytest.approx(usual["test_accuracy"], abs=0.1)
 
 
 def test_hdf5_is_the_same_model_once_more(tmp_path, digits):
