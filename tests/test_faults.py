@@ -260,7 +260,7 @@ def test_out_of_memory(tmp_path, few, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load", lambda *_, **__: few)
 
     def exhausted(engine, size):
-        def graph(iterator, count):
+        def graph(batches, first, count):
             message = "OOM when allocating tensor with shape[4096,64,32,32]\nHint: a long one"
             raise tf.errors.ResourceExhaustedError(None, None, message)
 
