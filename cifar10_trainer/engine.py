@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import keras
@@ -101,6 +102,7 @@ class Engine:
                 policy,
                 any_size=bool(self.sizes),
                 synchronize=config.synchronize_batch_norm and self.replicas > 1,
+                compiled=self.compiled,
             )
             self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
             if policy == "mixed_float16":
@@ -126,7 +128,8 @@ class Engine:
         self._gradients_of = tf.function(self._gradients, jit_compile=True) if apart else self._gradients
         self._graphs: dict[int | None, Callable] = {}
         self._iterator: tuple[tuple[int, int | None], Iterator] | None = None
-        self._epoch: tuple[int, tuple] | None = None
+        self._epochs: dict[int, Future] = {}
+        self._background = ThreadPoolExecutor(1)
 
     @property
     def images(self) -> np.ndarray:
@@ -258,11 +261,16 @@ class Engine:
         return (ends[i - 1] if i else 0), ends[i], sizes[i]
 
     def _epoch_of(self, epoch: int) -> tuple:
-        """(index int32 [steps, batch], numbers float32 [steps, batch, draws]) of an epoch, made once."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            with tf.device("CPU"):  # as tf.data does it
-                self._epoch = epoch, tuple(x[:, 0] for x in self.order.batches(epoch))
-        return self._epoch[1]
+        """(index int32 [steps, batch], numbers float32 [steps, batch, draws]) of an epoch; the next is made meanwhile."""
+        wanted = range(epoch, min(epoch + 2, -(-self.steps // self.steps_per_epoch)))
+        self._epochs = {
+            e: self._epochs.get(e) or self._background.submit(self._make_epoch, e) for e in wanted
+        }
+        return self._epochs[epoch].result()
+
+    def _make_epoch(self, epoch: int) -> tuple:
+        with tf.device("CPU"):  # as tf.data does it
+            return tuple(x[:, 0] for x in self.order.batches(epoch))
 
     def _batches(self, end: int, size: int | None) -> Iterator:
         """Batches from the present step to `end`; made once for a stretch of steps without a break."""
@@ -407,7 +415,7 @@ class Engine:
                 v.assign(arrays[f"{kind}/{i}"])
         step, loss, correct, images = arrays["engine"]
         self.step, self.progress = int(step), Progress(float(loss), float(correct), int(images))
-        self._iterator = self._epoch = None
+        self._iterator, self._epochs = None, {}
 
     def export(self) -> keras.Model:
         """The plain model with the weights trained so far."""

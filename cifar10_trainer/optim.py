@@ -127,29 +127,68 @@ class Muon(SGD):
             self.momentums = self.add_optimizer_variables(variables, "momentum")
 
     def update_step(self, gradient, variable, learning_rate):
-        index = self._get_variable_index(variable)
-        if len(variable.shape) != 4:
+        if len(variable.shape) == 4:
+            self._update_kernels(variable, [gradient], [variable], learning_rate)
+        else:
             super().update_step(gradient, variable, learning_rate * self.sgd_ratio)
-            return
-        momentum = self.momentums[index]
-        rate = tf.cast(learning_rate, variable.dtype)
-        velocity = self.kernel_momentum * momentum.value + gradient
-        momentum.value.assign(velocity)
-        update = orthogonal(tf.reshape(gradient + self.kernel_momentum * velocity, [-1, variable.shape[-1]]))
-        weights = tf.convert_to_tensor(variable)
-        weights = weights * (variable.shape[-1] ** 0.5 / tf.norm(weights))
-        variable.assign(weights - rate * tf.reshape(update, variable.shape))
+
+    def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
+        """Keras's own, which takes variables one by one, but for the kernels: those it takes together."""
+        kernels = [pair for pair in grads_and_vars if len(pair[1].shape) == 4]
+        others = [pair for pair in grads_and_vars if len(pair[1].shape) != 4]
+        super()._distributed_tf_update_step(distribution, others, learning_rate)
+        if kernels:
+            gradients, variables = zip(*kernels, strict=True)
+            arguments = gradients, variables, learning_rate
+            distribution.extended.update(variables[0], self._update_kernels, arguments, group=False)
+
+    def _update_kernels(self, _, gradients, variables, learning_rate):
+        matrices = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            momentum = self.momentums[self._get_variable_index(variable)].value
+            velocity = self.kernel_momentum * momentum + gradient
+            momentum.assign(velocity)
+            update = gradient + self.kernel_momentum * velocity
+            matrices.append(tf.reshape(update, [-1, variable.shape[-1]]))
+        for variable, update in zip(variables, orthogonal(matrices), strict=True):
+            weights = tf.convert_to_tensor(variable)
+            weights = weights * (variable.shape[-1] ** 0.5 / tf.norm(weights))
+            rate = tf.cast(learning_rate, variable.dtype)
+            variable.assign(weights - rate * tf.reshape(update, variable.shape))
 
     def get_config(self):
         return {**super().get_config(), "kernel_momentum": self.kernel_momentum, "sgd_ratio": self.sgd_ratio}
 
 
-def orthogonal(matrix, steps: int = 3):
-    """Roughly the nearest matrix [m, n] with singular values of one: a quintic Newton-Schulz iteration."""
+def orthogonal(matrices, batched: bool | None = None):
+    """Roughly the nearest matrices with singular values of one, of float32 matrices [m, n].
+
+    batched: whether all are one batch, in bfloat16, as a GPU likes it: small products take it longer to start than to
+    compute. They are padded with zeros, which stay zeros. None: on GPUs.
+    """
+    batched = bool(tf.config.list_logical_devices("GPU")) if batched is None else batched
+    if not batched:
+        return [newton_schulz(unit(x)) for x in matrices]
+    tall = [x if x.shape[0] >= x.shape[1] else tf.transpose(x) for x in matrices]
+    rows, columns = (max(x.shape[i] for x in tall) for i in (0, 1))
+    padded = [tf.pad(unit(x), [[0, rows - x.shape[0]], [0, columns - x.shape[1]]]) for x in tall]
+    found = tf.cast(newton_schulz(tf.cast(tf.stack(padded), tf.bfloat16)), tf.float32)
+    parts = [part[: x.shape[0], : x.shape[1]] for part, x in zip(tf.unstack(found), tall, strict=True)]
+    return [
+        part if part.shape == x.shape else tf.transpose(part) for part, x in zip(parts, matrices, strict=True)
+    ]
+
+
+def unit(matrix):
+    """A matrix over its norm."""
+    return matrix / (tf.norm(matrix) + 1e-7)
+
+
+def newton_schulz(x, steps: int = 3):
+    """The quintic iteration that moves the singular values of matrices [..., m, n], at most one, towards one."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix / (tf.norm(matrix) + 1e-7)
-    identity = tf.eye(min(matrix.shape), dtype=matrix.dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    identity = tf.eye(min(x.shape[-2:]), dtype=x.dtype)
     for _ in range(steps):  # a x + b (x x') x + c (x x')^2 x, from the side where x x' is the smaller
         square = tf.matmul(x, x, transpose_a=tall, transpose_b=not tall)
         change = a * identity + b * square + c * tf.matmul(square, square)

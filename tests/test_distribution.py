@@ -119,6 +119,10 @@ def replicas2(out):
     found["wide"], _ = run_engine(none, (2, 2), changes=wide)
     found["wide, mirrored 2"], engine = run_engine(mirrored2, (2, 2), changes=wide)
     found["fast convolutions"] = sum(type(layer).__name__ == "FastConv2D" for layer in engine.twin.layers)
+    muon = {"optimizer": {"name": "muon", "learning_rate": 0.02, "momentum": 0.85}}
+    found["muon"], _ = run_engine(none, ONE_BY_ONE, changes=muon)
+    found["muon, mirrored 2"], engine = run_engine(mirrored2, ONE_BY_ONE, changes=muon)
+    found["copies of muon differ"] = copies_differ(mirrored2, engine)
     Path(out).write_text(json.dumps(found))
 
 
@@ -297,6 +301,13 @@ def test_fast_convolutions_under_replicas(found):
     one, two = found["wide"], found["wide, mirrored 2"]
     assert found["fast convolutions"] == 3 and one["losses"][0] != one["losses"][1]
     np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-3)
+
+
+def test_muon_under_replicas(found):
+    one, two = found["muon"], found["muon, mirrored 2"]
+    assert one["losses"][0] != one["losses"][-1]
+    np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-3)
+    assert found["copies of muon differ"] == 0
 
 
 def test_several_steps_a_call_under_replicas(found):

@@ -21,6 +21,7 @@ from cifar10_trainer.twin import (
     FastConv2D,
     FastDropout,
     FastLeakyReLU,
+    FastMaxPooling2D,
     FusedBatchNormalization,
     accelerate,
     kernel_gradient,
@@ -168,6 +169,53 @@ def test_fast_leaky_relu_is_leaky_relu(policy):
         np.testing.assert_array_equal(tf.cast(one, tf.float32), tf.cast(other, tf.float32))
     by_hand = np.where(x.numpy() > 0, 2, 0.2)
     np.testing.assert_allclose(results[0][1], by_hand, rtol=4e-3 if policy == "mixed_bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [(2, 2), (5, 4), (6, 7), (7, 7)], ids=str)
+@pytest.mark.parametrize("any_size", [False, True])
+def test_fast_pooling_is_max_pooling(any_size, size, compiled, policy):
+    """The numbers are few, so that equal ones meet: the first of them has the gradient."""
+    generator = np.random.default_rng(3)
+    x = generator.integers(-1, 3, (4, *size, 5)).astype(np.float32)
+    seeds = generator.normal(size=(4, size[0] // 2, size[1] // 2, 5)).astype(np.float32)
+    results = []
+    for kind in (FastMaxPooling2D, keras.layers.MaxPooling2D):
+        maps = keras.Input((None, None, 5) if any_size else (*size, 5))
+        model = keras.Model(maps, kind(dtype=policy)(maps))
+
+        @tf.function(jit_compile=compiled)
+        def differentiate(model, maps):
+            with tf.GradientTape() as tape:
+                tape.watch(maps)
+                output = model(maps)
+                total = tf.reduce_sum(seeds * tf.cast(output, tf.float32))
+            return output, tape.gradient(total, maps)
+
+        results.append(differentiate(model, tf.constant(x)))
+    assert results[0][0].dtype == (tf.bfloat16 if policy == "mixed_bfloat16" else tf.float32)
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(tf.cast(one, tf.float32), tf.cast(other, tf.float32))
+    for n in range(4):  # the first window of each image and channel, by hand
+        for c in range(5):
+            gradient = np.zeros(4)
+            gradient[x[n, :2, :2, c].argmax()] = tf.cast(seeds[n, 0, 0, c], results[0][0].dtype)
+            np.testing.assert_array_equal(results[0][1][n, :2, :2, c], gradient.reshape(2, 2))
+
+
+def test_fast_pooling_is_where_xla_compiles():
+    def chosen(model, **options):
+        return [type(layer) is FastMaxPooling2D for layer in accelerate(model, "float32", **options).layers]
+
+    model = models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10)
+    assert sum(chosen(model, compiled=True)) == 3
+    assert sum(chosen(model)) == 0
+    images = keras.Input((12, 12, 3))
+    for options in ({"pool_size": 3}, {"strides": 1}, {"padding": "same"}):
+        x = keras.layers.MaxPooling2D(**options)(images)
+        x = keras.layers.Dense(10, name="logits")(keras.layers.GlobalMaxPooling2D()(x))
+        assert sum(chosen(keras.Model(images, x), compiled=True)) == 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (3, 5), (8, 8)], ids=str)

@@ -64,6 +64,19 @@ def test_whitening_is_near_identity_where_epsilon_is_small():
     np.testing.assert_allclose(found.T @ found / len(found), np.eye(12), atol=0.01)
 
 
+def test_whitening_does_not_leave_signs_to_lapack(monkeypatch):
+    images, kernels = smooth_images(), []
+    eigh = np.linalg.eigh
+    for signs in (1, np.resize([-1, 1, 1], 12)):
+        monkeypatch.setattr(np.linalg, "eigh", lambda x, signs=signs: (eigh(x)[0], eigh(x)[1] * signs))
+        model = fast.build(input_shape=(12, 12, 3), filters=(4,))
+        fast.whiten(model, images, MEAN, STD)
+        kernels.append(np.array(model.get_layer("whitening").kernel).reshape(12, 24))
+    np.testing.assert_array_equal(*kernels)
+    first = kernels[0][:, :12]
+    assert (np.take_along_axis(first, np.abs(first).argmax(0)[None], 0) > 0).all()
+
+
 def test_whitening_uses_images_from_all_over():
     """A folder's images are sorted by class: every second of 4,000, not the first 2,000."""
     images = np.concatenate(

@@ -100,7 +100,7 @@ def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5
     """Sets the layer "whitening" to the eigenvectors of the images' 2x2 patches, and freezes it.
 
     Filter i is eigenvector i of the patches' second moments over sqrt(eigenvalue + epsilon); the second half of
-    the filters are the first half's negatives. Some 2,000 images, from all over, are used.
+    the filters are the first half's negatives. The largest entry of an eigenvector is positive. Some 2,000 images, from all over, are used.
 
     Args:
         images: uint8 [n, height, width, channels]; mean, std: as the model's preprocessing has them.
@@ -109,15 +109,25 @@ def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5
     """
     if "whitening" not in (layer.name for layer in model.layers):
         raise ConfigError(f"whitening is True; allowed with the architecture {model.name}: False")
-    mean, std = 0.0 if mean is None else mean, 1.0 if std is None else std
+    shift = np.reshape(0.0 if mean is None else mean, (-1, 1, 1, 1))
+    scale = np.reshape(1.0 if std is None else std, (-1, 1, 1, 1))
+
+    def moments(part):
+        """Sums [4 * channels, 4 * channels] of products of the numbers of a patch: its pixels, and their channels."""
+        x = (part.transpose(3, 0, 1, 2).astype(np.float64, order="C") / 255 - shift) / scale
+        h, w = x.shape[2:]
+        pixels = [x[:, :, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1)]
+        patches = np.stack(pixels).reshape(4 * len(x), -1)
+        return patches @ patches.T
+
     images = images[:: max(1, len(images) // 2000)]  # a folder's images are sorted by class
-    x = (images.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
-    h, w = x.shape[1:3]
-    patches = np.stack([x[:, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1)], axis=3)
-    patches = patches.reshape(-1, 4 * x.shape[-1])
-    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
-    filters = vectors / np.sqrt(values + epsilon)
-    kernel = np.concatenate([filters, -filters], axis=1).reshape(2, 2, x.shape[-1], -1)
+    n, h, w, channels = images.shape
+    # Few images at a time stay in the cache.
+    total = sum(moments(images[i : i + 20]) for i in range(0, n, 20))
+    values, vectors = np.linalg.eigh(total / (n * (h - 1) * (w - 1)))
+    largest = vectors[np.abs(vectors).argmax(axis=0), range(len(vectors))]
+    filters = vectors * np.sign(largest) / np.sqrt(values + epsilon)  # or LAPACK would choose the signs
+    kernel = np.concatenate([filters, -filters], axis=1).reshape(2, 2, channels, -1)
     layer = model.get_layer("whitening")
     layer.kernel.assign(kernel)
     layer.trainable = False
