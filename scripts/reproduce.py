@@ -118,10 +118,15 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
 
 
 def commit() -> str:
-    """The checkout's commit, short; empty where there is none."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
+    """The checkout's commit, short, with "-modified" where the code is not quite it; empty where there is none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        modified = git("status", "--porcelain", "cifar10_trainer", "tuning", "scripts")
+        return git("rev-parse", "--short", "HEAD") + ("-modified" if modified else "")
     except FileNotFoundError:  # no git on this machine
         return ""
 

@@ -218,6 +218,30 @@ def test_a_record_gives_way_to_its_like_only(reproduce, tmp_path, monkeypatch):
     assert json.loads(path.read_text())["metrics"]["test_accuracy"] == 0.5
 
 
+def test_the_commit_of_a_record_says_where_the_code_is_another(reproduce, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert reproduce.commit() == ""
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+
+    code = tmp_path / "cifar10_trainer" / "twin.py"
+    code.parent.mkdir()
+    code.write_text("a")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    head = git("rev-parse", "--short", "HEAD").stdout.strip()
+    (tmp_path / "README.md").write_text("a table of results")
+    assert reproduce.commit() == head
+    code.write_text("b")
+    assert reproduce.commit() == f"{head}-modified"
+
+
 def test_choice_of_recipes(reproduce):
     flags = reproduce.FLAGS
     flags(["reproduce"])
