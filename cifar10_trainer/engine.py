@@ -177,6 +177,12 @@ class Engine:
             images,
             targets,
         )
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer) and self.replicas > 1:
+            # Keras looks for an overflow in the first replica's gradients only, before it adds up those of all.
+            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+            lost = tf.where(finite, 0.0, math.nan)
+            lost = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, lost)
+            gradients = [g + tf.cast(lost, g.dtype) for g in gradients]
         self.optimizer.apply(gradients, self.twin.trainable_variables)
         return others, loss, hits
 

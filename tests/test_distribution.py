@@ -86,6 +86,36 @@ def copies_differ(strategy, engine) -> float:
     return most
 
 
+def overflow(strategy, replica):
+    """After a step in float16 whose gradients are infinite on `replica`: whether weights changed, all finite; and the scale."""
+    import tensorflow as tf
+
+    from cifar10_trainer import models
+    from cifar10_trainer.engine import Engine
+
+    config = make_config(averaging__every=0, synchronize_batch_norm=False)
+    model = models.build(config, input_shape=(32, 32, 3), num_classes=10)
+    engine = Engine(
+        model, config, *pictures(64, 0), strategy=strategy, policy="mixed_float16", num_classes=10
+    )
+    engine.optimizer.dynamic_scale.assign(1024.0)
+    true_gradients = engine._gradients_of
+
+    def gradients_of(*arguments):
+        gradients, *rest = true_gradients(*arguments)
+        here = tf.distribute.get_replica_context().replica_id_in_sync_group
+        factor = tf.where(tf.equal(here, -1 if replica is None else replica), float("inf"), 1.0)
+        return [g * factor for g in gradients], *rest
+
+    engine._gradients_of = gradients_of
+    before = [v.numpy() for v in engine.twin.trainable_variables]
+    engine.train(1)
+    after = [v.numpy() for v in engine.twin.trainable_variables]
+    changed = any((a != b).any() for a, b in zip(before, after, strict=True))
+    finite = all(np.isfinite(a).all() for a in after)
+    return changed, finite, float(np.array(engine.optimizer.dynamic_scale))
+
+
 def logical_cpus(n):
     import tensorflow as tf
 
@@ -123,6 +153,7 @@ def replicas2(out):
     found["muon"], _ = run_engine(none, ONE_BY_ONE, changes=muon)
     found["muon, mirrored 2"], engine = run_engine(mirrored2, ONE_BY_ONE, changes=muon)
     found["copies of muon differ"] = copies_differ(mirrored2, engine)
+    found["overflows"] = [overflow(mirrored2, replica) for replica in (None, 0, 1)]
     Path(out).write_text(json.dumps(found))
 
 
@@ -308,6 +339,10 @@ def test_muon_under_replicas(found):
     assert one["losses"][0] != one["losses"][-1]
     np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-3)
     assert found["copies of muon differ"] == 0
+
+
+def test_an_overflow_on_any_replica_skips_the_step(found):
+    assert found["overflows"] == [[True, True, 1024.0], [False, True, 512.0], [False, True, 512.0]]
 
 
 def test_several_steps_a_call_under_replicas(found):
