@@ -267,7 +267,10 @@ class Engine:
         return (ends[i - 1] if i else 0), ends[i], sizes[i]
 
     def _epoch_of(self, epoch: int) -> tuple:
-        """(index int32 [steps, batch], numbers float32 [steps, batch, draws]) of an epoch; the next is made meanwhile."""
+        """(index int32 [steps, batch], numbers float32 [steps, batch, draws]) of an epoch.
+
+        The next is made meanwhile, in a thread.
+        """
         wanted = range(epoch, min(epoch + 2, -(-self.steps // self.steps_per_epoch)))
         self._epochs = {
             e: self._epochs.get(e) or self._background.submit(self._make_epoch, e) for e in wanted

@@ -160,14 +160,13 @@ class Muon(SGD):
         return {**super().get_config(), "kernel_momentum": self.kernel_momentum, "sgd_ratio": self.sgd_ratio}
 
 
-def orthogonal(matrices, batched: bool | None = None):
+def orthogonal(matrices):
     """Roughly the nearest matrices with singular values of one, of float32 matrices [m, n].
 
-    batched: whether all are one batch, in bfloat16, as a GPU likes it: small products take it longer to start than to
-    compute. They are padded with zeros, which stay zeros. None: on GPUs.
+    On a GPU all are one batch, in bfloat16 whatever the policy: small products take it longer to start than to
+    compute. They are padded with zeros, which stay zeros.
     """
-    batched = bool(tf.config.list_logical_devices("GPU")) if batched is None else batched
-    if not batched:
+    if not tf.config.list_logical_devices("GPU"):
         return [newton_schulz(unit(x)) for x in matrices]
     tall = [x if x.shape[0] >= x.shape[1] else tf.transpose(x) for x in matrices]
     rows, columns = (max(x.shape[i] for x in tall) for i in (0, 1))

@@ -1,7 +1,8 @@
 """The twin of a plain Keras model that the engine trains: the same variables and the same function, faster.
 
 Batch norm in one kernel each way, dropout from 16 random bits a number, leaky ReLUs within convolutions, gradients of
-small convolutions as matrix products, the compute dtype of the precision's policy, no softmax. What it has learned is copied to the plain model, which is what is saved.
+small convolutions as matrix products, max pooling in one pass each way under XLA, the compute dtype of the precision's
+policy, no softmax. What it has learned is copied to the plain model, which is what is saved.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5
     """Sets the layer "whitening" to the eigenvectors of the images' 2x2 patches, and freezes it.
 
     Filter i is eigenvector i of the patches' second moments over sqrt(eigenvalue + epsilon); the second half of
-    the filters are the first half's negatives. The largest entry of an eigenvector is positive. Some 2,000 images, from all over, are used.
+    the filters are the first half's negatives. The largest entry of an eigenvector is positive, so that the filters do
+    not depend on the machine where no two eigenvalues are equal. Some 2,000 images, from all over, are used.
 
     Args:
         images: uint8 [n, height, width, channels]; mean, std: as the model's preprocessing has them.
@@ -126,7 +127,7 @@ def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5
     total = sum(moments(images[i : i + 20]) for i in range(0, n, 20))
     values, vectors = np.linalg.eigh(total / (n * (h - 1) * (w - 1)))
     largest = vectors[np.abs(vectors).argmax(axis=0), range(len(vectors))]
-    filters = vectors * np.sign(largest) / np.sqrt(values + epsilon)  # or LAPACK would choose the signs
+    filters = vectors * np.sign(largest) / np.sqrt(values + epsilon)
     kernel = np.concatenate([filters, -filters], axis=1).reshape(2, 2, channels, -1)
     layer = model.get_layer("whitening")
     layer.kernel.assign(kernel)
