@@ -325,18 +325,20 @@ class Engine:
         """Takes up to `count` steps, and returns the mean loss and accuracy since `progress` was cleared.
 
         Stops before where the size of the images changes and, where XLA compiles the loop, at the end of an epoch.
-        Raises RunError where the loss is no number, and where memory runs out.
+        After the last step it takes none. Raises RunError where the loss is no number, and where memory runs out.
         """
+        if self.step >= self.steps:
+            return self.progress.logs()
         _, end, size = self._phase(self.step)
         batches: Iterator | tuple
-        if self.whole:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
-            end = min(end, self.step - first + self.steps_per_epoch)
-            batches = self._epoch_of(epoch)
-        else:
-            first, batches = self.step, self._batches(end, size)
-        count = min(count, end - self.step)
         try:
+            if self.whole:
+                epoch, first = divmod(self.step, self.steps_per_epoch)
+                end = min(end, self.step - first + self.steps_per_epoch)
+                batches = self._epoch_of(epoch)
+            else:
+                first, batches = self.step, self._batches(end, size)
+            count = min(count, end - self.step)
             loss, hits = self._graph(size)(batches, tf.constant(first), tf.constant(count))
         except tf.errors.ResourceExhaustedError as error:
             raise runtime.out_of_memory(error) from error

@@ -114,10 +114,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes the PNG file `path`, whole or not at all."""
+    """Writes the PNG file `path`, whole or not at all, and empties the figure."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, facecolor="white")
     write_atomic(path, png.getvalue())
+    figure.clear()  # its parts refer to one another: their memory would stay until the garbage collector comes by
 
 
 def style_axes(axes: Axes, title: str = "", grid: Literal["x", "both"] | None = None) -> None:
@@ -159,8 +160,23 @@ def _mosaic(images: np.ndarray, columns: int, gap: tuple[int, int]) -> np.ndarra
 
 def _show(axes: Axes, mosaic: np.ndarray, height: int) -> None:
     """Draws small images pixel by pixel, not blurred; larger ones are shrunk smoothly."""
-    # With an alpha given, Matplotlib resamples in float32, not in float64: 50 MB less.
-    axes.imshow(mosaic, interpolation="nearest" if height <= 64 else "auto", alpha=1)
+    if height <= 64:
+        _cells(axes, mosaic)
+    else:
+        # With an alpha given, Matplotlib resamples in float32, not in float64: 50 MB less.
+        axes.imshow(mosaic, alpha=1)
+
+
+def _cells(axes: Axes, values: np.ndarray, **style: Any) -> Any:
+    """Draws numbers [h, w] or pixels [h, w, 3], a square each, whose centres are whole numbers; y goes down.
+
+    The same picture as `imshow`, in half its time and without its floating-point copies of the whole figure.
+    """
+    edges = (np.arange(n + 1) - 0.5 for n in values.shape[1::-1])
+    drawn = axes.pcolormesh(*edges, values, antialiased=False, **style)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    return drawn
 
 
 def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: str | os.PathLike[str]) -> None:
@@ -333,7 +349,7 @@ def confusion_matrix(
     axes = figure.add_subplot()
     accuracy = np.trace(counts) / max(1, counts.sum())
     style_axes(axes, f"{counts.sum():,} {split} images, {accuracy:.2%} correct")
-    drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    drawn = _cells(axes, shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     if inches > 0.35:
         for (row, column), count in np.ndenumerate(counts):
             if count:

@@ -434,11 +434,11 @@ class _Run:
                 if caught:
                     self._interrupted(signals.caught or "a signal to another worker")
                 count = int(wanted)
-                before, start = engine.step, time.time()
+                before, start = engine.step, time.perf_counter()
                 self.callbacks.on_train_batch_begin(before - epoch * per_epoch)
                 logs = engine.train(min(count, end - before))
                 self.callbacks.on_train_batch_end(engine.step - 1 - epoch * per_epoch, logs)
-                done, spent = engine.step - before, time.time() - start
+                done, spent = engine.step - before, time.perf_counter() - start
                 self.images += done * self.config.batch_size
                 self.step_seconds += spent
                 # As many steps a call as fit the time: the results do not depend on it.

@@ -22,6 +22,7 @@ from cifar10_trainer.twin import (
     FastDropout,
     FastLeakyReLU,
     FastMaxPooling2D,
+    FastSiLU,
     FusedBatchNormalization,
     accelerate,
     kernel_gradient,
@@ -169,6 +170,41 @@ def test_fast_leaky_relu_is_leaky_relu(policy):
         np.testing.assert_array_equal(tf.cast(one, tf.float32), tf.cast(other, tf.float32))
     by_hand = np.where(x.numpy() > 0, 2, 0.2)
     np.testing.assert_allclose(results[0][1], by_hand, rtol=4e-3 if policy == "mixed_bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "near"), [("float32", 2e-6), ("mixed_bfloat16", 0.03), ("mixed_float16", 4e-3)]
+)
+def test_fast_silu_is_silu(policy, near):
+    """x s(x), whose slope is s + x s (1 - s); a result next to 5 is rounded by 0.016 in bfloat16, 0.002 in float16."""
+    values = [-80.0, -20.25, -5.0, -1.0, -0.125, -1e-30, 0.0, 1e-30, 0.125, 1.0, 5.0, 20.25, 80.0]
+    x = tf.Variable([values, values[::-1]])
+    images = keras.Input((13,))
+    model = keras.Model(images, FastSiLU("silu", dtype=policy)(images))
+
+    @tf.function
+    def differentiate():
+        with tf.GradientTape() as tape:
+            output = model(x)
+        return output, tape.gradient(output, x, 2 * tf.ones_like(output))
+
+    output, gradient = differentiate()
+    assert output.dtype == model.layers[-1].compute_dtype
+    s = 1 / (1 + np.exp(-x.numpy().astype(np.float64)))
+    np.testing.assert_allclose(tf.cast(output, tf.float32), x * s, rtol=near, atol=near)
+    np.testing.assert_allclose(gradient, 2 * (s + x * s * (1 - s)), atol=2 * near)
+    assert gradient[0, 6] == 1.0, "half of the two at 0, where y / x is not a number"
+
+
+def test_fast_silu_is_where_no_xla_compiles(monkeypatch):
+    def chosen(**options):
+        model = models.build(RECIPES["fast.94"], input_shape=(32, 32, 3), num_classes=10)
+        return sum(type(layer) is FastSiLU for layer in accelerate(model, "float32", **options).layers)
+
+    assert chosen() == chosen(any_size=True) == 7  # after the whitening and after each convolution
+    assert chosen(compiled=True) == 0
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: ["a GPU"])
+    assert chosen() == 0
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
@@ -799,6 +835,18 @@ def test_whole_steps_are_traced_once_for_each_size():
     for count in (1, 2, 1, 3, 1):
         engine.train(count)
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize("sizes", [(), (16, 20)], ids=str)
+@pytest.mark.parametrize("make", [make_engine, whole], ids=["plain", "whole"])
+def test_there_is_no_step_after_the_last(make, sizes):
+    engine = make(WHOLE.override(sizes=sizes, epochs=1))
+    while engine.step < engine.steps:
+        logs = engine.train(100)
+    weights = engine.twin.get_weights()
+    assert engine.train(100) == logs and engine.step == engine.steps
+    for v, w in zip(engine.twin.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(v, w)
 
 
 def test_what_xla_cannot_compile_stays_outside():
