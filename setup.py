@@ -21,7 +21,7 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "keras-tuner>=1.4.8",
         "numpy",
-        "matplotlib",
+        "matplotlib>=3.7",
         "scikit-learn",
         "absl-py",
         "pillow",  # reads the image files that users have; matplotlib needs it anyway

@@ -172,11 +172,9 @@ def test_fast_leaky_relu_is_leaky_relu(policy):
     np.testing.assert_allclose(results[0][1], by_hand, rtol=4e-3 if policy == "mixed_bfloat16" else 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("policy", "near"), [("float32", 2e-6), ("mixed_bfloat16", 0.03), ("mixed_float16", 4e-3)]
-)
+@pytest.mark.parametrize(("policy", "near"), [("float32", 2e-6), ("mixed_bfloat16", 0.03)])
 def test_fast_silu_is_silu(policy, near):
-    """x s(x), whose slope is s + x s (1 - s); a result next to 5 is rounded by 0.016 in bfloat16, 0.002 in float16."""
+    """x s(x), whose slope is s + x s (1 - s); a result next to 5 is rounded by 0.016 in bfloat16."""
     values = [-80.0, -20.25, -5.0, -1.0, -0.125, -1e-30, 0.0, 1e-30, 0.125, 1.0, 5.0, 20.25, 80.0]
     x = tf.Variable([values, values[::-1]])
     images = keras.Input((13,))
@@ -196,13 +194,13 @@ def test_fast_silu_is_silu(policy, near):
     assert gradient[0, 6] == 1.0, "half of the two at 0, where y / x is not a number"
 
 
-def test_fast_silu_is_where_no_xla_compiles(monkeypatch):
-    def chosen(**options):
+def test_fast_silu_is_on_a_cpu_without_xla(monkeypatch):
+    def chosen(policy="float32", **options):
         model = models.build(RECIPES["fast.94"], input_shape=(32, 32, 3), num_classes=10)
-        return sum(type(layer) is FastSiLU for layer in accelerate(model, "float32", **options).layers)
+        return sum(type(layer) is FastSiLU for layer in accelerate(model, policy, **options).layers)
 
     assert chosen() == chosen(any_size=True) == 7  # after the whitening and after each convolution
-    assert chosen(compiled=True) == 0
+    assert chosen(compiled=True) == chosen("mixed_float16") == 0
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: ["a GPU"])
     assert chosen() == 0
 

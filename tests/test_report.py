@@ -165,6 +165,7 @@ def test_cells_are_drawn_as_imshow_draws_them(tmp_path):
         draw(axes, mosaic)
         axes.set_axis_off()
         report.save_figure(figure, tmp_path / name)
+        assert not figure.axes, "the figure is emptied"
     differs = (pixels(tmp_path / "cells") != pixels(tmp_path / "imshow")).any(axis=-1)
     assert differs.mean() < 0.005  # one line of 375
 
