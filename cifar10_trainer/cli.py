@@ -22,7 +22,8 @@ def define_common(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("debug", False, "show the traceback of an error", flag_values=flag_values)
 
 
-# Keras and TensorFlow import these, where they are installed, for wrappers, plots and notebooks that no command uses: a second of start-up.
+# Keras and TensorFlow import these, where they are installed, for wrappers, plots and notebooks that no command uses:
+# a second of start-up.
 SPARED = ("matplotlib", "sklearn", "scipy", "IPython")
 
 

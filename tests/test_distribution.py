@@ -44,18 +44,23 @@ def pictures(n, seed):
     return generator.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 10
 
 
-def run_engine(strategy, calls=(STEPS,), **options):
-    """Losses after each call, the trained engine, and what it finds in evaluation."""
+def make_engine(strategy, changes, policy="float32", **options):
+    """An engine on 64 pictures for `make_config` with `changes`, the same whenever it is made."""
     from cifar10_trainer import models, runtime
     from cifar10_trainer.engine import Engine
 
-    config = make_config(**options.pop("changes", {}))
+    config = make_config(**changes)
     runtime.seed_everything(0)
     half = (0.5,) * 3
     model = models.build(config, input_shape=(32, 32, 3), num_classes=10, mean=half, std=half)
-    engine = Engine(
-        model, config, *pictures(64, 0), strategy=strategy, policy="float32", num_classes=10, **options
+    return Engine(
+        model, config, *pictures(64, 0), strategy=strategy, policy=policy, num_classes=10, **options
     )
+
+
+def run_engine(strategy, calls=(STEPS,), **options):
+    """Losses after each call, the trained engine, and what it finds in evaluation."""
+    engine = make_engine(strategy, options.pop("changes", {}), **options)
     losses = []
     for count in calls:
         losses.append(engine.train(count)["loss"])
@@ -90,14 +95,8 @@ def overflow(strategy, replica):
     """After a step in float16 whose gradients are infinite on `replica`: whether weights changed, all finite; and the scale."""
     import tensorflow as tf
 
-    from cifar10_trainer import models
-    from cifar10_trainer.engine import Engine
-
-    config = make_config(averaging__every=0, synchronize_batch_norm=False)
-    model = models.build(config, input_shape=(32, 32, 3), num_classes=10)
-    engine = Engine(
-        model, config, *pictures(64, 0), strategy=strategy, policy="mixed_float16", num_classes=10
-    )
+    changes = {"averaging__every": 0, "synchronize_batch_norm": False}
+    engine = make_engine(strategy, changes, "mixed_float16")
     engine.optimizer.dynamic_scale.assign(1024.0)
     true_gradients = engine._gradients_of
 
