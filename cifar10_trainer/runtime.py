@@ -149,9 +149,10 @@ def describe() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(
-            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")), processor
-        )
+        known = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+        processor = known.get("model name", processor)
+        if {"cpu family", "model"} <= set(known):  # a virtual machine's name for it tells the maker only
+            processor += f" (family {known['cpu family']}, model {known['model']})"
     except OSError:
         pass
     # Of this process: `taskset` may leave it fewer than the machine has.

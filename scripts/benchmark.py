@@ -6,6 +6,7 @@
     python scripts/benchmark.py --gpu             # those for a machine with a GPU, under eight minutes
     python scripts/benchmark.py --gpu --airbench=PATH    # airbench's own scripts, too, from its checkout
     python scripts/benchmark.py --gpu gpu_96      # the recipe for 95-96%, too long for the eight minutes
+    python scripts/benchmark.py --record=results/benchmark-xeon.json step    # another machine's record, not the README's
 
 The rules of the clock:
 - What is compared runs in turn, A B A B, in one process or each in its own, after a round that does not count; a number
@@ -65,6 +66,9 @@ flags.DEFINE_integer(
 )  # fmt: skip
 flags.DEFINE_string("data_dir", None, "where CIFAR-10 is", flag_values=FLAGS)
 flags.DEFINE_string("airbench", None, "with --gpu: the folder of airbench's checkout", flag_values=FLAGS)
+flags.DEFINE_string(
+    "record", None, "where the numbers go; default: results/benchmark.json, which the README shows", flag_values=FLAGS
+)  # fmt: skip
 
 TUTORIAL, OURS = "tutorial 4, its own code", "this project"
 
@@ -460,16 +464,31 @@ def bars(record: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The record at `path`, empty where there is none yet. Raises ConfigError where something else is."""
+    if not path.exists():
+        return {"sections": {}}
+    try:
+        record = json.loads(path.read_text())
+        return {**record, "sections": {**record["sections"]}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"record is {path}, which is none; allowed: a new file, or one of this command's"
+        ) from error
+
+
 def keep(name: str, found: dict[str, Any]) -> None:
-    """Puts a section's numbers, with when, where and by what they were made, into the record and the README."""
+    """Puts a section's numbers, with when, where and by what they were made, into the record; that of the README, there, too."""
     from cifar10_trainer import report, runtime
 
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"sections": {}}
+    path = Path(FLAGS.record or RECORD)
+    record = read(path)
     words = [f"XLA_FLAGS={v!r}" for v in [os.environ.get("XLA_FLAGS")] if v and FLAGS.gpu]
     words += ["python scripts/benchmark.py", name]
     words += [f"--{n}" for n in ("gpu", "quick") if FLAGS[n].value]
     words += [f"--seeds={FLAGS.seeds}"] if FLAGS.seeds else []
     words += ["--airbench=PATH"] if FLAGS.airbench else []
+    words += [f"--record={FLAGS.record}"] if FLAGS.record else []
     record["sections"][name] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": reproduce.commit(),
@@ -478,7 +497,9 @@ def keep(name: str, found: dict[str, Any]) -> None:
         "environment": runtime.describe(),
         **found,
     }
-    report.write_atomic(RECORD, json.dumps(record, indent=1) + "\n")
+    report.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    if FLAGS.record:
+        return
     reproduce.rewrite(ROOT / "README.md", "benchmark", table(record))
     if name in ("step", "loader"):
         bars(record, FIGURE)
@@ -507,6 +528,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"airbench is {FLAGS.airbench}; allowed with --gpu only")
     if not (ROOT / "README.md").exists():
         raise ConfigError("the benchmark runs in a checkout; its README.md is not there")
+    read(Path(FLAGS.record or RECORD))  # not only when all is measured
     cli.import_tensorflow()
     import tensorflow as tf
 

@@ -532,12 +532,14 @@ def command(*argv):
         (["--gpu"], "gpu is True, but TensorFlow sees no GPU; allowed: on a machine with one"),
         (["--gpu", "step"], "unknown section 'step'; allowed: gpu_step, gpu_94, gpu_airbench, gpu_96"),
         (["--nogpu", "--airbench=x"], "airbench is x; allowed with --gpu only"),
+        ([f"--record={ROOT}/README.md", "step"], "record is .*README.md, which is none; allowed: a new file"),
+        ([f"--record={ROOT}/docs", "step"], "record is .*docs, which is none; allowed: a new file"),
     ],
 )
 def test_wrong_usage_is_one_line(argv, message, capsys):
     assert not tf.config.list_physical_devices("GPU")
     benchmark.FLAGS.unparse_flags()
-    for name in ("gpu", "airbench"):
+    for name in ("gpu", "airbench", "record"):
         benchmark.FLAGS[name].unparse()
     assert command(*argv) == 2
     said = capsys.readouterr().err
@@ -552,7 +554,7 @@ def documents(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "RECORD", tmp_path / "results" / "benchmark.json")
     monkeypatch.setattr(benchmark, "FIGURE", tmp_path / "docs" / "benchmark.png")
     monkeypatch.setattr(clock, "others_share", lambda: 0.0)
-    for name in ("gpu", "airbench", "quick", "seeds"):
+    for name in ("gpu", "airbench", "quick", "seeds", "record"):
         benchmark.FLAGS[name].unparse()
     return tmp_path
 
@@ -594,6 +596,19 @@ def test_a_section_does_not_relabel_the_others(documents, monkeypatch):
     assert re.fullmatch(r"step: .*; 2030-01-01, with --quick\.", quick)
     assert re.fullmatch(r"loader: .*; 2031-02-02, beside other work\.", whole)
     assert benchmark.FIGURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_machines_record_is_not_the_readmes(documents, monkeypatch):
+    monkeypatch.setitem(benchmark.SECTIONS, "step", section_of("step", 2.5))
+    monkeypatch.setitem(benchmark.SECTIONS, "loader", section_of("loader", 7.0))
+    before, path = (documents / "README.md").read_text(), documents / "other.json"
+    assert command(f"--record={path}", "step") == 0
+    assert command("loader") == 0
+    sections = json.loads(path.read_text())["sections"]
+    assert set(sections) == {"step", "loader"}
+    assert sections["step"]["command"] == f"python scripts/benchmark.py step --record={path}"
+    assert not benchmark.RECORD.exists() and not benchmark.FIGURE.exists()
+    assert (documents / "README.md").read_text() == before
 
 
 def test_quick_leaves_out_what_takes_whole_trainings(documents, monkeypatch):

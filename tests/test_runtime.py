@@ -319,6 +319,8 @@ def test_describe_names_processor_and_gpus(devices, proc):
     record = runtime.describe()
     assert record["gpus"] == "Fast GPU, Fast GPU"
     assert record["processor"].startswith("Fast CPU, ")
+    proc({"cpuinfo": "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Fast CPU\n"})
+    assert runtime.describe()["processor"].startswith("Fast CPU (family 25, model 17), ")
 
 
 def test_describe_elsewhere(devices, proc):
