@@ -182,18 +182,19 @@ class RandomCutout(RandomLayer):
 
     def transform(self, images, numbers):
         _, height, width, _ = images.shape
-        inside = self.covered(height, width, numbers)[..., None]
+        rows, columns = self.bands(height, width, numbers)
+        inside = rows[:, :, None, None] & columns[:, None, :, None]
         return tf.where(inside, tf.constant(GREY, images.dtype), images)
 
-    def covered(self, height, width, numbers):
-        """bool [batch, height, width]: the pixels that are blanked."""
+    def bands(self, height, width, numbers):
+        """bool [batch, height] and [batch, width]: the rows and the columns that the square covers."""
 
         def band(side, number):
             first = tf.cast(tf.floor(number * side), tf.int32) - self.size // 2
             offset = tf.range(side)[None] - first
             return (offset >= 0) & (offset < self.size)
 
-        return band(height, numbers[:, :1])[:, :, None] & band(width, numbers[:, 1:2])[:, None, :]
+        return band(height, numbers[:, :1]), band(width, numbers[:, 1:2])
 
     def get_config(self):
         return {**super().get_config(), "size": self.size}
@@ -223,8 +224,12 @@ def fetch(table, index, layers, numbers):
     if moves or cutout:
         pixel = _moved_pixels(table, index, layers[:moves], parts[:moves])
         if cutout:
-            covered = layers[moves].covered(*table.shape[1:3], parts[moves])
-            pixel = tf.where(covered, _pixels(table, pixel.dtype) - 1, pixel)
+            grey = _pixels(table, pixel.dtype) - 1  # the last
+            rows, columns = (
+                tf.where(band, grey, 0) for band in layers[moves].bands(*table.shape[1:3], parts[moves])
+            )
+            # Takes two thirds of the time of a `tf.where` over all pixels.
+            pixel = tf.maximum(pixel, tf.minimum(rows[:, :, None], columns[:, None, :]))
             moves += 1
         # gather_nd copies pixels in two thirds of the time that gather takes.
         images = tf.gather_nd(tf.reshape(table, [-1, table.shape[-1]]), pixel[..., None])

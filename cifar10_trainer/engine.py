@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from . import augment, models, optim, runtime
 from .config import Config
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .models import fast
 from .pipeline import Fetcher, Order, index_data, plain, training_data, tuned_by_hand
 from .twin import accelerate, check_sizes
@@ -75,6 +75,10 @@ class Engine:
         side = images.shape[1]
         self.sizes = tuple(round(side * size / config.sizes[-1]) for size in config.sizes)
         if self.sizes:
+            if side != images.shape[2]:
+                raise ConfigError(
+                    f"sizes is {config.sizes}, but images are {side}x{images.shape[2]}; allowed: () for them as they are"
+                )
             check_sizes(model, self.sizes)
         layers = augment.layers_of(config.augmentation)
         for layer in layers:

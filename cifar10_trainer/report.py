@@ -8,13 +8,14 @@ training writes `history.csv` long before there is anything to draw. Files appea
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import html
 import io
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,20 +54,30 @@ MAX_CLASSES_SHOWN = 100  # in sample_images; more would be too small to see
 # ---- files -----------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes `content` (text as UTF-8) to `path`, whole or not at all. Makes the folder. Raises RunError."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write to; in the end it becomes `path`, whole or not at all. Makes the folder.
+
+    It ends as `path` does, since formats are told by that. Raises RunError where it cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(
-            f"cannot write {path}: {error.strerror}; make room or choose another folder"
+            f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes `content` (text as UTF-8) to `path`, whole or not at all. Makes the folder. Raises RunError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_history(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import io
 import json
 import os
 import shutil
@@ -326,14 +325,8 @@ def _damaged(workdir: Path, error: Exception) -> str:
 
 def _write_model(model: keras.Model, path: Path) -> None:
     """Saves `model` in the format that the name of `path` ends in, whole or not at all. Raises RunError."""
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with report.replacing(path) as temporary:
         model.save(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error}; make room or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Run:
@@ -351,7 +344,8 @@ class _Run:
         self._memories: list[dict[str, Any]] = []  # of callbacks, from before this process
         self._since = since  # the clock of this process's part of the run
         self._began = self._saved = time.time()  # the loop, in this process; the last save
-        self._before = {"seconds": 0.0, "elapsed": 0.0}  # of earlier processes
+        self._before = {"seconds": 0.0, "elapsed": 0.0, "epoch_seconds": 0.0}  # of earlier processes
+        self._epoch_began = 0.0
         # The callbacks' model shares the plain model's layers, so that an optimizer attached to it is not saved.
         self._face = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
         self._face.optimizer = engine.optimizer
@@ -426,7 +420,8 @@ class _Run:
         while engine.step < engine.steps and not self._face.stop_training:
             epoch = engine.step // per_epoch
             end = min((epoch + 1) * per_epoch, engine.steps)
-            began = time.time()
+            self._epoch_began = time.time() - self._before["epoch_seconds"]
+            self._before["epoch_seconds"] = 0.0
             self.callbacks.on_epoch_begin(epoch)
             while engine.step < end:
                 # All workers of a cluster take as many steps a call, and stop together.
@@ -443,14 +438,16 @@ class _Run:
                 self.step_seconds += spent
                 # As many steps a call as fit the time: the results do not depend on it.
                 count = int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * count, 1024)))
-            self._end_epoch(epoch, validation, began)
+            self._end_epoch(epoch, validation)
         self.callbacks.on_train_end()
         if self.best_epoch is None:
             self.best_epoch = self.history[-1]["epoch"]
             self._save_model()
+        if self.chief:
+            self.save()  # what comes now may be interrupted, too, and the training be kept
         runtime.mean_over_workers(engine.strategy, 0)  # now the chief has saved the model
 
-    def _end_epoch(self, epoch, validation, began) -> None:
+    def _end_epoch(self, epoch, validation) -> None:
         engine, logs = self.engine, dict(self.engine.progress.logs())
         last = engine.step >= engine.steps
         rate = float(np.asarray(engine.optimizer.learning_rate))
@@ -463,7 +460,8 @@ class _Run:
             "epoch": epoch + 1,
             **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")},
         }
-        self.history.append({**row, "learning_rate": rate, "seconds": round(time.time() - began, 3)})
+        seconds = round(time.time() - self._epoch_began, 3)
+        self.history.append({**row, "learning_rate": rate, "seconds": seconds})
         engine.export()
         reached = logs.get("val_accuracy")
         if reached is not None:
@@ -476,9 +474,8 @@ class _Run:
         engine.progress = Progress()
         if self.chief:
             report.write_history(self.workdir / "history.csv", self.history)
-            # An epoch that ends the run is not to be gone on from.
-            goes_on = not last and not self._face.stop_training
-            if goes_on and time.time() - self._saved > SAVE_SECONDS:
+            ends = last or self._face.stop_training  # then `loop` saves
+            if not ends and time.time() - self._saved > SAVE_SECONDS:
                 self.save()
 
     def _interrupted(self, by: str) -> None:
@@ -500,6 +497,7 @@ class _Run:
 
     def save(self) -> None:
         """Writes all that the rest of the run depends on: variables, step, callbacks, history."""
+        within = self.engine.step % self.engine.steps_per_epoch  # an epoch
         meta = {
             "data": self.fingerprint,
             "environment": self._environment(),
@@ -511,13 +509,14 @@ class _Run:
             "step_seconds": self.step_seconds,
             "seconds": self.seconds(),
             "elapsed": self.elapsed(),
+            "epoch_seconds": time.time() - self._epoch_began if within else 0.0,
+            "stopped": self._face.stop_training and not within,
             "callbacks": [
                 {k: v for k, v in vars(c).items() if k in REMEMBERED} for c in self._recipe_callbacks
             ],
         }
-        content = io.BytesIO()
-        np.savez(content, meta=np.array(json.dumps(meta)), **self.engine.state())
-        report.write_atomic(self.workdir / "state.npz", content.getvalue())
+        with report.replacing(self.workdir / "state.npz") as temporary:
+            np.savez(temporary, meta=np.array(json.dumps(meta)), **self.engine.state())
         self._saved = time.time()
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
@@ -529,7 +528,8 @@ class _Run:
             self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
             self.target = meta["target"] and tuple(meta["target"])
             self.images, self.step_seconds = meta["images"], meta["step_seconds"]
-            self._before = {"seconds": meta["seconds"], "elapsed": meta["elapsed"]}
+            self._before = {name: meta[name] for name in self._before}
+            self._face.stop_training = meta["stopped"]
             self._memories = meta["callbacks"]
         except (KeyError, ValueError, TypeError) as error:
             raise RunError(_damaged(self.workdir, error)) from error
@@ -547,6 +547,7 @@ class _Run:
             self.engine.restore(arrays)
         except (KeyError, ValueError) as error:
             raise RunError(_damaged(self.workdir, error)) from error
+        self.engine.export()
 
     def _environment(self) -> dict[str, str | int]:
         """What "auto" and the machine decide, and results depend on."""

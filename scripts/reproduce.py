@@ -81,9 +81,13 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
 
     try:
         config, metrics = (json.loads((workdir / f"{n}.json").read_text()) for n in ("config", "metrics"))
+        ran = Config.from_record(dict(config))
     except OSError as error:
         raise RunError(f"{workdir} holds no finished run: {error.strerror}: {error.filename}") from error
-    ran = Config.from_record(config)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{workdir} holds a damaged run ({error}); allowed: one that is whole") from error
+    if ran.recipe not in RECIPES:
+        raise unknown("recipe", ran.recipe, RECIPES)
     free = {name: getattr(ran, name) for name in FREE}
     recipe = RECIPES[ran.recipe].override(**free).to_dict()
     different = [key for key, value in ran.to_dict().items() if recipe[key] != value]
@@ -330,8 +334,8 @@ def run(name: str, seed: int, epochs: float | None) -> None:
     if not (workdir / "metrics.json").exists():
         command = [sys.executable, "-m", "cifar10_trainer", f"--recipe={name}", f"--seed={seed}"]
         command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
-        if FLAGS.data_dir:
-            command.append(f"--data_dir={FLAGS.data_dir}")
+        if FLAGS.data_dir and config.dataset != "digits":  # those are embedded
+            command.append(f"--data_dir={Path(FLAGS.data_dir).absolute()}")
         if subprocess.run(command, check=False, cwd=ROOT).returncode:
             raise RunError(f"{name} with seed {seed} did not end well; its own line above says why")
     shown = f"python scripts/reproduce.py {name}"

@@ -626,6 +626,18 @@ def test_sizes_that_the_network_does_not_take(config, reason):
     assert "\n" not in str(info.value)
 
 
+def test_sizes_of_images_that_are_not_square():
+    images, labels = pictures(64)
+    config = FAST.override(sizes=(24, 32))
+    with pytest.raises(
+        ConfigError, match=r"sizes is \(24, 32\), but images are 32x28; allowed: \(\) for them"
+    ):
+        Engine(
+            plain_model(FAST, images), config, images[:, :, :28], labels, policy="float32", num_classes=10,
+            strategy=tf.distribute.get_strategy(),
+        )  # fmt: skip
+
+
 def test_pflop_by_hand():
     """fast with filters (4, 8) on 32x32: the maps are 31, 31 -> 15, 15 -> 7; on 20x20: 19 -> 9 -> 4."""
 

@@ -196,6 +196,46 @@ def test_keep_refuses_an_unfinished_run(reproduce, tmp_path):
         reproduce.keep(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ('{"recipe": "search.best"}', (ConfigError, "unknown recipe 'search.best'; allowed: ")),
+        ('{"recipe": "fast.85", "epo', (RunError, "holds a damaged run")),
+        ('{"recipe": "fast.85", "epochs": -1}', (RunError, "holds a damaged run")),
+        ("[1]", (RunError, "holds a damaged run")),
+    ],
+)
+def test_keep_refuses_what_it_does_not_know(reproduce, tmp_path, config, error):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "metrics.json").write_text("{}")
+    kind, message = error
+    with pytest.raises(kind, match=message) as info:
+        reproduce.keep(tmp_path)
+    assert "\n" not in str(info.value)
+
+
+def test_images_are_given_to_what_takes_them(reproduce, tmp_path, monkeypatch):
+    """The embedded digits are nowhere else; and where the images are does not depend on where a command runs."""
+    ran = []
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "records")
+    monkeypatch.setattr(reproduce, "keep", lambda *_: tmp_path / "record.json")
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: ran.append(words) or _Done())
+    monkeypatch.setattr(reproduce, "commit", lambda: "aaaaaaa")
+    reproduce.FLAGS(["reproduce", "--data_dir=images"])
+    for name in ("fast.digits", "fast.85"):
+        reproduce.run(name, 0, None)
+    reproduce.FLAGS.unparse_flags()
+    reproduce.FLAGS["data_dir"].unparse()
+    digits, own = ran
+    assert not any("data_dir" in word for word in digits)
+    assert f"--data_dir={Path('images').absolute()}" in own
+
+
+class _Done:
+    returncode = 0
+
+
 def test_a_record_gives_way_to_its_like_only(reproduce, tmp_path, monkeypatch):
     record = json.loads((ROOT / "results" / "runs" / "fast.85-3-0.json").read_text())
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "records")

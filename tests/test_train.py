@@ -591,6 +591,37 @@ def test_a_run_killed_after_early_stopping_does_not_train_on(tmp_path, digits, m
     assert len(read_history(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("fraction", [0.1, None])
+def test_a_run_interrupted_while_it_is_scored_does_not_train_again(tmp_path, digits, monkeypatch, fraction):
+    config = TINY.override(epochs=1.5, validation_fraction=fraction)
+    expected = train_quietly(config, tmp_path / "whole", digits)
+    workdir = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_score", lambda *_: send(signal.SIGINT)())
+        with pytest.raises(KeyboardInterrupt):
+            train_quietly(config, workdir, digits)
+    rows = read_history(workdir)
+    monkeypatch.setattr(Engine, "train", lambda *_: pytest.fail("trained"))
+    found = train_quietly(config, workdir, digits)
+    assert read_history(workdir) == rows and len(rows) == 2
+    assert_same_weights(saved_weights(workdir), saved_weights(tmp_path / "whole"))
+    for name in ("epochs", "best_epoch", "best_val_accuracy", "test_loss", "test_accuracy", "pflop"):
+        assert found[name] == expected[name]
+    assert not (workdir / "state.npz").exists()
+
+
+def test_seconds_of_an_epoch_include_those_before_an_interruption(tmp_path, digits, step_by_step):
+    def slowly():
+        time.sleep(3)
+        send(signal.SIGINT)()
+
+    with pytest.raises(RunError, match="at step 18 "):
+        train_quietly(TINY.override(epochs=3), tmp_path, digits, callbacks=[At(18, slowly)])
+    train_quietly(TINY.override(epochs=3), tmp_path, digits)
+    _, second, third = (row["seconds"] for row in read_history(tmp_path))
+    assert second > 3 > third
+
+
 def test_a_callback_may_stop_the_run(tmp_path, digits):
     def stop(epoch, logs):
         callback.model.stop_training = epoch == 0
