@@ -118,13 +118,19 @@ def choose_precision(requested: str) -> tuple[str, str]:
 
 def cpu_flags() -> set[str]:
     """The processor's feature flags, as Linux tells them; empty elsewhere."""
+    return set(_cpu().get("flags", "").split())
+
+
+def _cpu() -> dict[str, str]:
+    """What Linux tells of the first processor, by the names it has there; empty elsewhere."""
+    found: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return set()
+    return found
 
 
 def process_start() -> float:
@@ -146,15 +152,10 @@ def describe() -> dict[str, str]:
     """Versions and hardware, for a run's record."""
     import numpy as np
 
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        known = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-        processor = known.get("model name", processor)
-        if {"cpu family", "model"} <= set(known):  # a virtual machine's name for it tells the maker only
-            processor += f" (family {known['cpu family']}, model {known['model']})"
-    except OSError:
-        pass
+    cpu = _cpu()
+    processor = cpu.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= set(cpu):  # a virtual machine's name for it tells the maker only
+        processor += f" (family {cpu['cpu family']}, model {cpu['model']})"
     # Of this process: `taskset` may leave it fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = tf.config.list_physical_devices("GPU")

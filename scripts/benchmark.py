@@ -470,8 +470,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"sections": {}}
     try:
-        record = json.loads(path.read_text())
-        return {**record, "sections": {**record["sections"]}}
+        return {"sections": dict(json.loads(path.read_text())["sections"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"record is {path}, which is none; allowed: a new file, or one of this command's"

@@ -220,7 +220,8 @@ def test_images_are_given_to_what_takes_them(reproduce, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "records")
     monkeypatch.setattr(reproduce, "keep", lambda *_: tmp_path / "record.json")
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: ran.append(words) or _Done())
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: ran.append(words) or done)
     monkeypatch.setattr(reproduce, "commit", lambda: "aaaaaaa")
     reproduce.FLAGS(["reproduce", "--data_dir=images"])
     for name in ("fast.digits", "fast.85"):
@@ -230,10 +231,6 @@ def test_images_are_given_to_what_takes_them(reproduce, tmp_path, monkeypatch):
     digits, own = ran
     assert not any("data_dir" in word for word in digits)
     assert f"--data_dir={Path('images').absolute()}" in own
-
-
-class _Done:
-    returncode = 0
 
 
 def test_a_record_gives_way_to_its_like_only(reproduce, tmp_path, monkeypatch):
