@@ -1,0 +1,210 @@
+"""Shows that a change to the code changes no result: digests of a dozen small runs, equal to the byte.
+
+    python scripts/freeze.py --out=before.json        # before the change
+    python scripts/freeze.py --compare=before.json    # after it
+    python scripts/freeze.py digits folds             # only these runs
+
+Each run is a process of the commands that users call, on the embedded digits, offline. A digest covers the final
+weights, the history without its seconds, and the scores and first probabilities that `evaluate` prints. Digests depend
+on the processor, the number of its cores and the library versions, so both files must come from one machine, and from
+the same Python environment. All runs together take about four minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from cifar10_trainer import ConfigError, RunError, cli
+from cifar10_trainer.errors import unknown
+
+FLAGS = flags.FlagValues()
+cli.define_common(FLAGS)
+flags.DEFINE_string("out", None, "write the digests to this JSON file", flag_values=FLAGS)
+flags.DEFINE_string("compare", None, "compare with the digests in this JSON file", flag_values=FLAGS)
+
+MIXUP = [
+    "--recipe=vgg.3_dropout", "--epochs=1.5", "--batch_size=64", "--set", "options.filters=[8,16]",
+    "--set", "augmentation.mixup=0.3", "--set", "augmentation.flip=random",
+]  # fmt: skip
+FAST = [
+    "--recipe=fast.94", "--batch_size=96", "--set", "options.filters=[16,32,32]", "--validation_fraction=0.2",
+    "--set", "augmentation.cutout=6",
+]  # fmt: skip
+CUTMIX = [
+    "--recipe=practical.augmented_plateau", "--epochs=4", "--batch_size=64", "--set", "options.filters=[8,16,16]",
+    "--set", "options.dense=[32]", "--set", "augmentation.cutmix=1", "--set", "schedule.patience=1",
+]  # fmt: skip
+LEAKY = [
+    "--recipe=leaky.early_stopping", "--epochs=3", "--batch_size=64", "--set", "options.blocks=[[8,8],[16,16]]",
+    "--set", "options.dropout=[0.2,0.3]", "--set", "optimizer.name=adamw", "--set", "optimizer.weight_decay=0.01",
+    "--set", "early_stopping=1",
+]  # fmt: skip
+
+# name -> flags of `python -m cifar10_trainer`, besides data set and folder
+RUNS: dict[str, list[str]] = {
+    "digits": ["--epochs=3"],
+    "digits-float32": ["--epochs=3", "--precision=float32", "--seed=1"],
+    "vgg-mixup": [*MIXUP, "--precision=mixed_bfloat16"],
+    "vgg-mixup-float32": [*MIXUP, "--precision=float32"],
+    "fast": [*FAST, "--epochs=6", "--precision=mixed_bfloat16"],
+    "fast-float32": [*FAST, "--epochs=2", "--precision=float32"],
+    "leaky-adamw": [*LEAKY, "--precision=float32"],
+    "practical-cutmix": [*CUTMIX, "--precision=float32"],
+    "final-fit": ["--epochs=2", "--final_fit", "--hdf5", "--set", "optimizer.clip_norm=1"],
+    "mirrored-2": ["--epochs=2", "--strategy=mirrored", "--precision=float32"],
+    "mirrored-2-sync": [*FAST, "--epochs=2", "--strategy=mirrored", "--sync_batch_norm"],
+}
+# Two logical CPU devices have to be there before anything else starts TensorFlow.
+TWO_DEVICES = (
+    "import sys, tensorflow as tf; cpu = tf.config.list_physical_devices('CPU')[0];"
+    "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2);"
+    "from cifar10_trainer.__main__ import command; sys.exit(command())"
+)
+OTHERS = ("resumed", "folds", "search")
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def run(*words: str, status: int = 0) -> str:
+    """What a Python command prints. Raises RunError where it ends with another status."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    if done.returncode != status:
+        raise RunError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def history_of(folder: Path) -> str:
+    """history.csv without its seconds."""
+    with open(folder / "history.csv", newline="") as file:
+        return json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)])
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """The digests of a finished run in `folder`."""
+    import keras
+
+    model = keras.models.load_model(folder / "model.keras", compile=False)
+    weights = b"".join(w.tobytes() for w in model.get_weights())
+    words = ("-m", "cifar10_trainer.evaluate", f"--workdir={folder}", "--json", "--show=50")
+    scores = json.loads(run(*words))
+    scores.pop("model")
+    return {
+        "weights": digest(weights),
+        "history": digest(history_of(folder).encode()),
+        "scores": digest(json.dumps(scores).encode()),
+    }
+
+
+def train(name: str, folder: Path) -> dict[str, str]:
+    where = ("--dataset=digits", f"--workdir={folder}")
+    start = ("-c", TWO_DEVICES) if name.startswith("mirrored-2") else ("-m", "cifar10_trainer")
+    run(*start, *RUNS[name], *where)
+    return digests_of(folder)
+
+
+def resumed(folder: Path) -> dict[str, str]:
+    """The run `fast`, ended by SIGTERM as soon as it trains, and resumed. Its digests must be those of `fast`."""
+    words = ["-m", "cifar10_trainer", *RUNS["fast"], "--dataset=digits", f"--workdir={folder}"]
+    with subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout
+        seen = b""
+        while b"accuracy: " not in seen and (part := os.read(process.stdout.fileno(), 4096)):
+            seen += part
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    if process.returncode != 1 or not (folder / "state.npz").exists():
+        raise RunError(
+            f"the run to be resumed ended with {process.returncode}, before it could be interrupted"
+        )
+    run(*words)
+    return digests_of(folder)
+
+
+def folds(folder: Path) -> dict[str, str]:
+    """Cross-validation over two folds."""
+    run("-m", "cifar10_trainer", "--dataset=digits", "--epochs=1", "--folds=2", f"--workdir={folder}")
+    found = json.loads((folder / "folds.json").read_text())
+    for one in found["runs"]:
+        one.pop("train_seconds")
+    parts = [history_of(folder / f"fold-{i}-of-2") for i in (1, 2)]
+    return {"folds": digest(json.dumps(found).encode()), "history": digest("".join(parts).encode())}
+
+
+def search(folder: Path) -> dict[str, str]:
+    """Three trials of a search."""
+    flags = ["--dataset=digits", "--epochs=1", "--max_trials=3", f"--workdir={folder}"]
+    run("-m", "tuning.search", *flags)
+    with open(folder / "leaderboard.csv", newline="") as file:
+        rows = [
+            {k: v for k, v in row.items() if k not in ("seconds", "ended")} for row in csv.DictReader(file)
+        ]
+    parts = [history_of(path.parent) for path in sorted((folder / "trials").glob("*/history.csv"))]
+    return {
+        "leaderboard": digest(json.dumps(rows).encode()),
+        "best_config": digest((folder / "best_config.json").read_bytes()),
+        "history": digest("".join(parts).encode()),
+    }
+
+
+def results(names: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(name, digests) of each run, as soon as it is done."""
+    others = {"resumed": resumed, "folds": folds, "search": search}
+    with tempfile.TemporaryDirectory() as parent:
+        for name in names:
+            began, folder = time.monotonic(), Path(parent, name)
+            found = others[name](folder) if name in others else train(name, folder)
+            shown = " ".join(f"{k}={v}" for k, v in found.items())
+            print(f"{name:18s} {time.monotonic() - began:5.1f} s  {shown}", flush=True)
+            yield name, found
+
+
+def main(argv: list[str]) -> None:
+    known = [*RUNS, *OTHERS]
+    for name in argv:
+        if name not in known:
+            raise unknown("run", name, known)
+    before: dict[str, Any] = {}
+    if FLAGS.compare:
+        try:
+            before = json.loads(Path(FLAGS.compare).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read --compare={FLAGS.compare}: {error}") from error
+    cli.import_tensorflow()
+    from cifar10_trainer import runtime
+
+    environment = runtime.describe()
+    if before and before["environment"] != environment:
+        raise ConfigError(f"{FLAGS.compare} is of another machine or other versions: {before['environment']}")
+    found = dict(results(argv or known))
+    if "fast" in found and "resumed" in found and found["fast"] != found["resumed"]:
+        raise RunError(
+            f"the resumed run differs from the uninterrupted one: {found['resumed']}, {found['fast']}"
+        )
+    if FLAGS.out:
+        Path(FLAGS.out).write_text(json.dumps({"environment": environment, "runs": found}, indent=1) + "\n")
+    different = [name for name in found if before and found[name] != before["runs"].get(name)]
+    if different:
+        raise RunError(f"other results than in {FLAGS.compare}: {', '.join(different)}")
+    if before:
+        print(f"all {len(found)} as in {FLAGS.compare}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, FLAGS, __doc__ or ""))
