@@ -17,10 +17,10 @@ from .errors import ConfigError, RunError
 from .recipes import DEFAULT_RECIPE, RECIPES
 
 if TYPE_CHECKING:
+    from .cross_validation import cross_validate as cross_validate
     from .datasets import load as load
-    from .folds import cross_validate as cross_validate
     from .models.fast import build as build_model
-    from .train import train_and_evaluate as train
+    from .training import train_and_evaluate as train
 
 __version__ = "1.0.0"
 __all__ = [
@@ -37,9 +37,9 @@ __all__ = [
 
 _LATE = {
     "build_model": ("models.fast", "build"),
-    "cross_validate": ("folds", "cross_validate"),
+    "cross_validate": ("cross_validation", "cross_validate"),
     "load": ("datasets", "load"),
-    "train": ("train", "train_and_evaluate"),
+    "train": ("training", "train_and_evaluate"),
 }
 
 

@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.folds is None:
         cli.import_tensorflow()
         from . import runtime
-        from .train import train_and_evaluate
+        from .training import train_and_evaluate
 
         train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, since=runtime.process_start(), **where)
         return
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
     cli.import_tensorflow()
     from . import runtime
-    from .folds import cross_validate
+    from .cross_validation import cross_validate
 
     cross_validate(config, FLAGS.folds, FLAGS.workdir, since=runtime.process_start(), **where)
 

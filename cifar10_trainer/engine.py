@@ -21,17 +21,17 @@ import numpy as np
 import tensorflow as tf
 
 from . import augment, models, optim, runtime
+from .accelerate import check_sizes, make_training_model
 from .config import Config
 from .errors import ConfigError, RunError
-from .models import fast
-from .pipeline import Fetcher, Order, index_data, plain, training_data, tuned_by_hand
-from .twin import accelerate, check_sizes
+from .models.initial import initial_model
+from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
 
 EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
 
 
 @dataclass
-class Progress:
+class RunningMetrics:
     """What the steps since it was made add up to."""
 
     loss: float = 0.0
@@ -94,14 +94,16 @@ class Engine:
         self.num_classes = num_classes
         self.on_device = gpu if on_device is None else on_device
         self.compiled = gpu and not config.synchronize_batch_norm if compiled is None else compiled
-        self.order = Order(len(images), config.batch_size, config.seed, config.augmentation, self.replicas)
-        self.steps_per_epoch = self.order.steps_per_epoch
+        self.sampler = EpochSampler(
+            len(images), config.batch_size, config.seed, config.augmentation, self.replicas
+        )
+        self.steps_per_epoch = self.sampler.steps_per_epoch
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.step = 0
-        self.progress = Progress()
+        self.running = RunningMetrics()
 
         with strategy.scope():
-            self.twin = accelerate(
+            self.training_model = make_training_model(
                 model,
                 policy,
                 any_size=bool(self.sizes),
@@ -111,10 +113,10 @@ class Engine:
             self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
             if policy == "mixed_float16":
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
-            self.optimizer.build(self.twin.trainable_variables)
+            self.optimizer.build(self.training_model.trainable_variables)
             self.averages = []
             if config.averaging.every:
-                values = [*self.twin.trainable_variables, *self._statistics()]
+                values = [*self.training_model.trainable_variables, *self._statistics()]
                 self.averages = [tf.Variable(v.numpy(), trainable=False) for v in values]
 
         self.table = augment.image_table(tf.constant(images))
@@ -126,10 +128,12 @@ class Engine:
             )
         # Reductions over replicas, and what tf.data does, must stay outside of what XLA compiles.
         cluster = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        alone = self.on_device and self.replicas == 1 and not cluster
-        self.whole = self.compiled and alone and all(layer.compilable for layer in layers)
-        apart = self.compiled and not self.whole
-        self._gradients_of = tf.function(self._gradients, jit_compile=True) if apart else self._gradients
+        single_replica = self.on_device and self.replicas == 1 and not cluster
+        self.compile_loop = self.compiled and single_replica and all(layer.compilable for layer in layers)
+        compile_gradients = self.compiled and not self.compile_loop
+        self._gradients_of = (
+            tf.function(self._gradients, jit_compile=True) if compile_gradients else self._gradients
+        )
         self._graphs: dict[int | None, Callable] = {}
         self._iterator: tuple[tuple[int, int | None], Iterator] | None = None
         self._epochs: dict[int, Future] = {}
@@ -147,16 +151,16 @@ class Engine:
         """The float variables that training changes without a gradient: batch-norm statistics."""
         return [
             v
-            for v in self.twin.non_trainable_variables
+            for v in self.training_model.non_trainable_variables
             if v.dtype.startswith("float") and v.path.endswith(("moving_mean", "moving_variance"))
         ]
 
-    def _gradients(self, weights, others, images, targets):
+    def _gradients(self, weights, non_trainable, images, targets):
         """The pure heart of a step: loss of this replica's part, gradients, and what changes without one."""
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            logits, others, penalties = self.twin.stateless_call(
-                weights, others, images, training=True, return_losses=True
+            logits, non_trainable, penalties = self.training_model.stateless_call(
+                weights, non_trainable, images, training=True, return_losses=True
             )
             smoothing = self.config.label_smoothing
             soft = targets * (1 - smoothing) + smoothing / self.num_classes
@@ -167,17 +171,17 @@ class Engine:
             if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
                 objective = self.optimizer.scale_loss(objective)
         gradients = tape.gradient(objective, weights)
-        hits = tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == tf.argmax(targets, 1), tf.float32))
-        return gradients, others, tf.reduce_sum(losses), hits
+        num_correct = tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == tf.argmax(targets, 1), tf.float32))
+        return gradients, non_trainable, tf.reduce_sum(losses), num_correct
 
-    @plain
-    def _replica_step(self, batch, data, fetcher):
-        images, targets = fetcher(*data, *batch) if self.on_device else batch
-        weights = [v.value for v in self.twin.trainable_variables]
-        others = [v.value for v in self.twin.non_trainable_variables]
-        gradients, others, loss, hits = self._gradients_of(
+    @no_autograph
+    def _replica_step(self, batch, data, batch_maker):
+        images, targets = batch_maker(*data, *batch) if self.on_device else batch
+        weights = [v.value for v in self.training_model.trainable_variables]
+        non_trainable = [v.value for v in self.training_model.non_trainable_variables]
+        gradients, non_trainable, loss, num_correct = self._gradients_of(
             [tf.convert_to_tensor(w) for w in weights],
-            [tf.convert_to_tensor(o) for o in others],
+            [tf.convert_to_tensor(o) for o in non_trainable],
             images,
             targets,
         )
@@ -187,43 +191,43 @@ class Engine:
             lost = tf.where(finite, 0.0, math.nan)
             lost = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, lost)
             gradients = [g + tf.cast(lost, g.dtype) for g in gradients]
-        self.optimizer.apply(gradients, self.twin.trainable_variables)
-        return others, loss, hits
+        self.optimizer.apply(gradients, self.training_model.trainable_variables)
+        return non_trainable, loss, num_correct
 
-    @plain
-    def _apply_others(self, others) -> None:
+    @no_autograph
+    def _apply_non_trainable(self, non_trainable) -> None:
         """Writes what a step changed without a gradient: the mean over replicas; counters are equal on all."""
-        for variable, new in zip(self.twin.non_trainable_variables, others, strict=True):
+        for variable, new in zip(self.training_model.non_trainable_variables, non_trainable, strict=True):
             if not variable.dtype.startswith("float"):
                 new = self.strategy.experimental_local_results(new)[0]
             elif self.replicas > 1:
                 new = self.strategy.reduce(tf.distribute.ReduceOp.MEAN, new, axis=None)
             self.strategy.extended.update(variable.value, lambda v, n: v.assign(n), args=(new,))
 
-    @plain
+    @no_autograph
     def _average(self) -> None:
         """Lookahead: moves the averages towards the weights, and the weights onto the averages."""
         rule = self.config.averaging
         done = tf.cast(self.optimizer.iterations, tf.float32) / self.steps
         keep = rule.decay**rule.every * done**3
         for variable, average in zip(
-            [*self.twin.trainable_variables, *self._statistics()], self.averages, strict=True
+            [*self.training_model.trainable_variables, *self._statistics()], self.averages, strict=True
         ):
             new = keep * average + (1 - keep) * variable.value
             for v in (average, variable.value):
                 self.strategy.extended.update(v, lambda v, n: v.assign(n), args=(new,))
 
-    @plain
-    def _step(self, batch, data, fetcher):
+    @no_autograph
+    def _step(self, batch, data, batch_maker):
         """One step on all replicas, but for the averaging: the sums of loss and of right answers."""
-        others, loss, hits = self.strategy.run(
-            lambda batch, data: self._replica_step(batch, data, fetcher), args=(batch, data)
+        non_trainable, loss, num_correct = self.strategy.run(
+            lambda batch, data: self._replica_step(batch, data, batch_maker), args=(batch, data)
         )
-        self._apply_others(others)
+        self._apply_non_trainable(non_trainable)
         # In float64 their sums are exact, so they do not depend on how many steps a call takes.
         return tuple(
             tf.cast(self.strategy.reduce(tf.distribute.ReduceOp.SUM, x, axis=None), tf.float64)
-            for x in (loss, hits)
+            for x in (loss, num_correct)
         )
 
     def _graph(self, size: int | None) -> Callable:
@@ -236,30 +240,30 @@ class Engine:
         size = size if self.on_device else None
         if size in self._graphs:
             return self._graphs[size]
-        fetcher = self._fetcher(size)
+        batch_maker = self._batch_maker(size)
         every = self.config.averaging.every
         data = (self.table, self.labels) if self.on_device else ()
 
         def loop(batches, first, count, data):
-            loss = hits = tf.constant(0.0, tf.float64)
+            loss = num_correct = tf.constant(0.0, tf.float64)
             i, end = first, first + count
             while i < end:  # XLA would compile again for each new value of a `tf.range`
-                batch = [tf.gather(x, i) for x in batches] if self.whole else self._next(batches)
-                part, right = self._step(batch, data, fetcher)
-                loss, hits = loss + part, hits + right
+                batch = [tf.gather(x, i) for x in batches] if self.compile_loop else self._next(batches)
+                part, right = self._step(batch, data, batch_maker)
+                loss, num_correct = loss + part, num_correct + right
                 if every and self.optimizer.iterations % every == 0:
                     self._average()
                 i += 1
-            return loss, hits
+            return loss, num_correct
 
-        graph = tf.function(loop, reduce_retracing=True, jit_compile=self.whole or None)
+        graph = tf.function(loop, reduce_retracing=True, jit_compile=self.compile_loop or None)
         self._graphs[size] = lambda batches, first, count: graph(batches, first, count, data)
         return self._graphs[size]
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def _fetcher(self, size: int | None) -> Fetcher:
-        return Fetcher(self.config.augmentation, self.num_classes, size)
+    def _batch_maker(self, size: int | None) -> BatchMaker:
+        return BatchMaker(self.config.augmentation, self.num_classes, size)
 
     def _phase(self, step: int) -> tuple[int, int, int | None]:
         """(first step, end, image size) of the part of the run that `step` is in."""
@@ -283,7 +287,7 @@ class Engine:
 
     def _make_epoch(self, epoch: int) -> tuple:
         with tf.device("CPU"):  # as tf.data does it
-            return tuple(x[:, 0] for x in self.order.batches(epoch))
+            return tuple(x[:, 0] for x in self.sampler.batches(epoch))
 
     def _batches(self, end: int, size: int | None) -> Iterator:
         """Batches from the present step to `end`; made once for a stretch of steps without a break."""
@@ -291,15 +295,15 @@ class Engine:
         if self._iterator is None or self._iterator[0] != key:
             context = self._context()
             if self.on_device:
-                data = index_data(self.order, self.step, end, context)
+                data = index_data(self.sampler, self.step, end, context)
             else:
                 data = training_data(
-                    self.order,
+                    self.sampler,
                     self.step,
                     end,
                     table=self.table,
                     labels=self.labels,
-                    fetcher=self._fetcher(size),
+                    batch_maker=self._batch_maker(size),
                     any_size=bool(self.sizes),
                     context=context,
                 )
@@ -317,7 +321,7 @@ class Engine:
             self.replicas // local, self._replica_ids[0] // local, num_replicas_in_sync=self.replicas
         )
 
-    @plain
+    @no_autograph
     def _next(self, iterator):
         """A batch for each replica of this worker, from the next elements of its iterator."""
         batches = {replica: next(iterator) for replica in self._replica_ids}
@@ -326,35 +330,35 @@ class Engine:
         )
 
     def train(self, count: int) -> dict[str, float]:
-        """Takes up to `count` steps, and returns the mean loss and accuracy since `progress` was cleared.
+        """Takes up to `count` steps, and returns the mean loss and accuracy since `running` was cleared.
 
         Stops before where the size of the images changes and, where XLA compiles the loop, at the end of an epoch.
         After the last step it takes none. Raises RunError where the loss is no number, and where memory runs out.
         """
         if self.step >= self.steps:
-            return self.progress.logs()
+            return self.running.logs()
         _, end, size = self._phase(self.step)
         batches: Iterator | tuple
         try:
-            if self.whole:
+            if self.compile_loop:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 end = min(end, self.step - first + self.steps_per_epoch)
                 batches = self._epoch_of(epoch)
             else:
                 first, batches = self.step, self._batches(end, size)
             count = min(count, end - self.step)
-            loss, hits = self._graph(size)(batches, tf.constant(first), tf.constant(count))
+            loss, num_correct = self._graph(size)(batches, tf.constant(first), tf.constant(count))
         except tf.errors.ResourceExhaustedError as error:
             raise runtime.out_of_memory(error) from error
         self.step += count
-        self.progress.loss += float(loss)
-        self.progress.correct += float(hits)
-        self.progress.images += count * self.config.batch_size
-        if not np.isfinite(self.progress.loss):
+        self.running.loss += float(loss)
+        self.running.correct += float(num_correct)
+        self.running.images += count * self.config.batch_size
+        if not np.isfinite(self.running.loss):
             raise RunError(
-                f"the loss is {self.progress.loss} at step {self.step}: training diverged; use a lower --learning_rate"
+                f"the loss is {self.running.loss} at step {self.step}: training diverged; use a lower --learning_rate"
             )
-        return self.progress.logs()
+        return self.running.logs()
 
     def pflop(self) -> float:
         """Arithmetic of the steps so far, in PFLOP: three forward passes an image, as the speed records count it."""
@@ -375,9 +379,9 @@ class Engine:
         starts = [(r * self.replicas + i) * part for r in range(rounds) for i in self._replica_ids]
         images_t, labels_t = tf.constant(images), tf.constant(labels, tf.int32)
         data = tf.data.Dataset.from_tensor_slices(tf.constant(starts))
-        data = data.map(plain(lambda s: padded_slice(images_t, labels_t, s, part))).prefetch(2)
-        loss, hits = self._evaluation(iter(data.with_options(tuned_by_hand())), tf.constant(rounds))
-        return {"loss": float(loss) / len(images), "accuracy": float(hits) / len(images)}
+        data = data.map(no_autograph(lambda s: padded_slice(images_t, labels_t, s, part))).prefetch(2)
+        loss, num_correct = self._evaluation(iter(data.with_options(tuned_by_hand())), tf.constant(rounds))
+        return {"loss": float(loss) / len(images), "accuracy": float(num_correct) / len(images)}
 
     @functools.cached_property
     def _evaluation(self) -> Callable:
@@ -385,29 +389,29 @@ class Engine:
 
         @tf.function(reduce_retracing=True)
         def loop(iterator, count):
-            loss = hits = tf.constant(0.0)
+            loss = num_correct = tf.constant(0.0)
             for _ in tf.range(count):
                 part, right = self.strategy.run(self._replica_evaluation, args=(self._next(iterator),))
                 loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
-                hits += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
-            return loss, hits
+                num_correct += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
+            return loss, num_correct
 
         return loop
 
-    @plain
+    @no_autograph
     def _replica_evaluation(self, batch):
         images, labels, weight = batch
-        logits = self.twin(images, training=False)
+        logits = self.training_model(images, training=False)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        hits = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
-        return tf.reduce_sum(losses * weight), tf.reduce_sum(hits * weight)
+        num_correct = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
+        return tf.reduce_sum(losses * weight), tf.reduce_sum(num_correct * weight)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _variables(self) -> dict[str, list]:
         return {
-            "weights": self.twin.trainable_variables,
-            "others": self.twin.non_trainable_variables,
+            "weights": self.training_model.trainable_variables,
+            "non_trainable": self.training_model.non_trainable_variables,
             "optimizer": self.optimizer.variables,
             "averages": self.averages,
         }
@@ -419,7 +423,7 @@ class Engine:
             for kind, variables in self._variables().items()
             for i, v in enumerate(variables)
         }
-        p = self.progress
+        p = self.running
         arrays["engine"] = np.array([self.step, p.loss, p.correct, p.images], np.float64)
         return arrays
 
@@ -429,12 +433,12 @@ class Engine:
             for i, v in enumerate(variables):
                 v.assign(arrays[f"{kind}/{i}"])
         step, loss, correct, images = arrays["engine"]
-        self.step, self.progress = int(step), Progress(float(loss), float(correct), int(images))
+        self.step, self.running = int(step), RunningMetrics(float(loss), float(correct), int(images))
         self._iterator, self._epochs = None, {}
 
     def export(self) -> keras.Model:
         """The plain model with the weights trained so far."""
-        self.model.set_weights(self.twin.get_weights())
+        self.model.set_weights(self.training_model.get_weights())
         return self.model
 
 
@@ -446,7 +450,7 @@ def padded_slice(images, labels, start, length):
     return tf.gather(images, index), tf.gather(labels, index), weight
 
 
-def prepare(
+def make_engine(
     config: Config,
     images: np.ndarray,
     labels: np.ndarray,
@@ -461,31 +465,3 @@ def prepare(
     """
     model = initial_model(config, images, num_classes)
     return Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes)
-
-
-def initial_model(config: Config, images: np.ndarray, num_classes: int) -> keras.Model:
-    """The plain model that a run starts with."""
-    runtime.seed_everything(config.seed)
-    mean, std = pixel_statistics(config.pixels, images)
-    model = models.build(config, input_shape=images.shape[1:], num_classes=num_classes, mean=mean, std=std)
-    if config.whitening:
-        fast.whiten(model, images, mean, std)
-    return model
-
-
-def pixel_statistics(
-    pixels: str, images: np.ndarray
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
-    if pixels == "unit":
-        return None, None
-    channels = images.shape[-1]
-    rows, n = images.reshape(len(images), -1), images.size // channels
-    # Sums of 8-bit numbers and of their squares are exact in 64 bits, and need no float copy of the images.
-    sums = rows.sum(0, dtype=np.uint64), np.einsum("np,np->p", rows, rows, dtype=np.uint64)
-    total, squares = (s.reshape(-1, channels).sum(0).tolist() for s in sums)
-    mean = tuple(t / n / 255 for t in total)
-    if pixels == "centred":
-        return mean, None
-    std = (math.sqrt(n * s - t * t) / n / 255 for t, s in zip(total, squares, strict=True))
-    return mean, tuple(max(s, 1e-3) for s in std)

@@ -14,20 +14,20 @@ class RunError(RuntimeError):
     """Right usage that could not be carried out: data, files, network, divergence. Exit status 1."""
 
 
-class Busy(RunError):
+class FolderBusyError(RunError):
     """Another process is at work in the folder."""
 
 
-class Interrupted(RunError):
+class RunInterrupted(RunError):
     """A signal ended the run, with everything saved: the same command goes on from there."""
 
 
-def interrupted(how: str, workdir: object, overwrite: bool) -> Interrupted:
+def interrupted(how: str, workdir: object, overwrite: bool) -> RunInterrupted:
     """The error for what a signal ended, with everything saved in `workdir`.
 
     how: what happened, as in "stopped by SIGINT at step 3"; overwrite: whether the command said --overwrite.
     """
-    return Interrupted(
+    return RunInterrupted(
         f"{how}; everything is saved in {workdir}; the same command with --workdir={workdir}"
         f"{' and without --overwrite' if overwrite else ''} goes on from there"
     )
@@ -38,3 +38,9 @@ def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigErro
     near = difflib.get_close_matches(str(received), list(allowed), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"unknown {what} {received!r}; allowed: {', '.join(allowed)}.{hint}")
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's text: for a system error, what the system calls it."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.partition("\n")[0].rstrip(":")

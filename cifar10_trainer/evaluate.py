@@ -21,6 +21,7 @@ from absl import flags
 from . import cli, datasets, report
 from .config import DATASETS
 from .errors import ConfigError, RunError
+from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 
 if TYPE_CHECKING:
@@ -105,23 +106,13 @@ def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:
 
 def read_run(workdir: str | Path) -> dict[str, Any]:
     """The config.json of a run folder. Raises ConfigError without a folder, RunError without its files."""
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        raise ConfigError(f"no run folder at {workdir}; allowed: one written by python -m cifar10_trainer")
-    for name in ("config.json", "model.keras"):
-        if not (workdir / name).is_file():
-            raise RunError(f"{workdir} has no {name}; finish the run by the command that began it")
-    return read_json(workdir / "config.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise RunError(f"cannot read {path}: it is not a JSON object")
-    return values
+    folder = RunFolder(workdir)
+    if not folder.path.is_dir():
+        raise ConfigError(f"no run folder at {folder}; allowed: one written by python -m cifar10_trainer")
+    for file in (folder.config_file, folder.model_file):
+        if not file.is_file():
+            raise RunError(f"{folder} has no {file.name}; finish the run by the command that began it")
+    return folder.read_config()
 
 
 def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +168,7 @@ def main(argv: list[str]) -> None:
 
     # ---- what to evaluate
     settings: dict[str, Any] = {} if FLAGS.workdir is None else read_run(FLAGS.workdir)
-    path = check_model_file(FLAGS.model or Path(FLAGS.workdir) / "model.keras")
+    path = check_model_file(FLAGS.model or RunFolder(FLAGS.workdir).model_file)
     name = FLAGS.dataset or settings.get("dataset", "cifar10")
     data_dir = FLAGS.data_dir or (settings.get("data_dir") if name == settings.get("dataset") else None)
     views = int(FLAGS.views or settings.get("views", 1))

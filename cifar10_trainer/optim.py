@@ -11,7 +11,7 @@ from .config import Optimizer, Schedule
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
-class Course(keras.optimizers.schedules.LearningRateSchedule):
+class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate over a whole run of `steps` steps: `peak` times what `Schedule` says at step / steps.
 
     The last step is `steps - 1`; a linear or cosine course would reach `end` one step later.
@@ -150,7 +150,7 @@ class Muon(SGD):
             momentum.assign(velocity)
             update = gradient + self.kernel_momentum * velocity
             matrices.append(tf.reshape(update, [-1, variable.shape[-1]]))
-        for variable, update in zip(variables, orthogonal(matrices), strict=True):
+        for variable, update in zip(variables, orthogonalize(matrices), strict=True):
             weights = tf.convert_to_tensor(variable)
             weights = weights * (variable.shape[-1] ** 0.5 / tf.norm(weights))
             rate = tf.cast(learning_rate, variable.dtype)
@@ -160,17 +160,17 @@ class Muon(SGD):
         return {**super().get_config(), "kernel_momentum": self.kernel_momentum, "sgd_ratio": self.sgd_ratio}
 
 
-def orthogonal(matrices):
+def orthogonalize(matrices):
     """Roughly the nearest matrices with singular values of one, of float32 matrices [m, n].
 
     On a GPU all are one batch, in bfloat16 whatever the policy: small products take it longer to start than to
     compute. They are padded with zeros, which stay zeros.
     """
     if not tf.config.list_logical_devices("GPU"):
-        return [newton_schulz(unit(x)) for x in matrices]
+        return [newton_schulz(normalize(x)) for x in matrices]
     tall = [x if x.shape[0] >= x.shape[1] else tf.transpose(x) for x in matrices]
     rows, columns = (max(x.shape[i] for x in tall) for i in (0, 1))
-    padded = [tf.pad(unit(x), [[0, rows - x.shape[0]], [0, columns - x.shape[1]]]) for x in tall]
+    padded = [tf.pad(normalize(x), [[0, rows - x.shape[0]], [0, columns - x.shape[1]]]) for x in tall]
     found = tf.cast(newton_schulz(tf.cast(tf.stack(padded), tf.bfloat16)), tf.float32)
     parts = [part[: x.shape[0], : x.shape[1]] for part, x in zip(tf.unstack(found), tall, strict=True)]
     return [
@@ -178,7 +178,7 @@ def orthogonal(matrices):
     ]
 
 
-def unit(matrix):
+def normalize(matrix):
     """A matrix over its norm."""
     return matrix / (tf.norm(matrix) + 1e-7)
 
@@ -199,7 +199,7 @@ def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> kera
     """The Keras optimizer of a run of `steps` steps. The plateau schedule leaves its rate to a callback."""
     o = optimizer
     constant = schedule.name in ("constant", "plateau") and not schedule.warmup
-    rate = o.learning_rate if constant else Course(o.learning_rate, steps, schedule)
+    rate = o.learning_rate if constant else RunSchedule(o.learning_rate, steps, schedule)
     if o.name == "adam":
         return Adam(rate, global_clipnorm=o.clip_norm)
     if o.name == "adamw":

@@ -2,8 +2,8 @@
 
 Two pieces, so that the same batch can be made on either side:
 
-- `Order` says which images, in which order, with which random numbers: a tf.data pipeline of a few bytes an image.
-- `Fetcher` turns that into the images and labels of a batch: a pure function, mapped by tf.data on a CPU
+- `EpochSampler` says which images, in which order, with which random numbers: a tf.data pipeline of a few bytes an image.
+- `BatchMaker` turns that into the images and labels of a batch: a pure function, mapped by tf.data on a CPU
   (with prefetch) or called inside the training step on a GPU, where the images then live.
 
 The order of epoch e and its random numbers are a function of (seed, e) alone. So a run started at step n sees
@@ -23,11 +23,11 @@ from . import augment
 from .config import Augmentation
 
 # For functions without tensors in their `if`s and `for`s: AutoGraph would read their sources, for half a second in all.
-plain = tf.autograph.experimental.do_not_convert
+no_autograph = tf.autograph.experimental.do_not_convert
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochSampler:
     """The steps of a run: batches of (index int32 [batch], numbers float32 [batch, draws])."""
 
     n: int  # images
@@ -73,7 +73,7 @@ class Order:
         """Steps start to stop, for the replicas from `first_replica` on: one element a replica, in turn."""
         replicas = self.replicas if replicas is None else replicas
 
-        @plain
+        @no_autograph
         def one_epoch(epoch):
             mine = (x[:, first_replica : first_replica + replicas] for x in self.batches(epoch))
             return tf.data.Dataset.from_tensor_slices(tuple(tf.reshape(x, [-1, *x.shape[2:]]) for x in mine))
@@ -85,7 +85,7 @@ class Order:
 
 
 @dataclass(frozen=True, eq=False)
-class Fetcher:
+class BatchMaker:
     """index, numbers -> images [batch, size, size, 3], labels float32 [batch, classes]."""
 
     augmentation: Augmentation
@@ -127,7 +127,15 @@ def resize(images, size: int):
 
 
 def training_data(
-    order: Order, start: int, stop: int, *, table, labels, fetcher: Fetcher, any_size=False, context=None
+    sampler: EpochSampler,
+    start: int,
+    stop: int,
+    *,
+    table,
+    labels,
+    batch_maker: BatchMaker,
+    any_size=False,
+    context=None,
 ):
     """A prefetched tf.data pipeline of finished batches: the CPU's way.
 
@@ -135,15 +143,15 @@ def training_data(
     for one size of images takes them all.
     """
 
-    @plain
+    @no_autograph
     def finished(index, numbers):
-        images, targets = fetcher(table, labels, index, numbers)
+        images, targets = batch_maker(table, labels, index, numbers)
         if any_size:
             shape = [images.shape[0], None, None, images.shape[-1]]
             images = tf.compat.v1.placeholder_with_default(tf.cast(images, tf.float32), shape)
         return images, targets
 
-    data = index_data(order, start, stop, context)
+    data = index_data(sampler, start, stop, context)
     data = data.map(finished, num_parallel_calls=os.cpu_count()).prefetch(4)
     if any_size:
         # Resizing is half of the work, and steps are short: they share their work out evenly, and all cores would wait
@@ -154,11 +162,11 @@ def training_data(
     return data
 
 
-def index_data(order: Order, start: int, stop: int, context=None) -> tf.data.Dataset:
-    """A prefetched tf.data pipeline of `order` alone, for a step that fetches by itself."""
+def index_data(sampler: EpochSampler, start: int, stop: int, context=None) -> tf.data.Dataset:
+    """A prefetched tf.data pipeline of `sampler` alone, for a step that fetches by itself."""
     here, workers = (context.input_pipeline_id, context.num_input_pipelines) if context else (0, 1)
-    local = order.replicas // workers
-    return order.dataset(start, stop, here * local, local).prefetch(2).with_options(tuned_by_hand())
+    local = sampler.replicas // workers
+    return sampler.dataset(start, stop, here * local, local).prefetch(2).with_options(tuned_by_hand())
 
 
 def tuned_by_hand() -> tf.data.Options:

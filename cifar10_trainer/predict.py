@@ -19,6 +19,7 @@ from absl import flags
 
 from . import cli, datasets, evaluate
 from .errors import ConfigError
+from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     import keras
@@ -63,8 +64,8 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 
 def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
     """The `class_names` in config.json beside the model; without that file or key, numbers from 0."""
-    config = Path(model_path).with_name("config.json")
-    names = evaluate.read_json(config).get("class_names") if config.is_file() else None
+    folder = RunFolder(Path(model_path).parent)
+    names = folder.read_config().get("class_names") if folder.config_file.is_file() else None
     return tuple(names) if names else tuple(map(str, range(classes)))
 
 

@@ -143,11 +143,6 @@ def process_start() -> float:
         return _IMPORTED
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and TensorFlow: initial weights and dropout. The data's order has its own seeds."""
-    keras.utils.set_random_seed(seed)
-
-
 def describe() -> dict[str, str]:
     """Versions and hardware, for a run's record."""
     import numpy as np

@@ -190,7 +190,7 @@ def loader(o: Options) -> dict[str, Any]:
 
     from cifar10_trainer import augment
     from cifar10_trainer.config import Augmentation
-    from cifar10_trainer.pipeline import Fetcher, Order, training_data
+    from cifar10_trainer.pipeline import BatchMaker, EpochSampler, training_data
 
     images, labels = made_up(o.images)
     batch, count = 512, o.images // 512
@@ -198,8 +198,8 @@ def loader(o: Options) -> dict[str, Any]:
 
     def ours(**augmentation) -> Callable[[], float]:
         changes = Augmentation(**augmentation)
-        order, fetcher = Order(len(images), batch, 0, changes), Fetcher(changes, 10)
-        data = training_data(order, 0, count, table=table, labels=targets, fetcher=fetcher)
+        order, fetcher = EpochSampler(len(images), batch, 0, changes), BatchMaker(changes, 10)
+        data = training_data(order, 0, count, table=table, labels=targets, batch_maker=fetcher)
 
         def measure() -> float:
             start = time.perf_counter()
@@ -437,7 +437,7 @@ def table(record: dict[str, Any]) -> str:
 
 def bars(record: dict[str, Any], path: Path) -> None:
     """Draws the medians and ranges of the sections step and loader, as far as there are any, to the PNG file `path`."""
-    from cifar10_trainer.report import BLUE, FAINT, INK, new_figure, save_figure, style_axes
+    from cifar10_trainer.figures import BLUE, FAINT, INK, new_figure, save_figure, style_axes
 
     found = [(n, record["sections"][n]) for n in ("step", "loader") if n in record["sections"]]
     if not found:
@@ -479,7 +479,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def keep(name: str, found: dict[str, Any]) -> None:
     """Puts a section's numbers, with when, where and by what they were made, into the record; that of the README, there, too."""
-    from cifar10_trainer import report, runtime
+    from cifar10_trainer import files, runtime
 
     path = Path(FLAGS.record or RECORD)
     record = read(path)
@@ -497,7 +497,7 @@ def keep(name: str, found: dict[str, Any]) -> None:
         "environment": runtime.describe(),
         **found,
     }
-    report.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    files.write_atomic(path, json.dumps(record, indent=1) + "\n")
     if FLAGS.record:
         return
     reproduce.rewrite(ROOT / "README.md", "benchmark", table(record))

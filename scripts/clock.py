@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -119,12 +118,12 @@ def made_up(n: int) -> tuple[np.ndarray, np.ndarray]:
 def engine_for(recipe: str, images, labels, *, strategy: str = "none", **changes):
     """An Engine on `images` for a recipe with `changes`, in the precision that suits the device; it does not end."""
     from cifar10_trainer import runtime
-    from cifar10_trainer.engine import prepare
+    from cifar10_trainer.engine import make_engine
 
     config = RECIPES[recipe].override(**{"epochs": 10_000, **changes})
     chosen, _ = runtime.choose_strategy(strategy)
     policy, _ = runtime.choose_precision(config.precision)
-    return prepare(config, images, labels, num_classes=10, strategy=chosen, policy=policy)
+    return make_engine(config, images, labels, num_classes=10, strategy=chosen, policy=policy)
 
 
 def seconds_of(engine, steps: int) -> Callable[[], float]:
@@ -166,12 +165,12 @@ def output_of(words: Sequence[str]) -> str:
 
 def trained(*flags: str, data_dir: str | None = None) -> dict[str, Any]:
     """metrics.json of a run of the training command, with "history", the rows of its history.csv."""
-    from cifar10_trainer import report
+    from cifar10_trainer.run_folder import RunFolder
 
     with tempfile.TemporaryDirectory() as folder:
         output_of(command(*flags, f"--workdir={folder}/run", data_dir=data_dir))
-        metrics = json.loads(Path(folder, "run", "metrics.json").read_text())
-        return {**metrics, "history": report.read_history(f"{folder}/run/history.csv")}
+        run = RunFolder(f"{folder}/run")
+        return {**run.read_metrics(), "history": run.read_history()}
 
 
 def peak_memory(words: Sequence[str]) -> float:

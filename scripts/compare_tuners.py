@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
 
     # ---- the searches
     cli.import_tensorflow()
-    from cifar10_trainer import datasets, report, runtime
+    from cifar10_trainer import datasets, files, runtime
     from tuning import tune
 
     data = None
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
             )
             assert found  # it is no worker
             record = {**make_record(settings, found.rows), "environment": runtime.describe()}
-            report.write_atomic(path, json.dumps(record, indent=1) + "\n")
+            files.write_atomic(path, json.dumps(record, indent=1) + "\n")
 
     # ---- the table
     print(f"\n{table(read_records(out))}")

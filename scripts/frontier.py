@@ -110,7 +110,16 @@ def draw(points: Sequence[Point], path: Path) -> None:
     """Draws test accuracy over time and over arithmetic, the best recipe of each tutorial labelled, to the PNG `path`."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, new_figure, save_figure, style_axes
+    from cifar10_trainer.figures import (
+        BLUE,
+        FAINT,
+        GREEN,
+        INK,
+        VERMILION,
+        new_figure,
+        save_figure,
+        style_axes,
+    )
 
     figure = new_figure(10, 4.6)
     panels = figure.subplots(1, 2, sharey=True)

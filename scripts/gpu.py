@@ -126,8 +126,9 @@ def start(recipe: str, data, seed: int, images: int | None = None, **changes) ->
     images: how many it holds, where it is not to be trained.
     """
     from cifar10_trainer import runtime
-    from cifar10_trainer.engine import Engine, initial_model, pixel_statistics
+    from cifar10_trainer.engine import Engine
     from cifar10_trainer.models import fast
+    from cifar10_trainer.models.initial import initial_model, pixel_statistics
 
     config = RECIPES[recipe].override(seed=seed, **changes)
     strategy, _ = runtime.choose_strategy(config.strategy)
@@ -147,7 +148,7 @@ def start(recipe: str, data, seed: int, images: int | None = None, **changes) ->
 def begin_again(engine: Any, recipe: str, data, seed: int, **changes) -> float:
     """Puts an engine, with what it has compiled, at the start of a run with another seed; the seconds of whitening."""
     other, whitening = start(recipe, data, seed, engine.config.batch_size, **changes)
-    engine.config, engine.order = other.config, dataclasses.replace(engine.order, seed=seed)
+    engine.config, engine.sampler = other.config, dataclasses.replace(engine.sampler, seed=seed)
     engine.restore(other.state())
     return whitening
 
@@ -179,7 +180,7 @@ def tester(engine: Any, images, labels) -> Callable[[], tuple[float, float]]:
             side = batch.shape[1]
             padded = tf.pad(batch, [[0, 0], [1, 1], [1, 1], [0, 0]], "REFLECT")
             views = tf.concat([batch, padded[:, :side, :side], padded[:, 2:, 2:]], axis=0)
-            logits = engine.twin(tf.concat([views, views[:, :, ::-1]], axis=0), training=False)
+            logits = engine.training_model(tf.concat([views, views[:, :, ::-1]], axis=0), training=False)
             image, first, last = tf.unstack(tf.reshape(logits, [2, 3, size, -1]), axis=1)
             averaged = tf.reduce_sum(2 * image + first + last, axis=0)
             counted = [tf.argmax(values, 1) == answers for values in (image[0], averaged)]

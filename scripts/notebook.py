@@ -29,7 +29,7 @@ def execute(output: Path) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    from cifar10_trainer import report
+    from cifar10_trainer import files
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def execute(output: Path) -> None:
         except CellExecutionError as error:
             raise RunError(f"a cell of {NOTEBOOK.name} fails: {error.ename}: {error.evalue}") from error
     notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}  # not which Python it was
-    report.write_atomic(output, nbformat.writes(notebook) + "\n")
+    files.write_atomic(output, nbformat.writes(notebook) + "\n")
 
 
 def main(argv: list[str]) -> None:

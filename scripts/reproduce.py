@@ -77,10 +77,12 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
     command: what makes such a run; None: the run's own command. at: the commit that made it; None: the present one.
     Raises RunError where the run is not finished, or not of its recipe as it is now.
     """
-    from cifar10_trainer import report
+    from cifar10_trainer import files
+    from cifar10_trainer.run_folder import RunFolder
 
+    run = RunFolder(workdir)
     try:
-        config, metrics = (json.loads((workdir / f"{n}.json").read_text()) for n in ("config", "metrics"))
+        config, metrics = (json.loads(file.read_text()) for file in (run.config_file, run.metrics_file))
         ran = Config.from_record(dict(config))
     except OSError as error:
         raise RunError(f"{workdir} holds no finished run: {error.strerror}: {error.filename}") from error
@@ -98,14 +100,14 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
             f" allowed: the recipe as it is, but for {', '.join(FREE)}; delete {workdir} to run it again"
         )
     record = {
-        "date": time.strftime("%Y-%m-%d", time.localtime((workdir / "metrics.json").stat().st_mtime)),
+        "date": time.strftime("%Y-%m-%d", time.localtime(run.metrics_file.stat().st_mtime)),
         "commit": commit() if at is None else at,
         # Where the images are is one machine's own affair.
         "command": command or re.sub(r" --?data_dir[= ]\S+", "", config["command"]),
         "environment": config.pop("environment"),
         "metrics": metrics,
         "config": {k: v for k, v in config.items() if k not in PRIVATE},
-        "history": report.read_history(workdir / "history.csv"),
+        "history": run.read_history(),
     }
     path = RESULTS / f"{metrics['recipe']}-{config['epochs']:g}-{metrics['seed']}.json"
     if path.exists():
@@ -117,7 +119,7 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
                     " allowed: the same; delete the record to replace it"
                 )
     RESULTS.mkdir(parents=True, exist_ok=True)
-    report.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    files.write_atomic(path, json.dumps(record, indent=1) + "\n")
     return path
 
 
@@ -295,13 +297,13 @@ def duration(seconds: float) -> str:
 
 def rewrite(path: Path, name: str, content: str) -> None:
     """Puts `content` between the lines <!-- name --> and <!-- /name --> of a Markdown file."""
-    from cifar10_trainer import report
+    from cifar10_trainer import files
 
     text = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
     if not pattern.search(text):
         raise RunError(f"{path} has no <!-- {name} --> ... <!-- /{name} -->")
-    report.write_atomic(path, pattern.sub(lambda m: m[1] + content + "\n" + m[2], text))
+    files.write_atomic(path, pattern.sub(lambda m: m[1] + content + "\n" + m[2], text))
 
 
 def rewrite_tables() -> None:
@@ -330,8 +332,10 @@ def run(name: str, seed: int, epochs: float | None) -> None:
     if (RESULTS / f"{name}-{config.epochs:g}-{seed}.json").exists():
         print(f"{name}, seed {seed}: has its record")
         return
+    from cifar10_trainer.run_folder import RunFolder
+
     workdir, at = ROOT / "runs" / "reproduce" / f"{name}-{config.epochs:g}-{seed}", commit()
-    if not (workdir / "metrics.json").exists():
+    if not RunFolder(workdir).is_finished():
         command = [sys.executable, "-m", "cifar10_trainer", f"--recipe={name}", f"--seed={seed}"]
         command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
         if FLAGS.data_dir and config.dataset != "digits":  # those are embedded

@@ -65,7 +65,7 @@ def error_of(capsys, *argv) -> tuple[int, str]:
 def trained(monkeypatch):
     """What train_and_evaluate was called with, instead of training."""
     calls = []
-    train = importlib.import_module("cifar10_trainer.train")
+    train = importlib.import_module("cifar10_trainer.training")
 
     def record(config, workdir=None, **more):
         calls.append({"config": config, "workdir": workdir, **more})
@@ -258,7 +258,7 @@ def test_hdf5(trained):
 def test_folds(trained, monkeypatch):
     calls = []
     monkeypatch.setattr(runtime, "process_start", lambda: 12.5)
-    folds = importlib.import_module("cifar10_trainer.folds")
+    folds = importlib.import_module("cifar10_trainer.cross_validation")
     monkeypatch.setattr(folds, "cross_validate", lambda *given, **more: calls.append((*given, more)))
     assert invoke("--recipe=vgg.3", "--folds=5", "--workdir=there", "--data_dir=here", "--overwrite") == 0
     expected = {"data_dir": "here", "overwrite": True, "since": 12.5}

@@ -46,11 +46,11 @@ def pictures(n, seed):
 
 def make_engine(strategy, changes, policy="float32", **options):
     """An engine on 64 pictures for `make_config` with `changes`, the same whenever it is made."""
-    from cifar10_trainer import models, runtime
+    from cifar10_trainer import models
     from cifar10_trainer.engine import Engine
 
     config = make_config(**changes)
-    runtime.seed_everything(0)
+    keras.utils.set_random_seed(0)
     half = (0.5,) * 3
     model = models.build(config, input_shape=(32, 32, 3), num_classes=10, mean=half, std=half)
     return Engine(
@@ -85,7 +85,7 @@ def run_engine(strategy, calls=(STEPS,), **options):
 def copies_differ(strategy, engine) -> float:
     """The greatest difference between the replicas' copies of a weight."""
     most = 0.0
-    for variable in engine.twin.variables:
+    for variable in engine.training_model.variables:
         first, *others = (v.numpy() for v in strategy.experimental_local_results(variable.value))
         most = max([most, *(float(np.abs(v - first).max()) for v in others if v.dtype == np.float32)])
     return most
@@ -107,9 +107,9 @@ def overflow(strategy, replica):
         return [g * factor for g in gradients], *rest
 
     engine._gradients_of = gradients_of
-    before = [v.numpy() for v in engine.twin.trainable_variables]
+    before = [v.numpy() for v in engine.training_model.trainable_variables]
     engine.train(1)
-    after = [v.numpy() for v in engine.twin.trainable_variables]
+    after = [v.numpy() for v in engine.training_model.trainable_variables]
     changed = any((a != b).any() for a, b in zip(before, after, strict=True))
     finite = all(np.isfinite(a).all() for a in after)
     return changed, finite, float(np.array(engine.optimizer.dynamic_scale))
@@ -147,7 +147,9 @@ def replicas2(out):
     wide = {"options__filters": (64, 64), "sizes": (16, 32), "epochs": 1}
     found["wide"], _ = run_engine(none, (2, 2), changes=wide)
     found["wide, mirrored 2"], engine = run_engine(mirrored2, (2, 2), changes=wide)
-    found["fast convolutions"] = sum(type(layer).__name__ == "FastConv2D" for layer in engine.twin.layers)
+    found["fast convolutions"] = sum(
+        type(layer).__name__ == "FastConv2D" for layer in engine.training_model.layers
+    )
     muon = {"optimizer": {"name": "muon", "learning_rate": 0.02, "momentum": 0.85}}
     found["muon"], _ = run_engine(none, ONE_BY_ONE, changes=muon)
     found["muon, mirrored 2"], engine = run_engine(mirrored2, ONE_BY_ONE, changes=muon)
@@ -159,7 +161,7 @@ def replicas2(out):
 def replicas4(out):
     from cifar10_trainer import datasets, runtime
     from cifar10_trainer.errors import ConfigError
-    from cifar10_trainer.train import train_and_evaluate
+    from cifar10_trainer.training import train_and_evaluate
 
     found = {}
     logical_cpus(4)
@@ -189,7 +191,7 @@ def worker(out):
     """Trains the engine; then digits, with an interruption of one worker and without."""
     from cifar10_trainer import datasets, runtime
     from cifar10_trainer.errors import RunError
-    from cifar10_trainer.train import train_and_evaluate
+    from cifar10_trainer.training import train_and_evaluate
 
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     strategy, why = runtime.choose_strategy("auto")
@@ -201,7 +203,7 @@ def worker(out):
     import keras
 
     # The number of steps a call differs between the workers as far as it may, and a worker is late.
-    train = sys.modules["cifar10_trainer.train"]
+    train = sys.modules["cifar10_trainer.training"]
     train.CALL_SECONDS, train.SAVE_SECONDS = (0.0, 100.0)[index], 0
     digits = datasets.load("digits")
     run = {"dataset": digits, "verbose": 0, "full_report": False}
@@ -234,7 +236,7 @@ def doomed(out):
     import keras
 
     from cifar10_trainer import datasets
-    from cifar10_trainer.train import train_and_evaluate
+    from cifar10_trainer.training import train_and_evaluate
 
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 

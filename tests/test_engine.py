@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar10_trainer import models, runtime, scoring
+from cifar10_trainer import models, scoring
 from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError
-from cifar10_trainer.models import fast
-from cifar10_trainer.pipeline import index_data, training_data
-from cifar10_trainer.recipes import RECIPES
-from cifar10_trainer.twin import (
+from cifar10_trainer.layers import (
     FastConv2D,
     FastDropout,
     FastLeakyReLU,
@@ -27,6 +24,9 @@ from cifar10_trainer.twin import (
     accelerate,
     kernel_gradient,
 )
+from cifar10_trainer.models import fast
+from cifar10_trainer.pipeline import index_data, training_data
+from cifar10_trainer.recipes import RECIPES
 
 SGD = Optimizer(name="sgd", learning_rate=0.05, momentum=0.9)
 ADAM = Optimizer(name="adam", learning_rate=0.01)
@@ -57,7 +57,7 @@ def pictures(n=64, seed=0):
 
 
 def plain_model(config, images=None):
-    runtime.seed_everything(config.seed)
+    keras.utils.set_random_seed(config.seed)
     half = None if config.pixels == "unit" else (0.5, 0.5, 0.5)
     model = models.build(config, input_shape=(32, 32, 3), num_classes=10, mean=half, std=half)
     if config.whitening:
@@ -524,9 +524,9 @@ def test_lookahead_averaging():
 def test_the_clip_acts_on_the_whole_gradient():
     config = VGG.override(batch_size=32, epochs=1, optimizer__momentum=0.0, optimizer__clip_norm=0.01)
     engine = make_engine(config, 32)
-    before = [v.numpy() for v in engine.twin.trainable_variables]
+    before = [v.numpy() for v in engine.training_model.trainable_variables]
     engine.train(1)
-    after = [v.numpy() for v in engine.twin.trainable_variables]
+    after = [v.numpy() for v in engine.training_model.trainable_variables]
     length = np.sqrt(sum(np.sum((a - b).astype(np.float64) ** 2) for a, b in zip(after, before, strict=True)))
     assert length == pytest.approx(
         0.01 * config.optimizer.learning_rate, rel=1e-2
@@ -543,7 +543,7 @@ def test_a_frozen_layer_stays():
 def test_divergence_is_an_error():
     engine = make_engine(VGG)
     engine.train(1)
-    engine.twin.get_layer("logits").bias.assign([float("nan")] * 10)
+    engine.training_model.get_layer("logits").bias.assign([float("nan")] * 10)
     with pytest.raises(RunError, match=r"the loss is nan at step 3: training diverged; .*--learning_rate"):
         engine.train(2)
 
@@ -570,9 +570,11 @@ def test_no_thread_tunes_the_data():
         data = engine._batches(8, None)
         assert type(data).__name__ == "OwnedIterator"  # no distributed one, whose own iterators are tuned
         engine._iterator = None
-    index = index_data(engine.order, 0, 8)
+    index = index_data(engine.sampler, 0, 8)
     fetcher = engine._fetcher(None)
-    batches = training_data(engine.order, 0, 8, table=engine.table, labels=engine.labels, fetcher=fetcher)
+    batches = training_data(
+        engine.sampler, 0, 8, table=engine.table, labels=engine.labels, batch_maker=fetcher
+    )
     assert [data.options().autotune.enabled for data in (index, batches)] == [False, False]
 
 
@@ -853,15 +855,15 @@ def test_there_is_no_step_after_the_last(make, sizes):
     engine = make(WHOLE.override(sizes=sizes, epochs=1))
     while engine.step < engine.steps:
         logs = engine.train(100)
-    weights = engine.twin.get_weights()
+    weights = engine.training_model.get_weights()
     assert engine.train(100) == logs and engine.step == engine.steps
-    for v, w in zip(engine.twin.get_weights(), weights, strict=True):
+    for v, w in zip(engine.training_model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(v, w)
 
 
 def test_what_xla_cannot_compile_stays_outside():
     engine = whole(WHOLE.override(augmentation__rotation=0.1))
-    assert engine.compiled and not engine.whole
+    assert engine.compiled and not engine.compile_loop
     plain = make_engine(WHOLE.override(augmentation__rotation=0.1))
     assert engine.train(1)["loss"] == pytest.approx(plain.train(1)["loss"], rel=1e-4)
 
@@ -872,7 +874,9 @@ def test_steps_with_fast_convolutions_are_the_same_steps(sizes, monkeypatch):
     fast = make_engine(config)
     monkeypatch.setattr(FastConv2D, "suits", lambda *_: False)
     plain = make_engine(config)
-    kinds = [sum(type(layer) is FastConv2D for layer in engine.twin.layers) for engine in (fast, plain)]
+    kinds = [
+        sum(type(layer) is FastConv2D for layer in engine.training_model.layers) for engine in (fast, plain)
+    ]
     assert kinds == [5 if sizes else 1, 0]  # all but the first, of 24 channels; or that on 3x3 pixels
     while fast.step < fast.steps:
         assert fast.train(100)["loss"] == pytest.approx(plain.train(100)["loss"], rel=1e-4)
@@ -888,14 +892,14 @@ def test_float16_scales_its_loss():
     one, other = engine.train(3), plain.train(3)
     assert int(engine.optimizer.iterations) == 3
     assert one["loss"] == pytest.approx(other["loss"], rel=0.01)  # float16 has 11 bits
-    for v, w in zip(plain.twin.trainable_variables, engine.twin.trainable_variables, strict=True):
+    for v, w in zip(plain.twin.trainable_variables, engine.training_model.trainable_variables, strict=True):
         np.testing.assert_allclose(w.numpy(), v.numpy(), rtol=0.02, atol=2e-3)
 
-    before = engine.twin.get_weights()
+    before = engine.training_model.get_weights()
     engine.optimizer.dynamic_scale.assign(1e30)  # gradients overflow: no step, and half the scale
     engine.train(1)
     assert float(np.array(engine.optimizer.dynamic_scale)) == pytest.approx(5e29)
-    for v, variable in zip(before, engine.twin.weights, strict=True):
+    for v, variable in zip(before, engine.training_model.weights, strict=True):
         if variable.trainable:
             np.testing.assert_array_equal(variable.numpy(), v)
 
@@ -930,11 +934,12 @@ def test_every_recipe_trains_a_step_and_saves(name, policy, tmp_path):
     if recipe.architecture == "transfer":  # its pretrained weights are a download
         recipe = recipe.override(options__weights=None)
     engine = make_engine(recipe.override(batch_size=8), 16, policy)
-    before = [v.numpy() for v in engine.twin.trainable_variables]
+    before = [v.numpy() for v in engine.training_model.trainable_variables]
     logs = engine.train(1)
     assert 0 < logs["loss"] < 100 and 0 <= logs["accuracy"] <= 1 and engine.step == 1
     changed = [
-        not np.array_equal(v.numpy(), b) for v, b in zip(engine.twin.trainable_variables, before, strict=True)
+        not np.array_equal(v.numpy(), b)
+        for v, b in zip(engine.training_model.trainable_variables, before, strict=True)
     ]
     # A bias before a batch norm has no gradient but rounding.
     assert np.mean(changed) > 0.5
@@ -946,6 +951,6 @@ def test_every_recipe_trains_a_step_and_saves(name, policy, tmp_path):
         loaded = keras.models.load_model(tmp_path / "model.keras")
         np.testing.assert_array_equal(loaded(images, training=False), model(images, training=False))
     # The twin is what was trained; the plain model is what users get.
-    expected = tf.nn.softmax(engine.twin(images, training=False))
+    expected = tf.nn.softmax(engine.training_model(images, training=False))
     near = 1e-4 if policy == "float32" else 0.1  # bfloat16 rounds every map to eight bits
     np.testing.assert_allclose(model(images, training=False), expected, atol=near)

@@ -22,9 +22,9 @@ from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import RunError
-from cifar10_trainer.train import train_and_evaluate
+from cifar10_trainer.training import train_and_evaluate
 
-train = sys.modules["cifar10_trainer.train"]  # the package's own `train` is the function
+train = sys.modules["cifar10_trainer.training"]  # the package's own `train` is the function
 
 PER_EPOCH = 4
 TINY = Config(

@@ -15,10 +15,10 @@ import pytest
 from cifar10_trainer import __main__ as command
 from cifar10_trainer import cli, cross_validate, datasets, evaluate, runtime
 from cifar10_trainer.config import Config, Optimizer
-from cifar10_trainer.errors import ConfigError, Interrupted, RunError
+from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 from cifar10_trainer.recipes import RECIPES
 
-folds_module = sys.modules["cifar10_trainer.folds"]
+folds_module = sys.modules["cifar10_trainer.cross_validation"]
 
 TINY = RECIPES["fast.digits"].override(
     options__filters=(4, 8),
@@ -142,7 +142,7 @@ def test_a_signal_too_late_for_one_fold_stops_before_the_next(
     monkeypatch.setattr(folds_module, "train_and_evaluate", late)
     before = signal.getsignal(signal.SIGTERM)
     way_on = r"and without --overwrite goes on" if overwrite else rf"--workdir={tmp_path} goes on"
-    with pytest.raises(Interrupted, match=f"stopped by SIGTERM before fold 2; .*{way_on}"):
+    with pytest.raises(RunInterrupted, match=f"stopped by SIGTERM before fold 2; .*{way_on}"):
         quietly(3, tmp_path, digits, overwrite=overwrite)
     assert len(scripted) == 1 and signal.getsignal(signal.SIGTERM) == before
 
@@ -152,11 +152,11 @@ def test_what_is_finished_is_not_run_again(tmp_path, digits, scripted, monkeypat
 
     def stopped(config, workdir, **more):
         if config.validation_fold == 1:
-            raise Interrupted(f"stopped; go on with --workdir={workdir}")
+            raise RunInterrupted(f"stopped; go on with --workdir={workdir}")
         return once(config, workdir, **more)
 
     monkeypatch.setattr(folds_module, "train_and_evaluate", stopped)
-    with pytest.raises(Interrupted, match=rf"stopped in fold-2-of-3; .* --workdir={tmp_path} goes on"):
+    with pytest.raises(RunInterrupted, match=rf"stopped in fold-2-of-3; .* --workdir={tmp_path} goes on"):
         quietly(3, tmp_path, digits)
     assert not (tmp_path / "folds.json").exists()
     monkeypatch.setattr(folds_module, "train_and_evaluate", once)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from cifar10_trainer import optim
 from cifar10_trainer.config import Optimizer, Schedule
-from cifar10_trainer.optim import SGD, Course, Muon, make_optimizer
+from cifar10_trainer.optim import SGD, Muon, RunSchedule, make_optimizer
 
 # ---- schedules: peak 2, run of 100 steps; {step: learning rate}, computed by hand
 
@@ -49,7 +49,7 @@ COURSES = {
 @pytest.mark.parametrize("name", COURSES)
 def test_course_at_points_computed_by_hand(name):
     schedule, points = COURSES[name]
-    course = Course(2, 100, schedule)
+    course = RunSchedule(2, 100, schedule)
     inside = tf.function(lambda step: course(step))
     for step, expected in points.items():
         # a millionth of the peak: float32's cosine
@@ -60,8 +60,8 @@ def test_course_at_points_computed_by_hand(name):
 
 @pytest.mark.parametrize("steps", [10, 100, 490, 977, 39_100])
 def test_drops_and_warmup_end_at_the_same_step_inside_a_graph(steps):
-    course = Course(1, steps, Schedule(name="step", drop=0.5, drops=(0.1, 0.3, 0.7, 0.9)))
-    warm = Course(1, steps, Schedule(name="cyclic", cycles=1, end=0.5, warmup=0.3, start=0))
+    course = RunSchedule(1, steps, Schedule(name="step", drop=0.5, drops=(0.1, 0.3, 0.7, 0.9)))
+    warm = RunSchedule(1, steps, Schedule(name="cyclic", cycles=1, end=0.5, warmup=0.3, start=0))
     inside = tf.function(lambda step: (course(step), warm(step)))
     for step in {round(f * steps) + i for f in (0.1, 0.3, 0.7, 0.9) for i in (-1, 0, 1)}:
         dropped, warmed = inside(tf.constant(step, tf.int64))
@@ -77,7 +77,7 @@ def test_drops_and_warmup_end_at_the_same_step_inside_a_graph(steps):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_course_of_another_length_is_the_same_course(name):
     schedule = Schedule(name=name, warmup=0.23, start=0.2, end=0.07)
-    short, long = Course(1, 100, schedule), Course(1, 70_000, schedule)
+    short, long = RunSchedule(1, 100, schedule), RunSchedule(1, 70_000, schedule)
     for step in range(0, 101, 10):
         np.testing.assert_allclose(short(step), long(700 * step), atol=1e-5)
 
@@ -85,10 +85,10 @@ def test_course_of_another_length_is_the_same_course(name):
 @pytest.mark.parametrize("name", COURSES)
 def test_course_survives_serialisation(name):
     schedule, points = COURSES[name]
-    course = Course(2, 100, schedule)
+    course = RunSchedule(2, 100, schedule)
     schedules = keras.optimizers.schedules
     again = schedules.deserialize(schedules.serialize(course))
-    assert isinstance(again, Course)
+    assert isinstance(again, RunSchedule)
     assert (again.peak, again.steps, again.schedule) == (2, 100, schedule)
     for step in points:
         assert float(again(step)) == float(course(step))
@@ -224,7 +224,7 @@ def test_orthogonal_is_the_polynomial_of_the_singular_values(shape):
     for scale in (1, 1e-4, 1e4):
         # float32, and a sum of 1e-7 in the norm that only matters to tiny matrices
         np.testing.assert_allclose(
-            optim.orthogonal([tf.constant(matrix * scale)])[0],
+            optim.orthogonalize([tf.constant(matrix * scale)])[0],
             by_singular_values(matrix),
             atol=2e-3 if scale < 1 else 2e-5,
         )
@@ -235,7 +235,7 @@ def test_singular_values_come_near_one(shape):
     matrix = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     before = np.linalg.svd(matrix, compute_uv=False)
     assert before.max() / before.min() > 1.9
-    values = np.linalg.svd(optim.orthogonal([tf.constant(matrix)])[0], compute_uv=False)
+    values = np.linalg.svd(optim.orthogonalize([tf.constant(matrix)])[0], compute_uv=False)
     # the coefficients are chosen for speed: they settle between 0.7 and 1.2, and three rounds come close to it
     assert values.min() > 0.6
     assert values.max() < 1.25
@@ -246,9 +246,9 @@ def test_matrices_of_all_shapes_in_one_batch(monkeypatch):
     generator = np.random.default_rng(2)
     shapes = [(36, 6), (6, 36), (8, 8), (1, 5), (27, 24)]
     matrices = [10.0**k * generator.normal(size=s).astype(np.float32) for k, s in enumerate(shapes)]
-    alone = optim.orthogonal([tf.constant(x) for x in matrices])
+    alone = optim.orthogonalize([tf.constant(x) for x in matrices])
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: ["a GPU"])
-    found = optim.orthogonal([tf.constant(x) for x in matrices])
+    found = optim.orthogonalize([tf.constant(x) for x in matrices])
     for x, one, other in zip(matrices, alone, found, strict=True):
         assert other.shape == x.shape and other.dtype == tf.float32
         expected = by_singular_values(x)
@@ -260,8 +260,10 @@ def test_matrices_of_all_shapes_in_one_batch(monkeypatch):
 def test_kernels_are_updated_together(monkeypatch):
     """Keras's own loop takes variables one by one. Where Keras no longer asks Muon, this fails, and only speed is lost."""
     given = []
-    alone = optim.orthogonal
-    monkeypatch.setattr(optim, "orthogonal", lambda matrices: given.append(len(matrices)) or alone(matrices))
+    alone = optim.orthogonalize
+    monkeypatch.setattr(
+        optim, "orthogonalize", lambda matrices: given.append(len(matrices)) or alone(matrices)
+    )
     generator = np.random.default_rng(0)
     kernels = [keras.Variable(generator.normal(size=(3, 3, 2, n)), dtype="float32") for n in (2, 3, 4)]
     variables = [kernels[0], keras.Variable(np.ones(3), dtype="float32"), *kernels[1:]]
@@ -364,7 +366,7 @@ def test_make_optimizer_gives_a_course_where_there_is_one(name, schedule):
         optimizer.learning_rate = 0.25  # as ReduceLROnPlateau does
         assert float(optimizer.learning_rate) == 0.25
     else:
-        assert isinstance(optimizer._learning_rate, Course)
+        assert isinstance(optimizer._learning_rate, RunSchedule)
         assert optimizer._learning_rate.peak == 0.5
         assert optimizer._learning_rate.steps == 10
         assert float(optimizer.learning_rate) == (0 if schedule == "warm" else 0.5)

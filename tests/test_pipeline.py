@@ -13,14 +13,14 @@ import tensorflow as tf
 
 from cifar10_trainer import augment
 from cifar10_trainer.config import Augmentation
-from cifar10_trainer.pipeline import Fetcher, Order, index_data, resize, training_data
+from cifar10_trainer.pipeline import BatchMaker, EpochSampler, index_data, resize, training_data
 
 N, BATCH = 22, 4  # five steps an epoch, two images left over
 FLIP_SHIFT = Augmentation(flip="random", shift=2)
 
 
 def order_of(n=N, batch_size=BATCH, seed=3, augmentation=FLIP_SHIFT, replicas=1):
-    return Order(n, batch_size, seed, augmentation, replicas)
+    return EpochSampler(n, batch_size, seed, augmentation, replicas)
 
 
 def batches(data):
@@ -160,7 +160,7 @@ def test_alternating_flip_is_random_at_first_and_changes_sides_every_epoch():
 def test_alternating_flip_mirrors_the_images():
     images, labels = some_data()
     order = order_of(n=N, batch_size=N, augmentation=Augmentation(flip="alternating"))
-    fetcher = Fetcher(order.augmentation, 5)
+    fetcher = BatchMaker(order.augmentation, 5)
     table = augment.image_table(tf.constant(images))
     seen = []
     for index, numbers in batches(order.dataset(0, 4)):
@@ -229,7 +229,7 @@ def test_the_parts_of_the_replicas_are_the_batch_of_one(replicas, start):
 def test_the_parts_of_the_workers_are_the_batch_of_one(workers):
     images, labels = some_data(45)
     one, four = order_of(n=45, batch_size=8), order_of(n=45, batch_size=8, replicas=4)
-    fetcher = Fetcher(FLIP_SHIFT, 5)
+    fetcher = BatchMaker(FLIP_SHIFT, 5)
     data = {
         "table": augment.image_table(tf.constant(images)),
         "labels": tf.constant(labels),
@@ -257,22 +257,22 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4)
 from cifar10_trainer import augment
 from cifar10_trainer.config import Augmentation
-from cifar10_trainer.pipeline import Fetcher, Order, index_data, training_data
+from cifar10_trainer.pipeline import BatchMaker, EpochSampler, index_data, training_data
 a = Augmentation(flip="alternating", shift=2, cutout=3)
 images = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), np.uint8)
 table, labels = augment.image_table(tf.constant(images)), tf.range(45) % 5
-fetcher = Fetcher(a, 5)
+fetcher = BatchMaker(a, 5)
 def make(kind, order, context=None):
     if kind == "index":
         return index_data(order, 3, 13, context)
-    return training_data(order, 3, 13, table=table, labels=labels, fetcher=fetcher, context=context)
+    return training_data(order, 3, 13, table=table, labels=labels, batch_maker=fetcher, context=context)
 for replicas in (2, 4):
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
     for kind in ("index", "images"):
-        order = Order(45, 8, 0, a, replicas)
+        order = EpochSampler(45, 8, 0, a, replicas)
         handed = strategy.distribute_datasets_from_function(lambda context: make(kind, order, context))
         steps = 0
-        for parts, whole in zip(handed, make(kind, Order(45, 8, 0, a)), strict=True):
+        for parts, whole in zip(handed, make(kind, EpochSampler(45, 8, 0, a)), strict=True):
             for part, expected in zip(parts, whole, strict=True):
                 local = strategy.experimental_local_results(part)
                 assert len(local) == replicas
@@ -304,9 +304,9 @@ AUGMENTATIONS = {
 def test_tf_data_and_the_step_make_the_same_images(name, size):
     images, labels = some_data()
     order = order_of(augmentation=AUGMENTATIONS[name])
-    fetcher = Fetcher(order.augmentation, 5, size)
+    fetcher = BatchMaker(order.augmentation, 5, size)
     table, labels = augment.image_table(tf.constant(images)), tf.constant(labels)
-    inside = batches(training_data(order, 3, 9, table=table, labels=labels, fetcher=fetcher))
+    inside = batches(training_data(order, 3, 9, table=table, labels=labels, batch_maker=fetcher))
     in_step = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers))
     by_hand = [tuple(x.numpy() for x in in_step(*batch)) for batch in index_data(order, 3, 9)]
     assert_same(inside, by_hand)
@@ -317,14 +317,14 @@ def test_tf_data_and_the_step_make_the_same_images(name, size):
     assert inside[0][1].dtype == np.float32
     assert 0 <= inside[0][0].min() <= inside[0][0].max() <= 255
     # and once more: nothing is left to the order in which threads come
-    again = training_data(order, 3, 9, table=table, labels=labels, fetcher=fetcher)
+    again = training_data(order, 3, 9, table=table, labels=labels, batch_maker=fetcher)
     assert_same(batches(again), inside)
 
 
 def test_the_step_may_be_compiled():
     images, labels = some_data()
     order = order_of(augmentation=AUGMENTATIONS["alternating, cutout"])
-    fetcher = Fetcher(order.augmentation, 5)
+    fetcher = BatchMaker(order.augmentation, 5)
     table, labels = augment.image_table(tf.constant(images)), tf.constant(labels)
     compiled = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers), jit_compile=True)
     for batch in index_data(order, 0, 2):
@@ -338,7 +338,7 @@ def test_fetcher_is_augmentation_then_mixing_then_resizing():
     a = Augmentation(flip="random", shift=2, cutout=3, mixup=1.0)
     index = np.array([4, 0, 21, 7], np.int32)
     numbers = np.random.default_rng(0).random((4, 1 + 2 + 2 + 3), np.float32)
-    found, targets = Fetcher(a, 5, 6)(
+    found, targets = BatchMaker(a, 5, 6)(
         augment.image_table(tf.constant(images)), tf.constant(labels), index, numbers
     )
     expected, first = images[index], 0
@@ -361,7 +361,7 @@ def test_labels_are_one_hot_and_belong_to_their_images():
         5,
         table=augment.image_table(tf.constant(images)),
         labels=tf.constant(labels),
-        fetcher=Fetcher(Augmentation(), 7),
+        batch_maker=BatchMaker(Augmentation(), 7),
     )
     for batch, targets in data:
         which = batch.numpy()[:, 0, 0, 0]

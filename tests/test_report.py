@@ -117,14 +117,14 @@ def test_history_with_a_word_or_a_torn_row(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "notes.txt"
-    report.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report.os, "replace", full)
     with pytest.raises(RunError, match="No space left"):
-        report.write_atomic(path, "new")
+        files.write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

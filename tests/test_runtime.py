@@ -290,7 +290,7 @@ def test_process_start_for_real():
 
 def test_seed_everything():
     def draws():
-        runtime.seed_everything(7)
+        keras.utils.set_random_seed(7)
         numbers = random.random(), np.random.rand(), float(tf.random.uniform([]))
         layer = keras.layers.Dense(3)
         layer.build((None, 3))
@@ -298,7 +298,7 @@ def test_seed_everything():
 
     first = draws()
     assert draws() == first
-    runtime.seed_everything(8)
+    keras.utils.set_random_seed(8)
     assert random.random() != first[0]
 
 

@@ -24,9 +24,9 @@ from cifar10_trainer.config import Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine, pixel_statistics
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import RECIPES
-from cifar10_trainer.train import train_and_evaluate
+from cifar10_trainer.training import train_and_evaluate
 
-train = sys.modules["cifar10_trainer.train"]  # the package's own `train` is the function
+train = sys.modules["cifar10_trainer.training"]  # the package's own `train` is the function
 
 # 1,294 images to train on: 12 steps an epoch.
 TINY = RECIPES["fast.digits"].override(

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cifar10_trainer import RECIPES, datasets
 from cifar10_trainer.__main__ import read_config
-from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError
-from cifar10_trainer.train import train_and_evaluate
+from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
+from cifar10_trainer.training import train_and_evaluate
 from tuning import Options, tune, tuner
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
@@ -281,12 +281,12 @@ def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
 
 def test_an_interrupted_search_goes_on(digits, tmp_path, monkeypatch):
     calls = []
-    events = [0.8, Interrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]
+    events = [0.8, RunInterrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]
     monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
-    with pytest.raises(Interrupted, match="1 of 3 trials are done"):
+    with pytest.raises(RunInterrupted, match="1 of 3 trials are done"):
         tune(space, digits, **options)
-    with pytest.raises(Interrupted, match="2 of 3 trials are done"):
+    with pytest.raises(RunInterrupted, match="2 of 3 trials are done"):
         tune(space, digits, **options)
     found = tune(space, digits, **options)
     assert sorted(r.accuracy for r in found.rows) == [0.7, 0.8, 0.9]
@@ -303,7 +303,7 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
 
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
     monkeypatch.setattr(tuner, "train_and_evaluate", killed)
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterrupted):
         tune(space, digits, **options)
     found = tune(space, digits, **options)
     assert len(calls) == 1
@@ -313,7 +313,7 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
 
 def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_path, monkeypatch):
     calls, waits = [], []
-    events = [Busy("another run is at work"), Busy("another run is at work"), 0.8]
+    events = [FolderBusyError("another run is at work"), FolderBusyError("another run is at work"), 0.8]
     monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
     monkeypatch.setattr(tuner.time, "sleep", waits.append)
     found = tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
@@ -324,7 +324,7 @@ def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_pat
 def test_a_trial_does_not_wait_for_ever(digits, tmp_path, monkeypatch):
     calls, waits = [], []
     tries = tuner.WAIT_LEASES * 2 + 1  # one a second, and one more
-    events = [Busy("another run is at work")] * tries + [0.8]
+    events = [FolderBusyError("another run is at work")] * tries + [0.8]
     monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
     monkeypatch.setattr(tuner.time, "sleep", waits.append)
     found = tune(space, digits, workdir=str(tmp_path), max_trials=2, lease=2, verbose=0)

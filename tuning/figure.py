@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar10_trainer.report import BLUE, FAINT, GREEN, INK, VERMILION, new_figure, save_figure, style_axes
+from cifar10_trainer.figures import BLUE, FAINT, GREEN, INK, VERMILION, new_figure, save_figure, style_axes
 
 from .leaderboard import Row, in_epochs, percent
 

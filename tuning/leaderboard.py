@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras_tuner.engine.trial import Trial, TrialStatus
 from tensorboard.plugins.hparams import api as hparams
 
-from cifar10_trainer import report
+from cifar10_trainer import files
 from cifar10_trainer.config import Config, Origin
 
 from .oracle import SearchOracle
@@ -188,11 +188,11 @@ class Leaderboard:
             metrics = (number(r.metrics.get(m, "")) for m in METRICS)
             values = (number(r.values.get(name, "")) for name in names)
             writer.writerow([r.trial, r.folder, r.status, *metrics, ended, *values, r.reason])
-        report.write_atomic(self.workdir / "leaderboard.csv", out.getvalue())
+        files.write_atomic(self.workdir / "leaderboard.csv", out.getvalue())
         config = self.best_config()
         if config:
             content = json.dumps(config.to_dict(), indent=2) + "\n"
-            report.write_atomic(self.workdir / "best_config.json", content)
+            files.write_atomic(self.workdir / "best_config.json", content)
         for row in rows:
             self._tensorboard(row)
 

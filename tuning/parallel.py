@@ -22,7 +22,7 @@ from glob import glob
 from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer import cli
-from cifar10_trainer.errors import ConfigError, Interrupted, RunError
+from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 
 from .options import LOOPBACK, Options
 
@@ -181,7 +181,7 @@ def _work(number: int, space: Any, dataset: Any, options: dict[str, Any]) -> Non
         work(space, dataset, Options(**options), f"worker{number}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except Interrupted:
+    except RunInterrupted:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends as what it was asked to end by
         os.kill(os.getpid(), signal.SIGTERM)
     except (ConfigError, RunError) as error:

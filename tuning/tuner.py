@@ -30,11 +30,12 @@ from keras_tuner import errors
 from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.trial import Trial
 
-from cifar10_trainer import datasets, models, report, runtime
+from cifar10_trainer import datasets, files, models, runtime
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
-from cifar10_trainer.errors import Busy, ConfigError, Interrupted, RunError, interrupted
-from cifar10_trainer.train import remove, train_and_evaluate
+from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted, interrupted
+from cifar10_trainer.run_folder import RunFolder
+from cifar10_trainer.training import train_and_evaluate
 
 from . import oracle, parallel
 from .figure import search_figure
@@ -128,17 +129,19 @@ class Trainer(BaseTuner):
         folder = Path(self.get_trial_dir(trial.trial_id))
         try:
             if self.signals.caught:  # too late for the trial before
-                raise Interrupted(f"stopped by {self.signals.caught}")
+                raise RunInterrupted(f"stopped by {self.signals.caught}")
             config = make_config(self.space, trial.hyperparameters, self.dataset)
             keras.utils.clear_session()  # of the trial before
             gc.collect()
             with self._signs_of_life(trial.trial_id), _counted_starts(folder):
                 for _ in range(round(WAIT_LEASES * self._lease)):
-                    with contextlib.suppress(Busy):  # who had the trial was taken for dead: it may yet end it
+                    with contextlib.suppress(
+                        FolderBusyError
+                    ):  # who had the trial was taken for dead: it may yet end it
                         return self._train(config, folder)
                     time.sleep(1)
                 return self._train(config, folder)
-        except Interrupted as error:
+        except RunInterrupted as error:
             raise errors.FatalError(str(error)) from error
         except Exception as error:  # whatever it is, it is this trial's, and the search goes on
             # Raised, it would be printed with its traceback. The number is not looked at.
@@ -147,18 +150,18 @@ class Trainer(BaseTuner):
 
     def _train(self, config: Config, folder: Path) -> dict[str, float]:
         """Runs `config` in `folder`, or finishes what a killed process began there."""
-        record, history = folder / "config.json", folder / "history.csv"
-        there = json.loads(record.read_text()) if record.exists() else None
+        run = RunFolder(folder)
+        there = run.read_config() if run.has_run() else None
         stale = there is not None and (
             Config.from_record(there) != config
             or there.get("fingerprint") != datasets.fingerprint(self.dataset)
         )
         before = 0.0
-        if history.exists() and not stale:
-            before = sum(row["seconds"] for row in report.read_history(history))
+        if run.history_file.exists() and not stale:
+            before = sum(row["seconds"] for row in run.read_history())
         began = time.time()
-        if (folder / "metrics.json").exists() and not stale:  # finished, but not reported
-            metrics = json.loads((folder / "metrics.json").read_text())
+        if run.is_finished() and not stale:  # finished, but not reported
+            metrics = run.read_metrics()
         else:
             metrics = train_and_evaluate(
                 config,
@@ -170,7 +173,7 @@ class Trainer(BaseTuner):
                 full_report=False,
                 score_test=False,
             )
-        losses = [row["val_loss"] for row in report.read_history(history) if row["val_loss"] is not None]
+        losses = [row["val_loss"] for row in run.read_history() if row["val_loss"] is not None]
         return {
             "val_accuracy": metrics["best_val_accuracy"],
             "val_loss": min(losses),
@@ -226,7 +229,7 @@ def _counted_starts(folder: Path) -> Iterator[None]:
 
     Who ends a search by SIGKILL is patient with it; memory that runs out is told by the kernel's own count.
     """
-    file, state = folder / "starts", folder / "state.npz"
+    file, state = folder / "starts", RunFolder(folder).state_file
     starts, before = 0, _oom_kills()
     if file.exists() and not (state.exists() and state.stat().st_mtime > file.stat().st_mtime):  # no progress
         starts, before = map(int, file.read_text().split())
@@ -236,7 +239,7 @@ def _counted_starts(folder: Path) -> Iterator[None]:
         raise RunError(
             f"out of memory: the system ended its process, {starts} times; use a smaller batch_size"
         )
-    report.write_atomic(file, f"{starts + 1} {before}")
+    files.write_atomic(file, f"{starts + 1} {before}")
     try:
         yield
     finally:
@@ -318,7 +321,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
         # ---- the trials
         try:
             _search(trainer, chooser, space, dataset, o, say)
-        except (Interrupted, KeyboardInterrupt) as error:
+        except (RunInterrupted, KeyboardInterrupt) as error:
             how = f"stopped: {len(chooser.end_order)} of {o.max_trials} trials are done"
             raise interrupted(how, workdir, o.overwrite) from error
 
@@ -443,7 +446,7 @@ def _plain_errors(o: Options) -> Iterator[None]:
     try:
         yield
     except errors.FatalError as error:
-        kind = Interrupted if isinstance(error.__cause__, Interrupted) else RunError
+        kind = RunInterrupted if isinstance(error.__cause__, RunInterrupted) else RunError
         raise kind(str(error)) from error
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.UNKNOWN:  # it answered, with an error of its own
@@ -485,14 +488,14 @@ def _claimed(workdir: Path, o: Options, record: dict[str, Any]) -> Iterator[None
                     f"another process is searching in {workdir}; choose another --workdir"
                 ) from None
         if o.overwrite:
-            remove(workdir, file.name, WRITTEN)
+            files.remove_files(workdir, file.name, WRITTEN)
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
             for key, was, now in _differences(there, record):
                 raise ConfigError(
                     f"{workdir} holds another search: {key} was {was!r}, now {now!r}; {way_out}"
                 )
-        report.write_atomic(file, json.dumps(record, indent=2) + "\n")
+        files.write_atomic(file, json.dumps(record, indent=2) + "\n")
         yield
     finally:
         os.close(lock)

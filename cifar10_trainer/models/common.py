@@ -33,7 +33,7 @@ def preprocess(
     )(x)
 
 
-def finish(
+def classifier_head(
     x: keras.KerasTensor, num_classes: int, regularizer: keras.Regularizer | None = None
 ) -> keras.KerasTensor:
     """Features [n, f] -> float32 probabilities [n, num_classes]: layers "logits", "probabilities"."""
@@ -69,7 +69,7 @@ def check_side(x: keras.KerasTensor, side: int, name: str) -> None:
         )
 
 
-def each(name: str, value: float | Sequence[float], count: int) -> tuple[float, ...]:
+def per_block(name: str, value: float | Sequence[float], count: int) -> tuple[float, ...]:
     """The option `name` as `count` numbers: one stands for all. Raises ConfigError on another length."""
     values = (value,) * count if isinstance(value, int | float) else tuple(value)
     if len(values) != count:

@@ -41,4 +41,4 @@ def build(
     x = layers.ReLU(name="head_relu1")(x)
     x = layers.BatchNormalization(name="head_norm1")(x)
     x = common.dropout(x, head_dropout, "head_dropout1")
-    return keras.Model(images, common.finish(x, num_classes), name="course")
+    return keras.Model(images, common.classifier_head(x, num_classes), name="course")

@@ -28,7 +28,7 @@ def build(
     negative_slope: of every LeakyReLU, 0 making it a ReLU; dropout: one rate for all blocks or one for each;
     dense: units of the hidden dense layer. Raises ConfigError where the image is too small.
     """
-    rates = common.each("dropout", dropout, len(blocks))
+    rates = common.per_block("dropout", dropout, len(blocks))
     images = keras.Input(input_shape, dtype="float32", name="images")
     x = common.preprocess(images, mean, std)
     for block, (widths, rate) in enumerate(zip(blocks, rates, strict=True), start=1):
@@ -43,4 +43,4 @@ def build(
     x = layers.LeakyReLU(negative_slope, name="head_relu1")(x)
     x = layers.BatchNormalization(name="head_norm1")(x)
     x = common.dropout(x, head_dropout, "head_dropout1")
-    return keras.Model(images, common.finish(x, num_classes), name="leaky")
+    return keras.Model(images, common.classifier_head(x, num_classes), name="leaky")

@@ -42,4 +42,4 @@ def build(
         x = layers.BatchNormalization(name=f"head_norm{number}")(x)
         x = layers.ReLU(name=f"head_relu{number}")(x)
         x = common.dropout(x, dropout, f"head_dropout{number}")
-    return keras.Model(images, common.finish(x, num_classes), name="practical")
+    return keras.Model(images, common.classifier_head(x, num_classes), name="practical")

@@ -32,7 +32,7 @@ def build(
     regularizer; batch_norm: after the ReLU of every convolution and of the dense layer.
     Raises ConfigError where the image is too small.
     """
-    rates = common.each("dropout", dropout, len(filters) + 1)
+    rates = common.per_block("dropout", dropout, len(filters) + 1)
     regularizer = keras.regularizers.L2(l2) if l2 else None
 
     images = keras.Input(input_shape, dtype="float32", name="images")
@@ -60,4 +60,4 @@ def build(
     if batch_norm:
         x = layers.BatchNormalization(name="head_norm1")(x)
     x = common.dropout(x, rates[-1], "head_dropout1")
-    return keras.Model(images, common.finish(x, num_classes, regularizer), name="vgg")
+    return keras.Model(images, common.classifier_head(x, num_classes, regularizer), name="vgg")

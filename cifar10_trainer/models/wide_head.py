@@ -44,4 +44,4 @@ def build(
         x = layers.Dense(units, name=f"head_dense{number}")(x)
         x = layers.ReLU(name=f"head_relu{number}")(x)
         x = common.dropout(x, dropout, f"head_dropout{number}")
-    return keras.Model(images, common.finish(x, num_classes), name="wide_head")
+    return keras.Model(images, common.classifier_head(x, num_classes), name="wide_head")

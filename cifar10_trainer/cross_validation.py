@@ -6,7 +6,6 @@ Every training image is validated exactly once, by a model that has not seen it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
 import time
@@ -17,11 +16,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import datasets, report, runtime
+from . import datasets, runtime
 from .config import Config
 from .datasets import Dataset
-from .errors import ConfigError, Interrupted, RunError, interrupted
-from .train import train_and_evaluate
+from .errors import ConfigError, RunError, RunInterrupted, interrupted
+from .files import write_json
+from .run_folder import RunFolder
+from .training import train_and_evaluate
+
+FOLDS_FILE = "folds.json"
 
 
 def cross_validate(
@@ -52,10 +55,10 @@ def cross_validate(
     and val_accuracy_std (of the sample), 0-1.
     Raises: as `train_and_evaluate`.
     """
-    say = print if verbose else (lambda *_: None)
+    log = print if verbose else (lambda *_: None)
     since = time.time() if since is None else since
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (workdir / "folds.json").exists() and not overwrite:
+    if (workdir / FOLDS_FILE).exists() and not overwrite:
         raise ConfigError(
             f"{workdir} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
         )
@@ -63,7 +66,7 @@ def cross_validate(
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError("folds on a cluster of workers; allowed: one machine")
     data = _without_test_images(dataset or datasets.load(config.dataset, data_dir, config.image_size), folds)
-    (workdir / "folds.json").unlink(missing_ok=True)
+    (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
     taken = ("n_validation", "epochs", "best_epoch", "train_seconds")
     runs = []
@@ -71,21 +74,21 @@ def cross_validate(
         for i in range(folds):
             if signals.caught:  # too late for the fold before
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
-            say(f"-- fold {i + 1} of {folds}")
+            log(f"-- fold {i + 1} of {folds}")
             one = config.override(
                 validation_fraction=1 / folds, validation_split="stratified", validation_fold=i
             )
             metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
             accuracy = metrics["best_val_accuracy"]
-            say(f"   {100 * accuracy:.2f}%\n")
+            log(f"   {100 * accuracy:.2f}%\n")
             runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
             since = time.time()
     summary = _summary(config, data, runs)
-    report.write_atomic(workdir / "folds.json", json.dumps(summary, indent=2) + "\n")
+    write_json(workdir / FOLDS_FILE, summary)
     mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
     each = ", ".join(f"{100 * run['val_accuracy']:.2f}" for run in runs)
-    say(f"{folds} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})")
-    say(f"  files  {workdir}/  (folds.json)")
+    log(f"{folds} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})")
+    log(f"  files  {workdir}/  (folds.json)")
     return summary
 
 
@@ -96,7 +99,7 @@ def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[
         return metrics
     try:
         return train_and_evaluate(config, folder, overwrite=overwrite, **more)
-    except Interrupted as error:
+    except RunInterrupted as error:
         raise interrupted(f"stopped in {folder.name}", folder.parent, overwrite) from error
     finally:
         keras.utils.clear_session()  # k models are more than one
@@ -136,15 +139,13 @@ def _finished(folder: Path, config: Config, data: Dataset) -> dict[str, Any] | N
 
     Raises ConfigError where the run is another, RunError where it cannot be read.
     """
-    if not (folder / "metrics.json").exists():
+    run = RunFolder(folder)
+    if not run.is_finished():
         return None
     try:
-        there, metrics = (
-            dict(json.loads((folder / name).read_text(encoding="utf-8")))
-            for name in ("config.json", "metrics.json")
-        )
+        there, metrics = run.read_config(), run.read_metrics()
         same = Config.from_record(there) == config
-    except (OSError, ValueError, TypeError) as error:
+    except (RunError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is damaged ({error}); delete it, and this fold is run again") from error
     if not same or there.get("fingerprint") != datasets.fingerprint(data):
         other = "on other images" if same else "of another configuration"

@@ -1,0 +1,268 @@
+"""CIFAR-10: finding it in whatever form it is there, and reading it.
+
+Each form comes down to the same six batches, each checked against its md5 before anything else looks at it, so every
+form gives equal arrays in the official order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import ConfigError, RunError, reason_of
+from .base import Dataset
+from .download import PYTHON_URL, download, tfds_folder
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+_BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+_ROWS = 10_000  # images a batch
+# A .bin file is rows of one label byte and 3,072 pixel bytes: red, green, blue plane. The others are pickles.
+_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
+# What to look for in a folder, quickest to read first; each may be a form itself or a folder with one inside.
+# The second pattern takes in the names that Keras 2 and 3 give to their copies.
+_PLACES = (
+    "cifar-10-batches-bin",
+    "cifar-10-batches-py*",
+    "cifar-10-binary.tar.gz",
+    "cifar-10-python.tar.gz",
+    "downloads/manual",
+    "cifar10",
+    "3.*",
+)
+
+
+# ---- finding it
+
+
+def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
+    given = data_dir or os.environ.get("CIFAR10_TRAINER_DATA")
+    name = "data_dir" if data_dir else "$CIFAR10_TRAINER_DATA"
+    if given:
+        path = Path(given).expanduser()
+        with _one_line_errors(path):
+            if not path.exists():
+                raise ConfigError(
+                    f"{name} is {path}, which does not exist; allowed: CIFAR-10, archive or folder"
+                )
+            form = next(_forms(path), None)
+        if form is None:
+            raise RunError(
+                f"{path} holds no CIFAR-10; allowed: cifar-10-python.tar.gz or cifar-10-binary.tar.gz,"
+                " either of them extracted, or cifar10/ as TFDS prepares it;"
+                f" download {PYTHON_URL} into it, or correct {name}"
+            )
+        return _read(form)
+    for cache in (tfds_folder(), _keras_folder(), Path("data")):
+        forms: list[Path] = []
+        with contextlib.suppress(OSError):  # a cache that may not be read is none
+            forms = list(_forms(cache))
+        for form in forms:
+            try:
+                return _read(form)
+            except RunError as error:
+                print(f"cifar10: passing over a cached copy: {error}", file=sys.stderr)
+    return _read(download())
+
+
+def _keras_folder() -> Path:
+    return Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets"
+
+
+def _forms(path: Path) -> Iterator[Path]:
+    """What `path` is or holds that looks like CIFAR-10: archives and folders that `_read` takes."""
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        names = set(os.listdir(path))  # unlike glob, it raises where the folder may not be read
+        if names & {"dataset_info.json", *_MD5}:
+            yield path
+        else:
+            for pattern in _PLACES:
+                for place in sorted(path.glob(pattern), reverse=True):
+                    yield from _forms(place)
+
+
+# ---- reading it
+
+
+def _read(form: Path) -> Dataset:
+    """The dataset in one form: an archive, a folder of batches, or a TFDS version directory."""
+    with _one_line_errors(form):
+        if form.is_file():
+            members = _archive_members(form)
+        elif (form / "dataset_info.json").exists():
+            members = _tfds_members(form)
+        else:
+            # Lazily, so that the next file is read while the last is verified.
+            members = ((name, (form / name).read_bytes()) for name in _MD5 if (form / name).exists())
+        train, test = _assemble(form, members)
+    return Dataset("cifar10", *train, *test, CIFAR10_CLASSES, str(form))
+
+
+def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the batches in a tar archive, in one pass and without writing anything."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name = os.path.basename(member.name)
+            content = tar.extractfile(member) if name in _MD5 else None
+            if content is not None:
+                yield name, content.read()
+
+
+def _tfds_members(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the binary batches that TFDS prepared `folder` from.
+
+    TFDS stores the images shuffled, but their ids ("train_16399") count them in the official order. They are
+    read without tf.data, which would start TensorFlow's devices before anyone could configure them.
+    """
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    rows = np.zeros((len(_BATCHES) * _ROWS, 1 + 3072), np.uint8)
+    try:
+        splits = tfds.builder_from_directory(folder).info.splits
+        for split_name, first in (("train", 0), ("test", 5 * _ROWS)):
+            for file in splits[split_name].filepaths:
+                for record in _tfrecords(file):
+                    feature = tf.train.Example.FromString(record).features.feature
+                    _, _, index = feature["id"].bytes_list.value[0].partition(b"_")
+                    row = rows[first + int(index)]
+                    row[0] = feature["label"].int64_list.value[0]
+                    png = io.BytesIO(feature["image"].bytes_list.value[0])
+                    row[1:] = np.asarray(Image.open(png, formats=("PNG",))).transpose(2, 0, 1).ravel()
+    except PermissionError:
+        raise
+    except Exception as error:  # TFDS, protobuf and Pillow have an error of their own each
+        raise _damaged(folder, f"it is not CIFAR-10 as TFDS prepares it ({reason_of(error)})") from error
+    for i, name in enumerate(_BATCHES):
+        yield f"{name}.bin", rows[i * _ROWS : (i + 1) * _ROWS].tobytes()
+
+
+def _tfrecords(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The records of a TFRecord file: length, checksum, content, checksum. (The batches' md5 covers them.)"""
+    with open(path, "rb") as file:
+        while header := file.read(12):
+            (length,) = struct.unpack("<Q4x", header)
+            yield file.read(length)
+            file.read(4)
+
+
+def _assemble(form: Path, members: Iterable[tuple[str, bytes]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [n, 32, 32, 3] and labels int64 [n], in order, of the training batches and of the test batch.
+
+    Each batch is verified first. Training and test arrays share no memory: either can go alone.
+    """
+    n = _ROWS * (len(_BATCHES) - 1)
+    train, test = ((np.empty((m, 32, 32, 3), np.uint8), np.empty(m, np.int64)) for m in (n, _ROWS))
+    found = set()
+    with ThreadPoolExecutor(1) as pool:
+        # Reading and hashing release the interpreter lock: a batch is hashed while the next is read. The thread
+        # allocates nothing large, which glibc would keep.
+        hashed = ((name, content, pool.submit(_md5_of, content)) for name, content in members)
+        following = next(hashed, None)
+        while following:
+            (name, content, md5), following = following, next(hashed, None)
+            if md5.result() != _MD5[name]:
+                raise _damaged(form, f"the md5 of its {name} is {md5.result()}, not {_MD5[name]}")
+            batch = name.removesuffix(".bin")
+            first = _BATCHES.index(batch) * _ROWS
+            images, labels = (x[first : first + _ROWS] for x in train) if first < n else test
+            labels[:], planes = _parse(name, content)
+            for channel in range(3):  # several times faster than one transpose
+                images[..., channel] = planes[:, channel]
+            found.add(batch)
+    missing = [batch for batch in _BATCHES if batch not in found]
+    if len(missing) == len(_BATCHES):
+        raise _damaged(form, "it holds no batch of CIFAR-10")
+    if missing:
+        raise _damaged(form, f"it lacks {', '.join(missing)}")
+    return [train, test]
+
+
+def _md5_of(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _parse(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [n] and pixels uint8 [n, 3, 32, 32] of a verified batch."""
+    if name.endswith(".bin"):
+        rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3072)
+        return rows[:, 0], rows[:, 1:].reshape(-1, 3, 32, 32)
+    batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    return np.array(batch[b"labels"]), batch[b"data"].reshape(-1, 3, 32, 32)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays and plain containers only: a second bolt behind the checksum."""
+
+    allowed: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # NumPy 2 moved it
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self.allowed[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a batch of images") from None
+
+
+def _damaged(path: Path, what: str) -> RunError:
+    return RunError(
+        f"{path} cannot be used: {what}; delete it and download it again from {PYTHON_URL},"
+        " or name another copy with --data_dir"
+    )
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turns what reading `path` can raise into a RunError that says what to do."""
+    try:
+        yield
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise RunError(
+                f"cannot read {error.filename or path}: {error.strerror};"
+                " correct that, or name another copy with --data_dir"
+            ) from error
+        raise _damaged(path, f"it is damaged, or no archive ({reason_of(error)})") from error

@@ -1,0 +1,323 @@
+"""Arrays and numbers -> figures, as PNG files.
+
+No TensorFlow here. Matplotlib is used through its object interface only, so nothing global changes and threads may draw
+at the same time; it is imported where it is used, because commands that draw nothing should not wait for it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart with any colour vision, and in grey.
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+INK, FAINT = "#24292f", "#d8dee4"
+DPI = 150
+MAX_CLASSES_SHOWN = 100  # in sample_images; more would be too small to see
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure of so many inches, apart from pyplot and its state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes the PNG file `path`, whole or not at all, and empties the figure."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, facecolor="white")
+    write_atomic(path, png.getvalue())
+    figure.clear()  # its parts refer to one another: their memory would stay until the garbage collector comes by
+
+
+def style_axes(axes: Axes, title: str = "", grid: Literal["x", "both"] | None = None) -> None:
+    """The house's look. title: at the top left; grid: the lines behind the data; None: neither lines nor frame."""
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold", pad=8, parse_math=False)
+    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(grid is not None and side in ("left", "bottom"))
+        spine.set_color(FAINT)
+    if grid is not None:
+        axes.grid(axis=grid, color=FAINT, linewidth=0.7)
+
+
+def _name_ticks(
+    axis: Any, positions: Sequence[float], names: Sequence[str], inches: float, **style: Any
+) -> None:
+    """Class names along an axis on which a class takes `inches`; numbers stay where names do not fit."""
+    size = min(9.0, inches * 72 * 0.9)
+    if size < 4:
+        return
+    axis.set_ticks(positions)
+    axis.set_ticklabels([_shorten(n) for n in names], fontsize=size, parse_math=False, **style)
+
+
+def _shorten(name: str, length: int = 16) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _mosaic(images: np.ndarray, columns: int, gap: tuple[int, int]) -> np.ndarray:
+    """Tiles uint8 [n, h, w, 3] onto white, row by row; gap: pixels (below, right of) each image."""
+    n, height, width, _ = images.shape
+    rows = math.ceil(n / columns)
+    cells = np.full((rows * columns, height + gap[0], width + gap[1], 3), 255, np.uint8)
+    cells[:n, :height, :width] = images
+    cells = cells.reshape(rows, columns, height + gap[0], width + gap[1], 3).swapaxes(1, 2)
+    return cells.reshape(rows * (height + gap[0]), columns * (width + gap[1]), 3)
+
+
+def _show(axes: Axes, mosaic: np.ndarray, height: int) -> None:
+    """Draws small images pixel by pixel, not blurred; larger ones are shrunk smoothly."""
+    if height <= 64:
+        _cells(axes, mosaic)
+    else:
+        # With an alpha given, Matplotlib resamples in float32, not in float64: 50 MB less.
+        axes.imshow(mosaic, alpha=1)
+
+
+def _cells(axes: Axes, values: np.ndarray, **style: Any) -> Any:
+    """Draws numbers [h, w] or pixels [h, w, 3], a square each, whose centres are whole numbers; y goes down.
+
+    The same picture as `imshow` without interpolation, for CIFAR-10's images in half its time, and without its
+    floating-point copies of the whole figure.
+    """
+    edges = (np.arange(n + 1) - 0.5 for n in values.shape[1::-1])
+    drawn = axes.pcolormesh(*edges, values, antialiased=False, **style)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    return drawn
+
+
+def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: str | os.PathLike[str]) -> None:
+    """A grid of five columns, a caption below each image."""
+    columns, (height, width) = 5, images.shape[1:3]
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    longest = max(len(line) for caption in captions for line in caption.split("\n"))
+    below, right = round(height * (0.08 + 0.1 * lines)), max(1, round(width * 0.12))
+    mosaic = _mosaic(images, columns, (below, right))
+    figure = new_figure(8, 8 * mosaic.shape[0] / mosaic.shape[1] + 0.35)
+    axes = figure.add_subplot()
+    style_axes(axes, title)
+    _show(axes, mosaic, height)
+    axes.set_axis_off()
+    for i, caption in enumerate(captions):
+        x = i % columns * (width + right) + width / 2
+        y = i // columns * (height + below) + height * (1 + 0.1 * lines)  # of the last line
+        size = min(8.5, 170 / longest)
+        style: dict[str, Any] = {"fontsize": size, "color": INK, "linespacing": 1.15, "parse_math": False}
+        axes.text(x, y, caption, ha="center", va="baseline", **style)
+    save_figure(figure, path)
+
+
+def sample_images(
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    per_class: int = 10,
+) -> None:
+    """Draws the first `per_class` images of each class, a row a class, to the PNG file `path`.
+
+    images: uint8 [n, height, width, 3]; labels: whole numbers [n]. More than 25 classes stand in several
+    columns with fewer images each; more than MAX_CLASSES_SHOWN are not all shown, and the title says so.
+    """
+    shown = min(len(class_names), MAX_CLASSES_SHOWN)
+    blocks = math.ceil(shown / 25)
+    rows = math.ceil(shown / blocks)
+    per_class = per_class if blocks == 1 else min(per_class, max(3, 12 // blocks))
+    height, width = images.shape[1:3]
+    gap = max(1, round(height / 16)), max(1, round(width / 16))
+    cell = 0.6 if blocks == 1 else 0.36
+    names_width = 0.085 * max(len(_shorten(name)) for name in class_names) + 0.15
+    figure = new_figure(blocks * (per_class * cell * width / height + names_width), rows * cell + 0.35)
+    of_all = "" if shown == len(class_names) else f", the first {shown} of {len(class_names)} classes"
+    for block, axes in enumerate(figure.subplots(1, blocks, squeeze=False)[0]):
+        classes = range(block * rows, min((block + 1) * rows, shown))
+        tiles = np.full((len(classes), per_class, height, width, 3), 255, np.uint8)
+        for row, c in enumerate(classes):
+            chosen = images[np.flatnonzero(labels == c)[:per_class]]
+            tiles[row, : len(chosen)] = chosen
+        style_axes(axes, f"Training images{of_all}" if block == 0 else "")
+        _show(axes, _mosaic(tiles.reshape(-1, height, width, 3), per_class, gap), height)
+        axes.set_anchor("NW")
+        axes.set_xticks([])
+        centres = [row * (height + gap[0]) + height / 2 for row in range(len(classes))]
+        _name_ticks(axes.yaxis, centres, [class_names[c] for c in classes], cell)
+    save_figure(figure, path)
+
+
+def random_samples(
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    count: int = 25,
+    seed: int = 0,
+) -> None:
+    """Draws `count` images, chosen by `seed` alone, in a labelled grid. Arguments as in `sample_images`."""
+    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+    captions = [_shorten(class_names[c]) for c in labels[chosen]]
+    _captioned(images[chosen], captions, "Training images, chosen at random", path)
+
+
+def class_distribution(
+    splits: Mapping[str, np.ndarray], class_names: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    """Draws how many images of each class each split has. splits: name -> labels; empty ones are left out."""
+    n = len(class_names)
+    counts = {name: np.bincount(labels, minlength=n) for name, labels in splits.items() if len(labels)}
+    colours = dict(zip(splits, (BLUE, VERMILION, GREEN, INK), strict=False))
+    inches = min(0.3, 12 / n)
+    figure = new_figure(9, max(1.6, n * inches + 0.9))
+    panels = figure.subplots(1, max(1, len(counts)), sharey=True, squeeze=False)[0]
+    positions = np.arange(n)
+    for axes, (name, count) in zip(panels, counts.items(), strict=True):
+        style_axes(axes, f"{name}: {count.sum():,} images", grid="x")
+        axes.barh(positions, count, color=colours[name], height=0.72)
+        axes.locator_params(axis="x", nbins=4, integer=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlim(0, count.max() * 1.2)
+        if inches > 0.2:
+            for y, value in zip(positions, count, strict=True):
+                style = {"va": "center", "fontsize": 8, "color": INK}
+                axes.annotate(f"{value:,}", (value, y), (3, 0), textcoords="offset points", **style)
+    _name_ticks(panels[0].yaxis, list(positions), class_names, inches)
+    panels[0].set_ylim(n - 0.4, -0.6)
+    save_figure(figure, path)
+
+
+def training_curves(
+    history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    target: float | None = None,
+    best_epoch: float | None = None,
+) -> None:
+    """Draws loss and accuracy over the epochs, training and validation, with the best epoch and the target.
+
+    history: rows as in history.csv; values may be None. target: a validation accuracy, 0-1.
+    best_epoch: the epoch to mark; None: the first one with the highest val_accuracy, where there is any.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    validated = [row for row in history if row.get("val_accuracy") is not None]
+    if best_epoch is None and validated:
+        best_epoch = max(validated, key=lambda row: row["val_accuracy"])["epoch"]
+    figure = new_figure(10, 3.8)
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        style_axes(axes, quantity.capitalize(), grid="both")
+        lines = (quantity, "training", BLUE), (f"val_{quantity}", "validation", VERMILION)
+        for column, name, colour in lines:
+            points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            marker = "o" if len(points) <= 30 else None
+            axes.plot(x, y, color=colour, label=name, linewidth=1.8, marker=marker, markersize=3.5)
+            if name == "validation" and best_epoch in dict(points):
+                value = dict(points)[best_epoch]
+                text = f"{value:.2%}" if quantity == "accuracy" else f"{value:.4f}"
+                style = {"color": colour, "markeredgecolor": INK, "zorder": 3, "linestyle": "none"}
+                label = f"best epoch, {best_epoch:g}: {text}"
+                axes.plot([best_epoch], [value], marker="*", markersize=13, label=label, **style)
+        drawn = [y for line in axes.lines for y in line.get_ydata() if y > 0 and math.isfinite(y)]
+        if quantity == "loss" and drawn and max(drawn) > 100 * min(drawn):
+            axes.set_yscale("log")
+            axes.minorticks_off()
+        if quantity == "accuracy":
+            if target is not None:
+                label = f"target: {100 * target:.4g}%"
+                axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (5, 4)), label=label)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch", fontsize=9, color=INK)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=9, labelcolor=INK)
+    save_figure(figure, path)
+
+
+def confusion_matrix(
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    split: str = "test",
+) -> None:
+    """Draws the confusion matrix: a row a true class, a column a predicted one; numbers are images.
+
+    The colour is the share of the row, on a square-root scale so that rare errors show.
+    labels, predicted: whole numbers [n]; split: what the images are called in the title.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import PercentFormatter
+
+    n = len(class_names)
+    counts = np.bincount(np.asarray(labels) * n + predicted, minlength=n * n).reshape(n, n)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    inches = max(min(0.58, 9 / n), 2.5 / n)  # the side of a cell
+    figure = new_figure(n * inches + 2.4, n * inches + 1.6)
+    axes = figure.add_subplot()
+    accuracy = np.trace(counts) / max(1, counts.sum())
+    style_axes(axes, f"{counts.sum():,} {split} images, {accuracy:.2%} correct")
+    drawn = _cells(axes, shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    if inches > 0.35:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shares[row, column] > 0.35 else INK
+                size = min(9, inches * 72 / max(3.2, len(str(count)) * 0.75))
+                axes.text(column, row, f"{count}", ha="center", va="center", fontsize=size, color=colour)
+    _name_ticks(axes.yaxis, range(n), class_names, inches)
+    _name_ticks(axes.xaxis, range(n), class_names, inches, rotation=90 if inches < 0.4 else 45, ha="center")
+    if inches >= 0.4:
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    axes.set_xlabel("predicted", fontsize=10, color=INK)
+    axes.set_ylabel("true", fontsize=10, color=INK)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.7, aspect=25, pad=0.02, format=PercentFormatter(1, 0))
+    bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1])
+    bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
+    bar.set_label("share of the true class", fontsize=9, color=INK)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    save_figure(figure, path)
+
+
+def misclassified_examples(
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    path: str | os.PathLike[str],
+    count: int = 20,
+    split: str = "test",
+) -> None:
+    """Draws the first `count` images that are wrong: true class, predicted class and its probability.
+
+    images: uint8 [n, height, width, 3]; labels: [n]; probabilities: [n, classes].
+    """
+    predicted = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    first = wrong[:count]
+    of = f"{len(labels):,} {split} images"
+    title = f"The first {len(first)} of {len(wrong):,} wrong among {of}: true → predicted"
+    if len(wrong) == 0:
+        figure = new_figure(8, 1)
+        figure.text(0.5, 0.5, f"All {of} are right.", ha="center", va="center", color=INK)
+        return save_figure(figure, path)
+    captions = [
+        f"{_shorten(class_names[labels[i]], 12)} → {_shorten(class_names[predicted[i]], 12)}\n"
+        f"p={probabilities[i, predicted[i]]:.2f}"
+        for i in first
+    ]
+    _captioned(images[first], captions, title, path)

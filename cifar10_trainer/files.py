@@ -1,0 +1,129 @@
+"""Files that appear whole or not at all, and folders that one process holds at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write to; in the end it becomes `path`, whole or not at all. Makes the folder.
+
+    It ends as `path` does, since formats are told by that. Raises RunError where it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes `content` (text as UTF-8) to `path`, whole or not at all. Makes the folder. Raises RunError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Makes `folder`, and keeps other processes out; where one is in, calls `busy` and then waits for its end.
+
+    The lock is the system's: it ends with the process, however that ends, and leaves no file. Folders that were made
+    here and are still empty at the end are removed. Raises OSError where the folder cannot be made.
+    """
+    made, descriptor = _lock(folder, busy)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)  # last: whoever waits must find the folders gone or staying
+
+
+def _lock(folder: Path, busy: Callable[[], None]) -> tuple[list[Path], int | None]:
+    """The folders made, the innermost first, and the descriptor that locks `folder`; None where there are no locks."""
+    made: list[Path] = []
+    while True:
+        made += [path for path in _make_folders(folder) if path not in made]
+        descriptor = None
+        try:
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return made, descriptor
+        except FileNotFoundError:
+            pass  # who held it left it empty, and took it away: again
+        except (ImportError, OSError):  # no locks on Windows and some network file systems
+            return made, descriptor
+        except BaseException:  # `busy` will not wait, or the user
+            if descriptor is not None:
+                os.close(descriptor)
+            raise
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Makes `folder`. Gives what was not there before, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def write_json(path: str | os.PathLike[str], values: Any, indent: int = 2) -> None:
+    """Writes `values` as a JSON file, whole or not at all. Makes the folder. Raises RunError."""
+    write_atomic(path, json.dumps(values, indent=indent) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises RunError where it cannot be read, or holds something else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"cannot read {path}: it is not a JSON object")
+    return values
+
+
+def remove_files(folder: Path, marker: str, names: Iterable[str]) -> None:
+    """Removes the files and folders `names` from `folder`, but only where the file `marker` shows that they are ours.
+
+    Raises RunError where one of them cannot be removed.
+    """
+    if not (folder / marker).exists():
+        return
+    try:
+        for path in (folder / name for name in names):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> RunError:
+    """The one-line error for a folder in which nothing can be written."""
+    return RunError(f"cannot write to {folder}: {error.strerror}; choose another folder with --workdir")

@@ -1,0 +1,291 @@
+"""The training loop: epochs, validation, callbacks, the best model, the clock, and saving for an exact resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from . import runtime
+from .engine import Engine, RunningMetrics
+from .errors import ConfigError, RunError, interrupted
+from .run_folder import RunFolder
+
+# What Keras's EarlyStopping and ReduceLROnPlateau learn. Their other attributes are settings, and one of these changes
+# its sign in use.
+CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
+SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one sooner
+CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
+
+
+class TrainingLoop:
+    """Trains an engine from where it stands to its end, and keeps the run folder up to date.
+
+    Args:
+        engine: what trains.
+        folder: the run folder.
+        fingerprint: of the data set; see `datasets.fingerprint`.
+        chief: whether this process writes the run's files.
+        callbacks: further Keras callbacks.
+        verbose: 1: a progress bar; 0: nothing.
+        full_report: whether to write TensorBoard logs.
+        since: when this process's part of the run began, as from `time.time()`.
+        overwrite: whether the command asked to replace an earlier run; only for the message of an interruption.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: RunFolder,
+        fingerprint: str,
+        *,
+        chief: bool,
+        callbacks: Iterable[keras.callbacks.Callback],
+        verbose: int,
+        full_report: bool,
+        since: float,
+        overwrite: bool,
+    ):
+        self.engine, self.config, self.folder = engine, engine.config, folder
+        self.fingerprint, self.chief, self.full_report = fingerprint, chief, full_report
+        self.overwrite = overwrite
+        self.history: list[dict[str, Any]] = []
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self.target: tuple[int, float] | None = None  # the epoch and the seconds at which it was reached
+        self.images, self.step_seconds = 0, 0.0
+        self._saved_callbacks: list[dict[str, Any]] = []  # CALLBACK_STATE of each, from before this process
+        self._since = since
+        self._began = self._saved = time.time()  # the loop, in this process; the last save
+        self._before = {"seconds": 0.0, "elapsed": 0.0, "epoch_seconds": 0.0}  # of earlier processes
+        self._epoch_began = 0.0
+        # It shares the plain model's layers, so that an optimizer attached to it is not saved with the plain model.
+        self._callback_model = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
+        self._callback_model.optimizer = engine.optimizer
+        self._callback_model.stop_training = False
+        self._recipe_callbacks = self._make_callbacks()
+        self.callbacks = keras.callbacks.CallbackList(
+            [*self._recipe_callbacks, *callbacks],
+            add_history=False,
+            add_progbar=chief and bool(verbose),
+            model=self._callback_model,
+            epochs=self.epochs,
+            steps=engine.steps_per_epoch,
+            verbose=verbose if chief else 0,
+        )
+
+    def metrics(self) -> dict[str, Any]:
+        """The part of metrics.json that the loop knows."""
+        epoch, seconds = self.target or (None, None)
+        return {
+            "epochs": self.history[-1]["epoch"],
+            "best_epoch": self.best_epoch,
+            "best_val_accuracy": self.best,
+            "target": self.config.target,
+            "epoch_at_target": epoch,
+            "seconds_to_target": seconds and round(seconds, 2),
+            "train_seconds": round(self.seconds(), 2),
+            "images_per_second": round(self.images / self.step_seconds, 1) if self.step_seconds else None,
+        }
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the run, a last one that is cut short included."""
+        return -(-self.engine.steps // self.engine.steps_per_epoch)
+
+    def _make_callbacks(self) -> list[keras.callbacks.Callback]:
+        c, found = self.config, []
+        if c.early_stopping is not None:
+            found.append(keras.callbacks.EarlyStopping(monitor="val_loss", patience=c.early_stopping))
+        if c.schedule.name == "plateau":
+            found.append(
+                keras.callbacks.ReduceLROnPlateau(
+                    monitor="val_loss",
+                    factor=c.schedule.drop,
+                    patience=c.schedule.patience,
+                    min_lr=c.schedule.end * c.optimizer.learning_rate,
+                )
+            )
+        if self.chief and self.full_report:
+            found.append(keras.callbacks.TensorBoard(self.folder.tensorboard, write_graph=False))
+        return found
+
+    def seconds(self) -> float:
+        """Seconds in the loop, over all processes of this run: training, validation, saving."""
+        return self._before["seconds"] + time.time() - self._began
+
+    def elapsed(self) -> float:
+        """Seconds in this run, over all its processes, each from its very start, imports included."""
+        return self._before["elapsed"] + time.time() - self._since
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def run(self, validation: Sequence[np.ndarray], signals: runtime.Signals) -> None:
+        """Trains to the end of the run, or until a callback or a signal stops it.
+
+        Args:
+            validation: images uint8 [n, height, width, channels] and labels [n]; n may be 0.
+            signals: what catches SIGINT and SIGTERM.
+
+        Raises: RunInterrupted after a signal, with everything saved; RunError for what failed.
+        """
+        engine, per_epoch = self.engine, self.engine.steps_per_epoch
+        (mean_step,) = runtime.mean_over_workers(engine.strategy, engine.step)
+        if mean_step != engine.step:
+            raise RunError(
+                f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
+            )
+        count, self._began = 1, time.time()
+        self.callbacks.on_train_begin()
+        # Keras's callbacks forget in on_train_begin.
+        for callback, state in zip(self._recipe_callbacks, self._saved_callbacks, strict=False):
+            vars(callback).update(state)
+        while engine.step < engine.steps and not self._callback_model.stop_training:
+            epoch = engine.step // per_epoch
+            end = min((epoch + 1) * per_epoch, engine.steps)
+            self._epoch_began = time.time() - self._before["epoch_seconds"]
+            self._before["epoch_seconds"] = 0.0
+            self.callbacks.on_epoch_begin(epoch)
+            while engine.step < end:
+                # All workers of a cluster take as many steps a call, and stop together.
+                wanted, caught = runtime.mean_over_workers(engine.strategy, count, bool(signals.caught))
+                if caught:
+                    self._stop(signals.caught or "a signal to another worker")
+                count = self._train_steps(min(int(wanted), end - engine.step), int(wanted), epoch)
+            self._end_epoch(epoch, validation)
+        self.callbacks.on_train_end()
+        if self.best_epoch is None:
+            self.best_epoch = self.history[-1]["epoch"]
+            self._save_model()
+        if self.chief:
+            self.save()  # what comes now may be interrupted, too, and the training be kept
+        runtime.mean_over_workers(engine.strategy, 0)  # now the chief has saved the model
+
+    def _train_steps(self, steps: int, wanted: int, epoch: int) -> int:
+        """Takes up to `steps` steps in one call; the number for the next call.
+
+        As many steps a call as fit CALL_SECONDS, at most twice the `wanted` of this call: the results do not depend on it.
+        """
+        engine, before, start = self.engine, self.engine.step, time.perf_counter()
+        first = epoch * engine.steps_per_epoch
+        self.callbacks.on_train_batch_begin(before - first)
+        logs = engine.train(steps)
+        self.callbacks.on_train_batch_end(engine.step - 1 - first, logs)
+        done, spent = engine.step - before, time.perf_counter() - start
+        self.images += done * self.config.batch_size
+        self.step_seconds += spent
+        return int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * wanted, 1024)))
+
+    def _end_epoch(self, epoch: int, validation: Sequence[np.ndarray]) -> None:
+        engine, logs = self.engine, dict(self.engine.running.logs())
+        last = engine.step >= engine.steps
+        rate = float(np.asarray(engine.optimizer.learning_rate))
+        if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
+            self.callbacks.on_test_begin()
+            scores = engine.evaluate(*validation)
+            logs.update({f"val_{k}": v for k, v in scores.items()})
+            self.callbacks.on_test_end(scores)
+        row = {
+            "epoch": epoch + 1,
+            **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")},
+        }
+        seconds = round(time.time() - self._epoch_began, 3)
+        self.history.append({**row, "learning_rate": rate, "seconds": seconds})
+        engine.export()
+        reached = logs.get("val_accuracy")
+        if reached is not None:
+            if self.best is None or reached > self.best:
+                self.best, self.best_epoch = reached, epoch + 1
+                self._save_model()
+            if self.target is None and reached >= self.config.target:
+                self.target = (epoch + 1, self.elapsed())
+        self.callbacks.on_epoch_end(epoch, {**logs, "learning_rate": rate})
+        engine.running = RunningMetrics()
+        if self.chief:
+            self.folder.write_history(self.history)
+            ends = last or self._callback_model.stop_training  # then `run` saves
+            if not ends and time.time() - self._saved > SAVE_SECONDS:
+                self.save()
+
+    def _stop(self, by: str) -> None:
+        """Saves everything, and raises RunInterrupted."""
+        self.callbacks.on_train_end()
+        if self.best_epoch is None:
+            self.engine.export()
+            self._save_model()
+        if self.chief:
+            self.save()
+        runtime.mean_over_workers(self.engine.strategy, 0)  # no worker leaves, or resumes, before that
+        how = f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}"
+        raise interrupted(how, self.folder, self.overwrite)
+
+    def _save_model(self) -> None:
+        if self.chief:
+            self.folder.save_model(self.engine.model)
+
+    # -- resuming ------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Saves all that the rest of the run depends on: variables, step, callbacks, history."""
+        in_epoch = self.engine.step % self.engine.steps_per_epoch
+        meta = {
+            "data": self.fingerprint,
+            "environment": self._environment(),
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "target": self.target,
+            "images": self.images,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds(),
+            "elapsed": self.elapsed(),
+            "epoch_seconds": time.time() - self._epoch_began if in_epoch else 0.0,
+            "stopped": self._callback_model.stop_training and not in_epoch,
+            "callbacks": [
+                {k: v for k, v in vars(c).items() if k in CALLBACK_STATE} for c in self._recipe_callbacks
+            ],
+        }
+        self.folder.write_state({"meta": np.array(json.dumps(meta)), **self.engine.state()})
+        self._saved = time.time()
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes up what `save` wrote.
+
+        Raises ConfigError where the run had other data, precision or replicas, RunError on a damaged state.
+        """
+        try:
+            meta = json.loads(str(arrays["meta"]))
+            now = self._environment()
+            data, before = meta["data"], {name: meta["environment"][name] for name in now}
+            self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
+            self.target = meta["target"] and tuple(meta["target"])
+            self.images, self.step_seconds = meta["images"], meta["step_seconds"]
+            self._before = {name: meta[name] for name in self._before}
+            self._callback_model.stop_training = meta["stopped"]
+            self._saved_callbacks = meta["callbacks"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise self.folder.damaged_state(error) from error
+        if data != self.fingerprint:
+            raise ConfigError(
+                f"{self.folder} holds an unfinished run on other images; choose another --workdir, or replace it with"
+                f" --overwrite, or give it its own images"
+            )
+        for name, was in before.items():
+            if was != now[name]:
+                raise ConfigError(
+                    f"{self.folder} holds an unfinished run with {name} {was}, now {now[name]}; choose another"
+                    f" --workdir, or replace it with --overwrite, or give it what it had"
+                )
+        try:
+            self.engine.restore(arrays)
+        except (KeyError, ValueError) as error:
+            raise self.folder.damaged_state(error) from error
+        self.engine.export()
+
+    def _environment(self) -> dict[str, str | int]:
+        """What "auto" and the machine decide, and results depend on."""
+        return {"precision": self.engine.policy, "replicas": self.engine.replicas}

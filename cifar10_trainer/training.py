@@ -1,0 +1,254 @@
+"""One run, from a Config to a folder with the trained model, its scores and its report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from . import datasets, models, report, runtime, scoring
+from .config import Config
+from .datasets import Dataset
+from .engine import Engine, make_engine
+from .errors import ConfigError
+from .files import cannot_write
+from .loop import TrainingLoop
+from .run_folder import RunFolder
+
+Log = Callable[[str], None]
+
+
+def train_and_evaluate(
+    config: Config,
+    workdir: str | os.PathLike | None = None,
+    *,
+    data_dir: str | None = None,
+    dataset: Dataset | None = None,
+    overwrite: bool = False,
+    callbacks: Iterable[keras.callbacks.Callback] = (),
+    verbose: int = 1,
+    full_report: bool = True,
+    score_test: bool = True,
+    hdf5: bool = False,
+    since: float | None = None,
+) -> dict[str, Any]:
+    """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
+
+    The kept weights are those with the best validation accuracy, or the last where nothing is held out. An
+    unfinished run of the same config in `workdir` is resumed, exactly. SIGINT and SIGTERM end it after the step
+    in progress, with everything saved.
+
+    Args:
+        config: what to do.
+        workdir: the run folder; None: runs/<recipe>-<time>.
+        data_dir: where the images are; see `datasets.load`.
+        dataset: images already loaded, instead.
+        overwrite: whether an earlier run in `workdir` may be replaced.
+        callbacks: further Keras callbacks. Their `model` is the plain model, with its weights as of the last epoch.
+        verbose: 1: messages and a progress bar; 0: nothing.
+        full_report: whether to draw figures and report.html, and to write TensorBoard logs.
+        score_test: whether to score the test images; a search does not.
+        hdf5: whether to write the model in the older format as well, as model.h5.
+        since: when this run's clock began, as from `time.time()`; None: with this call.
+
+    Returns: the contents of metrics.json.
+    Raises: ConfigError for a wrong argument; RunError for what failed, and for an interrupted run.
+    """
+    since = time.time() if since is None else since
+    log: Log = print if verbose else (lambda text: None)
+
+    # ---- strategy, precision, folder
+    models.check_options(config.architecture, config.options)
+    strategy, reason = runtime.choose_strategy(config.strategy)
+    chief = runtime.is_chief(strategy)
+    folder = RunFolder(workdir or _new_folder(config, strategy))
+    log(f"strategy: {reason}")
+    policy, reason = runtime.choose_precision(config.precision)
+    log(f"precision: {policy}: {reason}")
+
+    with folder.lock() if chief else contextlib.nullcontext():
+        saved = None if overwrite else folder.unfinished_state(config)
+
+        # ---- data and model
+        data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
+        fingerprint, n_test = datasets.fingerprint(data), len(data.test_images)
+        engine, data, validation = _prepare(config, data, strategy, policy, log)
+        n_train, n_validation = len(data.train_labels), len(validation[1])
+        parameters = engine.model.count_params()
+        record = _record(config, data, data_dir, parameters, fingerprint)
+        if overwrite and chief:
+            folder.remove_run()  # not sooner, so that a failure until here costs nothing
+        loop = TrainingLoop(
+            engine, folder, fingerprint,
+            chief=chief, callbacks=callbacks, verbose=verbose, full_report=full_report, since=since, overwrite=overwrite,
+        )  # fmt: skip
+        if saved:
+            loop.restore(saved)
+            log(f"resumed at step {engine.step:,} of {engine.steps:,}")
+        if chief:
+            folder.write_config(record)
+
+        # ---- train
+        _train(loop, validation, folder)
+        trained = loop.metrics()
+        log(
+            f"trained: {trained['epochs']} epochs in {trained['train_seconds']:,.1f} s; "
+            f"kept epoch {trained['best_epoch']}"
+        )
+
+        # ---- evaluate
+        if not folder.model_file.exists():  # only the chief writes
+            log(f"no scores here: {folder} is not the folder of the chief; give all workers the same")
+        elif hdf5 and chief:
+            folder.save_model(keras.models.load_model(folder.model_file, compile=False), folder.hdf5_file)
+        probabilities, scores = _score(folder.model_file, data, validation, config.views, score_test)
+        metrics = {
+            "recipe": config.recipe,
+            "dataset": data.name,
+            "n_train": n_train,
+            "n_validation": n_validation,
+            "n_test": n_test,
+            "params": parameters,
+            **trained,
+            **scores,
+            "views": config.views,
+            "pflop": engine.pflop(),
+            "strategy": type(strategy).__name__,
+            "replicas": engine.replicas,
+            "precision": policy,
+            "seed": config.seed,
+            "total_seconds": round(loop.elapsed(), 2),
+        }
+        if chief:
+            if full_report:
+                report.write_report(
+                    folder,
+                    config=record,
+                    metrics=metrics,
+                    history=loop.history,
+                    dataset=data,
+                    test_probabilities=probabilities,
+                )
+            folder.write_metrics(metrics)  # last of all: it makes the run a finished one
+    _summarize(log, metrics, folder)
+    return metrics
+
+
+def _prepare(
+    config: Config, data: Dataset, strategy: tf.distribute.Strategy, policy: str, log: Log
+) -> tuple[Engine, Dataset, tuple[np.ndarray, np.ndarray]]:
+    """The engine at the start of a run, the data set as the run splits it, and its validation images and labels.
+
+    The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
+    set, memory holds them once.
+    """
+    images, labels, *held_out = datasets.split(
+        data, config.validation_fraction, config.validation_split, config.seed, config.validation_fold
+    )
+    validation = (held_out[0], held_out[1])
+    runtime.check_batch(config.batch_size, len(images), strategy.num_replicas_in_sync)
+    log(
+        f"data: {data.name} from {data.source}: {len(images):,} images to train on, "
+        f"{len(validation[0]):,} to validate, {len(data.test_images):,} to test"
+    )
+    engine = make_engine(
+        config, images, labels, num_classes=data.num_classes, strategy=strategy, policy=policy
+    )
+    log(
+        f"model: {config.recipe}, {engine.model.count_params():,} parameters; "
+        f"{engine.steps:,} steps of {config.batch_size}"
+    )
+    if engine.compiled:
+        programs = max(1, len(set(engine.sizes)))
+        log(f"XLA compiles {programs} program(s) on the way, which takes about half a minute each")
+    del images
+    data = dataclasses.replace(data, train_images=engine.images, train_labels=labels, validation=validation)
+    return engine, data, validation
+
+
+def _train(loop: TrainingLoop, validation: tuple[np.ndarray, np.ndarray], folder: RunFolder) -> None:
+    """Runs the loop. Turns TensorFlow's errors into RunErrors of one line."""
+    try:
+        with runtime.Signals() as signals:
+            loop.run(validation, signals)
+    except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
+        raise runtime.lost_worker(error) from error
+    except tf.errors.ResourceExhaustedError as error:
+        if "No space left" in str(error):  # what the TensorBoard callback meets
+            full = OSError(errno.ENOSPC, "No space left on device")
+            raise cannot_write(folder.path, full) from error
+        raise runtime.out_of_memory(error) from error
+
+
+def _record(
+    config: Config, data: Dataset, data_dir: str | None, parameters: int, fingerprint: str
+) -> dict[str, Any]:
+    """What config.json holds: the config, and what the run found (`config.RECORDED`)."""
+    return {
+        **config.to_dict(),
+        "class_names": list(data.class_names),
+        "data_dir": data_dir and str(data_dir),
+        "data_source": data.source,
+        "fingerprint": fingerprint,
+        "parameters": parameters,
+        "command": "python " + " ".join(sys.orig_argv[1:]),
+        "environment": runtime.describe(),
+    }
+
+
+def _score(
+    model_file: Path, data: Dataset, validation: Sequence[np.ndarray], views: int, score_test: bool
+) -> tuple[np.ndarray, dict[str, float | None]]:
+    """Probabilities [n, classes] of the test images by the model in `model_file`, and their scores for metrics.json.
+
+    Without test images: the probabilities of the validation images, and scores of None. Where `score_test` is False, or
+    there is no model file, which only a chief writes: neither.
+    """
+    scores: dict[str, float | None] = {"test_loss": None, "test_accuracy": None, "test_accuracy_views": None}
+    has_test = len(data.test_labels) > 0
+    images, labels = (data.test_images, data.test_labels) if has_test else validation
+    if not (score_test and len(labels) and model_file.exists()):
+        return np.zeros((0, data.num_classes), np.float32), scores
+    model = keras.models.load_model(model_file, compile=False)
+    averaged = scoring.predict_probabilities(model, images, views=views)
+    if has_test:
+        plain = scoring.predict_probabilities(model, images) if views > 1 else averaged
+        one, several = (scoring.score(labels, p) for p in (plain, averaged))
+        scores = {
+            "test_loss": one["loss"],
+            "test_accuracy": one["accuracy"],
+            "test_accuracy_views": several["accuracy"],
+        }
+    return averaged, scores
+
+
+def _new_folder(config: Config, strategy: tf.distribute.Strategy) -> str:
+    """runs/<recipe>-<time>. Raises ConfigError in a cluster, whose workers would each have another."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ConfigError("workdir is None; allowed with several workers: a folder that all of them share")
+    return f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
+    def percent(x: float | None) -> str:
+        return "-" if x is None else f"{100 * x:.2f}%"
+
+    log(f"\n{metrics['recipe']}, {metrics['epochs']} epochs, {metrics['train_seconds']:,.1f} s")
+    log(f"  validation accuracy  {percent(metrics['best_val_accuracy'])} (epoch {metrics['best_epoch']})")
+    views = metrics["views"]
+    more = f", {percent(metrics['test_accuracy_views'])} averaged over {views} views" if views > 1 else ""
+    log(f"  test accuracy        {percent(metrics['test_accuracy'])}{more}")
+    goal, at = percent(metrics["target"]), metrics["seconds_to_target"]
+    reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
+    log(f"  target {goal:<13} {reached}")
+    log(f"  files                {folder}/  (report.html, model.keras, metrics.json)")
