@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from cifar10_trainer import figures
+
 
 @pytest.fixture(scope="session")
 def realdata() -> str:
@@ -14,3 +16,17 @@ def realdata() -> str:
     if not path:
         pytest.skip("needs the real CIFAR-10: set CIFAR10_TRAINER_DATA to an archive or a folder with it")
     return os.path.abspath(path)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, to look at their contents; they are saved as usual, but not emptied."""
+    found, save = [], figures.save_figure
+
+    def keep(figure, path):
+        monkeypatch.setattr(figure, "clear", lambda: None)
+        found.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(figures, "save_figure", keep)
+    return found

@@ -22,9 +22,10 @@ import pytest
 from PIL import Image
 
 from cifar10_trainer import datasets
+from cifar10_trainer.datasets import cifar10, download
 from cifar10_trainer.errors import ConfigError, RunError
 
-ROOT = Path(datasets.__file__).parents[1]
+ROOT = Path(datasets.__file__).parents[2]
 BATCHES = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
 ROWS = 20
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -38,8 +39,8 @@ def nothing_cached(monkeypatch, tmp_path_factory):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home)
-    monkeypatch.setattr(datasets, "BINARY_URL", "http://127.0.0.1:9/nothing-listens-here")
-    monkeypatch.setattr(datasets, "_PAUSE", 0.0)
+    monkeypatch.setattr(download, "BINARY_URL", "http://127.0.0.1:9/nothing-listens-here")
+    monkeypatch.setattr(download, "_PAUSE", 0.0)
     return home
 
 
@@ -118,8 +119,8 @@ def tiny(monkeypatch) -> Miniature:
         binary[f"{name}.bin"] = np.column_stack([labels[at].astype(np.uint8), planes[at]]).tobytes()
     batches = {name: data for name, data in {**python, **binary}.items() if "_batch" in f"_{name}"}
     del batches["batches.meta"], batches["batches.meta.txt"]
-    monkeypatch.setattr(datasets, "_ROWS", ROWS)
-    monkeypatch.setattr(datasets, "_MD5", {k: hashlib.md5(v).hexdigest() for k, v in batches.items()})
+    monkeypatch.setattr(cifar10, "_ROWS", ROWS)
+    monkeypatch.setattr(cifar10, "_MD5", {k: hashlib.md5(v).hexdigest() for k, v in batches.items()})
     return Miniature(images, labels, python, binary)
 
 
@@ -178,7 +179,7 @@ def test_tfds_form_gives_the_same_arrays_in_the_official_order(tiny, tmp_path, m
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(datasets, "_tfrecords", refuse)
+    monkeypatch.setattr(cifar10, "_tfrecords", refuse)
     with pytest.raises(RunError, match=r"cannot read .*cifar10-train.tfrecord.*: Permission denied"):
         datasets.load(data_dir=tmp_path)
 
@@ -376,7 +377,7 @@ def test_malicious_pickle_is_never_opened(tiny, tmp_path, form):
 def test_malicious_pickle_meets_the_allow_list_behind_the_checksum(tmp_path):
     attack = pickle.dumps({"labels": Evil(tmp_path / "pwned")}, protocol=2)
     with pytest.raises(pickle.UnpicklingError, match="mkdir has no place in a batch of images"):
-        datasets._parse("data_batch_1", attack)
+        cifar10._parse("data_batch_1", attack)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -423,9 +424,9 @@ def server(tiny, tmp_path, monkeypatch):
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     behaviour.url = f"http://127.0.0.1:{httpd.server_port}/cifar-10-binary.tar.gz"
-    monkeypatch.setattr(datasets, "BINARY_URL", behaviour.url)
-    monkeypatch.setattr(datasets, "BINARY_SIZE", len(behaviour.content))
-    monkeypatch.setattr(datasets, "BINARY_SHA256", hashlib.sha256(behaviour.content).hexdigest())
+    monkeypatch.setattr(download, "BINARY_URL", behaviour.url)
+    monkeypatch.setattr(download, "BINARY_SIZE", len(behaviour.content))
+    monkeypatch.setattr(download, "BINARY_SHA256", hashlib.sha256(behaviour.content).hexdigest())
     yield behaviour
     httpd.shutdown()
     thread.join()
@@ -494,7 +495,7 @@ def test_connection_that_always_breaks_gives_up_and_keeps_what_came(server, manu
     ) as error:
         datasets.load()
     one_line(error)
-    assert len(server.asked) == 1 + datasets._ATTEMPTS
+    assert len(server.asked) == 1 + download._ATTEMPTS
     assert (manual / "cifar-10-binary.tar.gz.part").read_bytes() == server.content[:1000]
 
 
@@ -530,7 +531,7 @@ def test_no_network(capsys):
     with pytest.raises(RunError, match=r"cannot download .*: .*[Rr]efused; run again") as error:
         datasets.load()
     one_line(error)
-    assert capsys.readouterr().err.count("trying again") == datasets._ATTEMPTS - 1
+    assert capsys.readouterr().err.count("trying again") == download._ATTEMPTS - 1
 
 
 def test_damaged_download_is_not_downloaded_again(server, manual):
@@ -554,7 +555,7 @@ def test_full_disk_is_not_mistaken_for_the_network(server, monkeypatch):
     def full(done):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(datasets, "_progress", lambda start: full)
+    monkeypatch.setattr(download, "_progress", lambda start: full)
     with pytest.raises(RunError, match=r"cannot write .*: No space left on device"):
         datasets.load()
     assert server.asked == [None]
@@ -571,45 +572,12 @@ def test_two_processes_download_once(server, tiny, manual):
     assert server.asked == [None]
 
 
-def test_a_folder_is_held_by_one_and_goes_when_it_is_empty(tmp_path):
-    folder, calls = tmp_path / "a" / "b", []
-    with datasets.hold(folder, lambda: calls.append("busy")):
-        assert folder.is_dir() and list(folder.iterdir()) == []
-
-        def second():
-            with datasets.hold(folder, lambda: calls.append("busy")):
-                calls.append("in")
-
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(0.3)
-        assert calls == ["busy"]
-    thread.join(30)
-    assert calls == ["busy", "in"]
-    assert list(tmp_path.iterdir()) == []
-    with datasets.hold(folder, calls.clear):
-        (folder / "file").touch()
-    assert folder.is_dir() and calls
-
-
-def test_who_does_not_wait_for_a_held_folder_leaves_no_open_file(tmp_path):
-    def busy():
-        raise RunError("busy")
-
-    with datasets.hold(tmp_path / "a", busy):
-        before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(RunError, match="busy"), datasets.hold(tmp_path / "a", busy):
-            pass
-        assert len(os.listdir("/proc/self/fd")) == before
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_progress_on_a_terminal_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "BINARY_SIZE", 170_000_000)
+    monkeypatch.setattr(download, "BINARY_SIZE", 170_000_000)
     clock = iter([100.0, 100.1, 110.0, 270.0])
-    monkeypatch.setattr(datasets.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    show = datasets._progress(50_000_000)
+    show = download._progress(50_000_000)
     show(50_500_000)  # too soon after the last
     show(60_000_000)  # 10 MB in 10 s; 110 MB to go
     show(170_000_000)
@@ -1116,7 +1084,8 @@ def test_reading_the_tfds_form_leaves_the_devices_to_be_configured(tiny, tmp_pat
     write_tfds(tiny, tmp_path, monkeypatch)
     code = (
         "import tensorflow as tf; from cifar10_trainer import datasets\n"
-        f"datasets._ROWS = {ROWS}; datasets._MD5 = {datasets._MD5}\n"
+        "from cifar10_trainer.datasets import cifar10\n"
+        f"cifar10._ROWS = {ROWS}; cifar10._MD5 = {cifar10._MD5}\n"
         f"datasets.load(data_dir={str(tmp_path)!r})\n"
         "cpu = tf.config.list_physical_devices('CPU')[0]\n"
         "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)\n"

@@ -50,6 +50,8 @@ def make_engine(strategy, changes, policy="float32", **options):
     from cifar10_trainer.engine import Engine
 
     config = make_config(**changes)
+    import keras
+
     keras.utils.set_random_seed(0)
     half = (0.5,) * 3
     model = models.build(config, input_shape=(32, 32, 3), num_classes=10, mean=half, std=half)

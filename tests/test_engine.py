@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from cifar10_trainer import models, scoring
+from cifar10_trainer.accelerate import make_training_model
 from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError
@@ -21,7 +22,6 @@ from cifar10_trainer.layers import (
     FastMaxPooling2D,
     FastSiLU,
     FusedBatchNormalization,
-    accelerate,
     kernel_gradient,
 )
 from cifar10_trainer.models import fast
@@ -197,7 +197,7 @@ def test_fast_silu_is_silu(policy, near):
 def test_fast_silu_is_on_a_cpu_without_xla(monkeypatch):
     def chosen(policy="float32", **options):
         model = models.build(RECIPES["fast.94"], input_shape=(32, 32, 3), num_classes=10)
-        return sum(type(layer) is FastSiLU for layer in accelerate(model, policy, **options).layers)
+        return sum(type(layer) is FastSiLU for layer in make_training_model(model, policy, **options).layers)
 
     assert chosen() == chosen(any_size=True) == 7  # after the whitening and after each convolution
     assert chosen(compiled=True) == chosen("mixed_float16") == 0
@@ -240,7 +240,10 @@ def test_fast_pooling_is_max_pooling(any_size, size, compiled, policy):
 
 def test_fast_pooling_is_where_xla_compiles():
     def chosen(model, **options):
-        return [type(layer) is FastMaxPooling2D for layer in accelerate(model, "float32", **options).layers]
+        return [
+            type(layer) is FastMaxPooling2D
+            for layer in make_training_model(model, "float32", **options).layers
+        ]
 
     model = models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10)
     assert sum(chosen(model, compiled=True)) == 3
@@ -302,7 +305,7 @@ def test_fast_convolution_is_the_convolution(any_size, side, policy):
 def test_fast_convolutions_are_where_they_pay(monkeypatch):
     def chosen(recipe, **options):
         model = models.build(RECIPES[recipe], input_shape=(32, 32, 3), num_classes=10)
-        twin = accelerate(model, "float32", **options)
+        twin = make_training_model(model, "float32", **options)
         return [layer.name for layer in twin.layers if type(layer) is FastConv2D]
 
     last = ["block3_conv1", "block3_conv2"]
@@ -316,7 +319,7 @@ def test_fast_convolutions_are_where_they_pay(monkeypatch):
 
 
 def test_the_twin_has_the_fast_layers():
-    twin = accelerate(
+    twin = make_training_model(
         models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10), "float32"
     )
     found = [layer for layer in twin.layers if isinstance(layer, keras.layers.Dropout)]
@@ -342,7 +345,7 @@ def test_the_twin_computes_what_the_plain_model_does(config):
     # Statistics unlike those of a fresh layer, so that a forgotten one shows.
     generator = np.random.default_rng(0)
     model.set_weights([w + generator.uniform(0, 0.1, w.shape) for w in model.get_weights()])
-    twin = accelerate(model, "float32")
+    twin = make_training_model(model, "float32")
     found = twin(images, training=False)
     np.testing.assert_allclose(found, logits_of(model, images), rtol=1e-4, atol=1e-5)  # float32 rounding
     assert found.shape == (8, 10)
@@ -361,12 +364,12 @@ def test_the_twin_of_any_size_has_the_weights_of_one_size():
     model = plain_model(FAST)
     small = models.build(FAST, input_shape=(20, 20, 3), num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3)
     small.set_weights(model.get_weights())
-    found = accelerate(model, "float32", any_size=True)(images[:, :20, :20], training=False)
+    found = make_training_model(model, "float32", any_size=True)(images[:, :20, :20], training=False)
     np.testing.assert_allclose(found, logits_of(small, images[:, :20, :20]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_twin_keeps_pixels_and_logits_in_float32():
-    twin = accelerate(plain_model(VGG), "mixed_bfloat16")
+    twin = make_training_model(plain_model(VGG), "mixed_bfloat16")
     computed = {layer.name: layer.compute_dtype for layer in twin.layers}
     assert computed["preprocess"] == computed["logits"] == "float32"
     assert computed["block1_conv1"] == computed["block1_norm1"] == computed["head_dense1"] == "bfloat16"
@@ -377,7 +380,7 @@ def test_the_twin_keeps_pixels_and_logits_in_float32():
 def test_synchronised_batch_norm_is_keras_own():
     norms = [
         layer
-        for layer in accelerate(plain_model(VGG), "float32", synchronize=True).layers
+        for layer in make_training_model(plain_model(VGG), "float32", synchronize=True).layers
         if "norm" in layer.name
     ]
     assert norms and all(
@@ -474,7 +477,7 @@ def test_one_call_of_many_steps_is_many_calls_of_one():
     for count in (1, 2, 4, 1):
         third.train(count)
     assert one.step == other.step == third.step == 8
-    assert logs == same == third.progress.logs()
+    assert logs == same == third.running.logs()
     assert_same(other.state(), one.state())
     assert_same(third.state(), one.state())
 
@@ -502,7 +505,7 @@ def test_lookahead_averaging():
     plain = make_engine(config)
     assert averaging.steps == plain.steps == steps
 
-    variables = [v for v in plain.twin.variables if v.dtype == "float32"]
+    variables = [v for v in plain.training_model.variables if v.dtype == "float32"]
     assert any(v.path.endswith("moving_mean") for v in variables)
     averages = [v.numpy() for v in variables]
     moved = 0
@@ -517,7 +520,7 @@ def test_lookahead_averaging():
                     v.assign(averages[i])
     averaging.train(steps)
     assert moved > 0.01  # or there is nothing to see
-    for v, w in zip(plain.twin.get_weights(), averaging.twin.get_weights(), strict=True):
+    for v, w in zip(plain.training_model.get_weights(), averaging.training_model.get_weights(), strict=True):
         np.testing.assert_allclose(w, v, rtol=1e-4, atol=1e-6)  # the factor in float32 and in float64
 
 
@@ -571,9 +574,9 @@ def test_no_thread_tunes_the_data():
         assert type(data).__name__ == "OwnedIterator"  # no distributed one, whose own iterators are tuned
         engine._iterator = None
     index = index_data(engine.sampler, 0, 8)
-    fetcher = engine._fetcher(None)
+    batch_maker = engine._batch_maker(None)
     batches = training_data(
-        engine.sampler, 0, 8, table=engine.table, labels=engine.labels, batch_maker=fetcher
+        engine.sampler, 0, 8, table=engine.table, labels=engine.labels, batch_maker=batch_maker
     )
     assert [data.options().autotune.enabled for data in (index, batches)] == [False, False]
 
@@ -683,8 +686,8 @@ def test_evaluation_covers_every_image_once(trained, n):
 
 def test_an_image_does_not_depend_on_its_batch(trained):
     images, _ = pictures(40, seed=3)
-    together = trained.twin(images, training=False).numpy()
-    alone = [trained.twin(images[i : i + 1], training=False).numpy()[0] for i in range(0, 40, 9)]
+    together = trained.training_model(images, training=False).numpy()
+    alone = [trained.training_model(images[i : i + 1], training=False).numpy()[0] for i in range(0, 40, 9)]
     np.testing.assert_allclose(alone, together[::9], rtol=1e-4, atol=1e-5)
     assert np.ptp(together, axis=0).min() > 0  # and they do differ
 
@@ -710,7 +713,7 @@ np.save("probabilities.npy", model.predict(np.load("images.npy"), verbose=0))
 """
     subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, timeout=300)
     found = np.load(tmp_path / "probabilities.npy")
-    expected = tf.nn.softmax(trained.twin(images, training=False))
+    expected = tf.nn.softmax(trained.training_model(images, training=False))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -780,7 +783,7 @@ def test_a_step_compiled_by_xla_is_the_same_step():
     assert compiled.compiled and not plain.compiled
     one, other = plain.train(2), compiled.train(2)
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    for v, w in zip(plain.twin.get_weights(), compiled.twin.get_weights(), strict=True):
+    for v, w in zip(plain.training_model.get_weights(), compiled.training_model.get_weights(), strict=True):
         np.testing.assert_allclose(w, v, rtol=1e-3, atol=1e-5)  # other kernels, two steps
 
 
@@ -807,14 +810,14 @@ def test_whole_steps_compiled_by_xla_are_the_same_steps(config, tolerance):
     """At low rates: XLA's kernels round otherwise, and steps at high rates make much of it."""
     config = config.override(optimizer__learning_rate=min(config.optimizer.learning_rate, 0.01))
     plain, compiled = make_engine(config), whole(config)
-    assert compiled.whole and not plain.whole
+    assert compiled.compile_loop and not plain.compile_loop
     while plain.step < plain.steps:
         one = plain.train(plain.steps)
     while compiled.step < compiled.steps:
         other = compiled.train(2)
     assert int(compiled.optimizer.iterations) == compiled.steps == plain.steps
     assert other["loss"] == pytest.approx(one["loss"], rel=tolerance)
-    for v, w in zip(plain.twin.get_weights(), compiled.twin.get_weights(), strict=True):
+    for v, w in zip(plain.training_model.get_weights(), compiled.training_model.get_weights(), strict=True):
         np.testing.assert_allclose(w, v, rtol=10 * tolerance, atol=10 * tolerance)
 
 
@@ -880,7 +883,7 @@ def test_steps_with_fast_convolutions_are_the_same_steps(sizes, monkeypatch):
     assert kinds == [5 if sizes else 1, 0]  # all but the first, of 24 channels; or that on 3x3 pixels
     while fast.step < fast.steps:
         assert fast.train(100)["loss"] == pytest.approx(plain.train(100)["loss"], rel=1e-4)
-    for v, w in zip(plain.twin.get_weights(), fast.twin.get_weights(), strict=True):
+    for v, w in zip(plain.training_model.get_weights(), fast.training_model.get_weights(), strict=True):
         np.testing.assert_allclose(w, v, rtol=1e-3, atol=1e-4)  # sums in another order, eight steps
 
 
@@ -892,7 +895,9 @@ def test_float16_scales_its_loss():
     one, other = engine.train(3), plain.train(3)
     assert int(engine.optimizer.iterations) == 3
     assert one["loss"] == pytest.approx(other["loss"], rel=0.01)  # float16 has 11 bits
-    for v, w in zip(plain.twin.trainable_variables, engine.training_model.trainable_variables, strict=True):
+    for v, w in zip(
+        plain.training_model.trainable_variables, engine.training_model.trainable_variables, strict=True
+    ):
         np.testing.assert_allclose(w.numpy(), v.numpy(), rtol=0.02, atol=2e-3)
 
     before = engine.training_model.get_weights()

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import keras
@@ -17,14 +16,12 @@ import pytest
 import tensorflow as tf
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, datasets
+from cifar10_trainer import cli, datasets, loop
 from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import RunError
 from cifar10_trainer.training import train_and_evaluate
-
-train = sys.modules["cifar10_trainer.training"]  # the package's own `train` is the function
 
 PER_EPOCH = 4
 TINY = Config(
@@ -154,7 +151,7 @@ def test_a_full_disk_leaves_the_old_files_whole(begun, few, monkeypatch, what):
         monkeypatch.setattr(Engine, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 1.0})
     else:
         monkeypatch.setattr(Engine, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
-        monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+        monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     before = {p.name: p.read_bytes() for p in begun.iterdir()}
     limit = 8000
     assert len(before[what]) > limit > len(before["config.json"])
@@ -177,7 +174,7 @@ def test_a_save_that_is_cut_short_leaves_nothing(begun, few, monkeypatch):
             raise KeyboardInterrupt
         true(source, target)
 
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     for accuracy in (0.0, 1.0):
         monkeypatch.setattr(Engine, "evaluate", lambda *_, a=accuracy: {"loss": 1.0, "accuracy": a})
         with monkeypatch.context() as patch:

@@ -19,7 +19,7 @@ N, BATCH = 22, 4  # five steps an epoch, two images left over
 FLIP_SHIFT = Augmentation(flip="random", shift=2)
 
 
-def order_of(n=N, batch_size=BATCH, seed=3, augmentation=FLIP_SHIFT, replicas=1):
+def sampler_of(n=N, batch_size=BATCH, seed=3, augmentation=FLIP_SHIFT, replicas=1):
     return EpochSampler(n, batch_size, seed, augmentation, replicas)
 
 
@@ -40,9 +40,9 @@ def assert_same(found, expected):
             np.testing.assert_array_equal(a, b)
 
 
-def numbers_by_image(order, epoch):
+def numbers_by_image(sampler, epoch):
     """float32 [n, draws]: row i is what image i gets in `epoch`."""
-    index, numbers = (x.numpy() for x in order.epoch(epoch))
+    index, numbers = (x.numpy() for x in sampler.epoch(epoch))
     result = np.empty_like(numbers)
     result[index] = numbers
     return result
@@ -58,7 +58,7 @@ def some_data(n=N, side=8, seed=0):
 
 def test_an_epoch_is_a_permutation():
     for epoch in range(5):
-        index, numbers = order_of().epoch(epoch)
+        index, numbers = sampler_of().epoch(epoch)
         assert sorted(index.numpy()) == list(range(N))
         assert index.dtype == tf.int32
         assert numbers.shape == (N, 3)
@@ -71,8 +71,8 @@ def test_epochs_and_seeds_differ_and_equal_seeds_agree():
     seen = set()
     for seed in range(4):
         for epoch in range(4):
-            index, numbers = (x.numpy() for x in order_of(seed=seed).epoch(epoch))
-            again = (x.numpy() for x in order_of(seed=seed).epoch(tf.constant(epoch, tf.int64)))
+            index, numbers = (x.numpy() for x in sampler_of(seed=seed).epoch(epoch))
+            again = (x.numpy() for x in sampler_of(seed=seed).epoch(tf.constant(epoch, tf.int64)))
             assert_same([(index, numbers)], [tuple(again)])
             seen |= {index.tobytes(), numbers.tobytes()}
     assert len(seen) == 2 * 16
@@ -81,11 +81,11 @@ def test_epochs_and_seeds_differ_and_equal_seeds_agree():
 @pytest.mark.parametrize("flip", ["random", "alternating"])
 def test_no_epoch_repeats_although_a_global_seed_is_set(flip):
     """`Model.fit` on arrays visits one permutation in every epoch after keras.utils.set_random_seed; we must not."""
-    order = order_of(augmentation=Augmentation(flip=flip, shift=2))
+    sampler = sampler_of(augmentation=Augmentation(flip=flip, shift=2))
     runs = []
     for _ in range(2):
         keras.utils.set_random_seed(0)
-        runs.append(batches(order.dataset(0, 4 * order.steps_per_epoch)))
+        runs.append(batches(sampler.dataset(0, 4 * sampler.steps_per_epoch)))
     assert_same(*runs)
     epochs = [joined(runs[0][5 * e : 5 * e + 5]) for e in range(4)]
     assert len({index.tobytes() for index, _ in epochs}) == 4
@@ -93,17 +93,17 @@ def test_no_epoch_repeats_although_a_global_seed_is_set(flip):
 
 
 def test_every_image_comes_first_equally_often():
-    order = order_of(n=8, batch_size=8)
-    first = [int(order.epoch(e)[0][0]) for e in range(400)]
+    sampler = sampler_of(n=8, batch_size=8)
+    first = [int(sampler.epoch(e)[0][0]) for e in range(400)]
     assert scipy.stats.chisquare(np.bincount(first, minlength=8)).pvalue > 0.001
 
 
 def test_the_rest_of_an_epoch_is_dropped_and_differs():
-    order = order_of()
-    assert order.steps_per_epoch == 5
+    sampler = sampler_of()
+    assert sampler.steps_per_epoch == 5
     left = []
     for epoch in range(6):
-        index, _ = joined(batches(order.dataset(5 * epoch, 5 * epoch + 5)))
+        index, _ = joined(batches(sampler.dataset(5 * epoch, 5 * epoch + 5)))
         assert len(index) == len(set(index)) == 20
         left.append(frozenset(range(N)) - set(index))
     assert len(set(left)) > 1
@@ -121,17 +121,17 @@ def test_the_rest_of_an_epoch_is_dropped_and_differs():
     ],
 )
 def test_draws(augmentation, draws):
-    order = order_of(augmentation=Augmentation(**augmentation))
-    assert order.draws == draws
-    (batch,) = batches(order.dataset(0, 1))
+    sampler = sampler_of(augmentation=Augmentation(**augmentation))
+    assert sampler.draws == draws
+    (batch,) = batches(sampler.dataset(0, 1))
     assert batch[1].shape == (BATCH, draws)
 
 
 @pytest.mark.parametrize("flip", ["random", "alternating"])
 def test_what_an_image_gets_does_not_depend_on_batch_size_or_replicas(flip):
     augmentation = Augmentation(flip=flip, shift=2)
-    first = order_of(n=24, augmentation=augmentation)
-    for other in (order_of(24, 8, 3, augmentation), order_of(24, 12, 3, augmentation, replicas=3)):
+    first = sampler_of(n=24, augmentation=augmentation)
+    for other in (sampler_of(24, 8, 3, augmentation), sampler_of(24, 12, 3, augmentation, replicas=3)):
         for epoch in (0, 1, 2):
             found = joined(
                 batches(other.dataset(epoch * other.steps_per_epoch, (epoch + 1) * other.steps_per_epoch))
@@ -146,25 +146,25 @@ def test_what_an_image_gets_does_not_depend_on_batch_size_or_replicas(flip):
 
 def test_alternating_flip_is_random_at_first_and_changes_sides_every_epoch():
     n = 4000
-    order = order_of(n=n, augmentation=Augmentation(flip="alternating", shift=2))
+    sampler = sampler_of(n=n, augmentation=Augmentation(flip="alternating", shift=2))
     # the last two are the end of the longest run that a Config allows
     epochs = (0, 1, 2, 3, 400, 401, 99_998, 99_999)
-    flips = {e: numbers_by_image(order, e)[:, 0] < 0.5 for e in epochs}
+    flips = {e: numbers_by_image(sampler, e)[:, 0] < 0.5 for e in epochs}
     assert abs(flips[0].mean() - 0.5) < 5 * 0.5 / np.sqrt(n)  # five standard deviations of a fair coin
     for e in epochs:
         np.testing.assert_array_equal(flips[e], flips[0] if e % 2 == 0 else ~flips[0])
-    other = numbers_by_image(order_of(n=n, seed=4, augmentation=order.augmentation), 0)[:, 0] < 0.5
+    other = numbers_by_image(sampler_of(n=n, seed=4, augmentation=sampler.augmentation), 0)[:, 0] < 0.5
     assert 0.4 < (other == flips[0]).mean() < 0.6
 
 
 def test_alternating_flip_mirrors_the_images():
     images, labels = some_data()
-    order = order_of(n=N, batch_size=N, augmentation=Augmentation(flip="alternating"))
-    fetcher = BatchMaker(order.augmentation, 5)
+    sampler = sampler_of(n=N, batch_size=N, augmentation=Augmentation(flip="alternating"))
+    batch_maker = BatchMaker(sampler.augmentation, 5)
     table = augment.image_table(tf.constant(images))
     seen = []
-    for index, numbers in batches(order.dataset(0, 4)):
-        fetched, _ = fetcher(table, tf.constant(labels), index, numbers)
+    for index, numbers in batches(sampler.dataset(0, 4)):
+        fetched, _ = batch_maker(table, tf.constant(labels), index, numbers)
         epoch = np.empty_like(images)
         epoch[index] = fetched.numpy()
         seen.append(epoch)
@@ -175,19 +175,19 @@ def test_alternating_flip_mirrors_the_images():
 
 
 def test_random_flip_draws_anew_every_epoch():
-    order = order_of(n=4000)
-    first, second, third = (numbers_by_image(order, e)[:, 0] < 0.5 for e in range(3))
+    sampler = sampler_of(n=4000)
+    first, second, third = (numbers_by_image(sampler, e)[:, 0] < 0.5 for e in range(3))
     for a, b in ((first, second), (first, third), (second, third)):
         assert abs((a == b).mean() - 0.5) < 5 * 0.5 / np.sqrt(4000)
 
 
 def test_no_number_serves_twice():
     """Flips come from a draw of their own: the shifts of the first epoch must not be the same numbers again."""
-    order = order_of(n=2000, augmentation=Augmentation(flip="alternating", shift=2))
-    columns = numbers_by_image(order, 0)
+    sampler = sampler_of(n=2000, augmentation=Augmentation(flip="alternating", shift=2))
+    columns = numbers_by_image(sampler, 0)
     # of 2^23 possible values 4,000 are taken: one in 2,000 flips meets one by chance
     assert np.isin(columns[:, 0], columns[:, 1:]).mean() < 0.02
-    assert np.isin(numbers_by_image(order, 1), columns).mean() < 0.02
+    assert np.isin(numbers_by_image(sampler, 1), columns).mean() < 0.02
 
 
 # ---- starting anywhere
@@ -196,19 +196,19 @@ def test_no_number_serves_twice():
 @pytest.mark.parametrize("flip", ["random", "alternating"])
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 6, 9, 10, 13])
 def test_starting_at_a_step_goes_on_as_the_uninterrupted_run(start, flip):
-    order = order_of(augmentation=Augmentation(flip=flip, shift=2))
-    whole = batches(order.dataset(0, 14))
+    sampler = sampler_of(augmentation=Augmentation(flip=flip, shift=2))
+    whole = batches(sampler.dataset(0, 14))
     assert len(whole) == 14
-    assert_same(batches(order.dataset(start, 14)), whole[start:])
+    assert_same(batches(sampler.dataset(start, 14)), whole[start:])
     # a stretch across two ends of an epoch
     stop = min(start + 7, 14)
-    assert_same(batches(order.dataset(start, stop)), whole[start:stop])
+    assert_same(batches(sampler.dataset(start, stop)), whole[start:stop])
 
 
 def test_a_run_of_less_than_an_epoch():
-    order = order_of()
-    assert_same(batches(order.dataset(0, 2)), batches(order.dataset(0, 5))[:2])
-    assert batches(order.dataset(3, 3)) == []
+    sampler = sampler_of()
+    assert_same(batches(sampler.dataset(0, 2)), batches(sampler.dataset(0, 5))[:2])
+    assert batches(sampler.dataset(3, 3)) == []
 
 
 # ---- replicas
@@ -217,8 +217,8 @@ def test_a_run_of_less_than_an_epoch():
 @pytest.mark.parametrize("replicas", [2, 4])
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_parts_of_the_replicas_are_the_batch_of_one(replicas, start):
-    whole = batches(order_of(batch_size=8, n=45).dataset(start, 13))
-    parted = batches(order_of(batch_size=8, n=45, replicas=replicas).dataset(start, 13))
+    whole = batches(sampler_of(batch_size=8, n=45).dataset(start, 13))
+    parted = batches(sampler_of(batch_size=8, n=45, replicas=replicas).dataset(start, 13))
     assert len(parted) == replicas * len(whole)
     assert {len(index) for index, _ in parted} == {8 // replicas}
     steps = [joined(parted[i : i + replicas]) for i in range(0, len(parted), replicas)]
@@ -228,12 +228,12 @@ def test_the_parts_of_the_replicas_are_the_batch_of_one(replicas, start):
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_parts_of_the_workers_are_the_batch_of_one(workers):
     images, labels = some_data(45)
-    one, four = order_of(n=45, batch_size=8), order_of(n=45, batch_size=8, replicas=4)
-    fetcher = BatchMaker(FLIP_SHIFT, 5)
+    one, four = sampler_of(n=45, batch_size=8), sampler_of(n=45, batch_size=8, replicas=4)
+    batch_maker = BatchMaker(FLIP_SHIFT, 5)
     data = {
         "table": augment.image_table(tf.constant(images)),
         "labels": tf.constant(labels),
-        "fetcher": fetcher,
+        "batch_maker": batch_maker,
     }
     for make in (index_data, lambda *args: training_data(*args[:3], context=args[3], **data)):
         whole = batches(make(one, 2, 9, None))
@@ -261,16 +261,16 @@ from cifar10_trainer.pipeline import BatchMaker, EpochSampler, index_data, train
 a = Augmentation(flip="alternating", shift=2, cutout=3)
 images = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 3), np.uint8)
 table, labels = augment.image_table(tf.constant(images)), tf.range(45) % 5
-fetcher = BatchMaker(a, 5)
-def make(kind, order, context=None):
+batch_maker = BatchMaker(a, 5)
+def make(kind, sampler, context=None):
     if kind == "index":
-        return index_data(order, 3, 13, context)
-    return training_data(order, 3, 13, table=table, labels=labels, batch_maker=fetcher, context=context)
+        return index_data(sampler, 3, 13, context)
+    return training_data(sampler, 3, 13, table=table, labels=labels, batch_maker=batch_maker, context=context)
 for replicas in (2, 4):
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
     for kind in ("index", "images"):
-        order = EpochSampler(45, 8, 0, a, replicas)
-        handed = strategy.distribute_datasets_from_function(lambda context: make(kind, order, context))
+        sampler = EpochSampler(45, 8, 0, a, replicas)
+        handed = strategy.distribute_datasets_from_function(lambda context: make(kind, sampler, context))
         steps = 0
         for parts, whole in zip(handed, make(kind, EpochSampler(45, 8, 0, a)), strict=True):
             for part, expected in zip(parts, whole, strict=True):
@@ -303,37 +303,39 @@ AUGMENTATIONS = {
 )
 def test_tf_data_and_the_step_make_the_same_images(name, size):
     images, labels = some_data()
-    order = order_of(augmentation=AUGMENTATIONS[name])
-    fetcher = BatchMaker(order.augmentation, 5, size)
+    sampler = sampler_of(augmentation=AUGMENTATIONS[name])
+    batch_maker = BatchMaker(sampler.augmentation, 5, size)
     table, labels = augment.image_table(tf.constant(images)), tf.constant(labels)
-    inside = batches(training_data(order, 3, 9, table=table, labels=labels, batch_maker=fetcher))
-    in_step = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers))
-    by_hand = [tuple(x.numpy() for x in in_step(*batch)) for batch in index_data(order, 3, 9)]
+    inside = batches(training_data(sampler, 3, 9, table=table, labels=labels, batch_maker=batch_maker))
+    in_step = tf.function(lambda index, numbers: batch_maker(table, labels, index, numbers))
+    by_hand = [tuple(x.numpy() for x in in_step(*batch)) for batch in index_data(sampler, 3, 9)]
     assert_same(inside, by_hand)
     side = size or 8
     assert inside[0][0].shape == (BATCH, side, side, 3)
-    mixed_or_resized = side != 8 or order.augmentation.mixup or order.augmentation.cutmix
+    mixed_or_resized = side != 8 or sampler.augmentation.mixup or sampler.augmentation.cutmix
     assert inside[0][0].dtype == (np.float32 if mixed_or_resized else np.uint8)
     assert inside[0][1].dtype == np.float32
     assert 0 <= inside[0][0].min() <= inside[0][0].max() <= 255
     # and once more: nothing is left to the order in which threads come
-    again = training_data(order, 3, 9, table=table, labels=labels, batch_maker=fetcher)
+    again = training_data(sampler, 3, 9, table=table, labels=labels, batch_maker=batch_maker)
     assert_same(batches(again), inside)
 
 
 def test_the_step_may_be_compiled():
     images, labels = some_data()
-    order = order_of(augmentation=AUGMENTATIONS["alternating, cutout"])
-    fetcher = BatchMaker(order.augmentation, 5)
+    sampler = sampler_of(augmentation=AUGMENTATIONS["alternating, cutout"])
+    batch_maker = BatchMaker(sampler.augmentation, 5)
     table, labels = augment.image_table(tf.constant(images)), tf.constant(labels)
-    compiled = tf.function(lambda index, numbers: fetcher(table, labels, index, numbers), jit_compile=True)
-    for batch in index_data(order, 0, 2):
+    compiled = tf.function(
+        lambda index, numbers: batch_maker(table, labels, index, numbers), jit_compile=True
+    )
+    for batch in index_data(sampler, 0, 2):
         assert_same(
-            [[x.numpy() for x in compiled(*batch)]], [[x.numpy() for x in fetcher(table, labels, *batch)]]
+            [[x.numpy() for x in compiled(*batch)]], [[x.numpy() for x in batch_maker(table, labels, *batch)]]
         )
 
 
-def test_fetcher_is_augmentation_then_mixing_then_resizing():
+def test_a_batch_is_augmentation_then_mixing_then_resizing():
     images, labels = some_data()
     a = Augmentation(flip="random", shift=2, cutout=3, mixup=1.0)
     index = np.array([4, 0, 21, 7], np.int32)
@@ -356,7 +358,7 @@ def test_labels_are_one_hot_and_belong_to_their_images():
     images = np.broadcast_to(np.arange(N, dtype=np.uint8)[:, None, None, None], (N, 8, 8, 3))
     labels = np.arange(N, dtype=np.int32) % 7
     data = training_data(
-        order_of(augmentation=Augmentation()),
+        sampler_of(augmentation=Augmentation()),
         0,
         5,
         table=augment.image_table(tf.constant(images)),

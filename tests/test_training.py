@@ -19,14 +19,13 @@ import tensorflow as tf
 from PIL import Image
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, datasets, evaluate, predict, runtime
+from cifar10_trainer import cli, datasets, evaluate, loop, predict, runtime, training
 from cifar10_trainer.config import Averaging, Config, Optimizer, Schedule
-from cifar10_trainer.engine import Engine, pixel_statistics
+from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.models.initial import pixel_statistics
 from cifar10_trainer.recipes import RECIPES
 from cifar10_trainer.training import train_and_evaluate
-
-train = sys.modules["cifar10_trainer.training"]  # the package's own `train` is the function
 
 # 1,294 images to train on: 12 steps an epoch.
 TINY = RECIPES["fast.digits"].override(
@@ -124,7 +123,7 @@ def send(number):
 @pytest.fixture
 def step_by_step(monkeypatch):
     """One step in each call of the graph, so that every step can be interrupted."""
-    monkeypatch.setattr(train, "CALL_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CALL_SECONDS", 0.0)
 
 
 def script_validation(monkeypatch, losses, accuracies=None):
@@ -433,8 +432,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, digits, monke
 KILLED = """
 import signal, sys
 sys.path[:0] = {path!r}
-import test_train as t
-t.train.SAVE_SECONDS, t.train.CALL_SECONDS = 0, 0.0
+import test_training as t
+t.loop.SAVE_SECONDS, t.loop.CALL_SECONDS = 0, 0.0
 digits = t.datasets.load("digits")
 t.train_quietly(t.DROPOUT, {workdir!r}, digits, callbacks=[t.At(31, t.send(signal.SIGKILL))])
 """
@@ -492,14 +491,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path, digits):
 
 
 def test_the_seconds_of_training_are_without_the_scoring(tmp_path, digits, monkeypatch):
-    before, scored = train.scoring.predict_probabilities, []
+    before, scored = training.scoring.predict_probabilities, []
 
     def slow(*args, **options):
         scored.append(time.time())
         time.sleep(2)
         return before(*args, **options)
 
-    monkeypatch.setattr(train.scoring, "predict_probabilities", slow)
+    monkeypatch.setattr(training.scoring, "predict_probabilities", slow)
     began = time.time()
     metrics = train_quietly(TINY.override(epochs=1), tmp_path, digits)
     (row,) = read_history(tmp_path)
@@ -510,8 +509,8 @@ def test_the_seconds_of_training_are_without_the_scoring(tmp_path, digits, monke
 def test_workers_of_a_cluster_need_a_folder_that_they_share():
     cluster = object.__new__(tf.distribute.MultiWorkerMirroredStrategy)
     with pytest.raises(ConfigError, match="workdir is None; allowed with several workers: a folder that all"):
-        train._new_folder(TINY, cluster)
-    assert train._new_folder(TINY, tf.distribute.get_strategy()).startswith("runs/fast.digits-2")
+        training._new_folder(TINY, cluster)
+    assert training._new_folder(TINY, tf.distribute.get_strategy()).startswith("runs/fast.digits-2")
 
 
 def test_an_unfinished_run_without_a_state_begins_again(tmp_path, digits):
@@ -581,10 +580,10 @@ def test_early_stopping(tmp_path, digits, monkeypatch, step_by_step, late):
 
 def test_a_run_killed_after_early_stopping_does_not_train_on(tmp_path, digits, monkeypatch):
     script_validation(monkeypatch, [0.5, 0.6, 0.1], [0.1, 0.2, 0.9])
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     config = TINY.override(early_stopping=1, epochs=3)
     with monkeypatch.context() as patch:
-        patch.setattr(train.scoring, "predict_probabilities", lambda *_, **__: 1 / 0)
+        patch.setattr(training.scoring, "predict_probabilities", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_quietly(config, tmp_path, digits)
     assert train_quietly(config, tmp_path, digits)["epochs"] == 2
@@ -597,7 +596,7 @@ def test_a_run_interrupted_while_it_is_scored_does_not_train_again(tmp_path, dig
     expected = train_quietly(config, tmp_path / "whole", digits)
     workdir = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_score", lambda *_: send(signal.SIGINT)())
+        patch.setattr(training, "_score", lambda *_: send(signal.SIGINT)())
         with pytest.raises(KeyboardInterrupt):
             train_quietly(config, workdir, digits)
     rows = read_history(workdir)
@@ -657,7 +656,7 @@ def test_validation_every_other_epoch_and_at_the_end(tmp_path, digits):
 def test_two_runs_are_equal_whatever_the_steps_a_call(tmp_path, digits, monkeypatch):
     config = TINY.override(epochs=1.5, options__dropout=0.2)
     train_quietly(config, tmp_path / "one", digits)
-    monkeypatch.setattr(train, "CALL_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CALL_SECONDS", 0.0)
     train_quietly(config, tmp_path / "other", digits)
     assert without_seconds(read_history(tmp_path / "one")) == without_seconds(
         read_history(tmp_path / "other")

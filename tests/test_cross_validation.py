@@ -7,18 +7,15 @@ import json
 import os
 import signal
 import statistics
-import sys
 
 import numpy as np
 import pytest
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, cross_validate, datasets, evaluate, runtime
+from cifar10_trainer import cli, cross_validate, cross_validation, datasets, evaluate, runtime
 from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 from cifar10_trainer.recipes import RECIPES
-
-folds_module = sys.modules["cifar10_trainer.cross_validation"]
 
 TINY = RECIPES["fast.digits"].override(
     options__filters=(4, 8),
@@ -49,7 +46,7 @@ def scripted(monkeypatch):
         (workdir / "metrics.json").write_text(json.dumps(metrics))
         return metrics
 
-    monkeypatch.setattr(folds_module, "train_and_evaluate", train)
+    monkeypatch.setattr(cross_validation, "train_and_evaluate", train)
     return calls
 
 
@@ -132,14 +129,14 @@ def test_finished_folds_of_other_images_are_refused(tmp_path, digits, scripted):
 def test_a_signal_too_late_for_one_fold_stops_before_the_next(
     tmp_path, digits, scripted, monkeypatch, overwrite
 ):
-    once = folds_module.train_and_evaluate
+    once = cross_validation.train_and_evaluate
 
     def late(config, workdir, **more):
         with runtime.Signals():  # as in a run whose last step is done
             os.kill(os.getpid(), signal.SIGTERM)
         return once(config, workdir, **more)
 
-    monkeypatch.setattr(folds_module, "train_and_evaluate", late)
+    monkeypatch.setattr(cross_validation, "train_and_evaluate", late)
     before = signal.getsignal(signal.SIGTERM)
     way_on = r"and without --overwrite goes on" if overwrite else rf"--workdir={tmp_path} goes on"
     with pytest.raises(RunInterrupted, match=f"stopped by SIGTERM before fold 2; .*{way_on}"):
@@ -148,18 +145,18 @@ def test_a_signal_too_late_for_one_fold_stops_before_the_next(
 
 
 def test_what_is_finished_is_not_run_again(tmp_path, digits, scripted, monkeypatch):
-    once = folds_module.train_and_evaluate
+    once = cross_validation.train_and_evaluate
 
     def stopped(config, workdir, **more):
         if config.validation_fold == 1:
             raise RunInterrupted(f"stopped; go on with --workdir={workdir}")
         return once(config, workdir, **more)
 
-    monkeypatch.setattr(folds_module, "train_and_evaluate", stopped)
+    monkeypatch.setattr(cross_validation, "train_and_evaluate", stopped)
     with pytest.raises(RunInterrupted, match=rf"stopped in fold-2-of-3; .* --workdir={tmp_path} goes on"):
         quietly(3, tmp_path, digits)
     assert not (tmp_path / "folds.json").exists()
-    monkeypatch.setattr(folds_module, "train_and_evaluate", once)
+    monkeypatch.setattr(cross_validation, "train_and_evaluate", once)
     summary = quietly(3, tmp_path, digits)
     assert [call["config"].validation_fold for call in scripted] == [0, 1, 2]
     accuracies = [run["val_accuracy"] for run in summary["runs"]]
@@ -200,8 +197,10 @@ def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
     class Cluster:
         pass
 
-    monkeypatch.setattr(folds_module.tf.distribute, "MultiWorkerMirroredStrategy", Cluster)
-    monkeypatch.setattr(folds_module.runtime, "choose_strategy", lambda requested: (Cluster(), "as asked"))
+    monkeypatch.setattr(cross_validation.tf.distribute, "MultiWorkerMirroredStrategy", Cluster)
+    monkeypatch.setattr(
+        cross_validation.runtime, "choose_strategy", lambda requested: (Cluster(), "as asked")
+    )
     with pytest.raises(ConfigError, match="folds on a cluster of workers; allowed: one machine"):
         quietly(2, tmp_path, digits)
     assert not scripted

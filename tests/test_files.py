@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all, and folders that one process holds at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from cifar10_trainer import files
+from cifar10_trainer.errors import RunError
+from cifar10_trainer.files import folder_lock
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "notes.txt"
+    files.write_atomic(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(RunError, match="No space left"):
+        files.write_atomic(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_held_by_one_and_goes_when_it_is_empty(tmp_path):
+    folder, calls = tmp_path / "a" / "b", []
+    with folder_lock(folder, lambda: calls.append("busy")):
+        assert folder.is_dir() and list(folder.iterdir()) == []
+
+        def second():
+            with folder_lock(folder, lambda: calls.append("busy")):
+                calls.append("in")
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.3)
+        assert calls == ["busy"]
+    thread.join(30)
+    assert calls == ["busy", "in"]
+    assert list(tmp_path.iterdir()) == []
+    with folder_lock(folder, calls.clear):
+        (folder / "file").touch()
+    assert folder.is_dir() and calls
+
+
+def test_who_does_not_wait_for_a_held_folder_leaves_no_open_file(tmp_path):
+    def busy():
+        raise RunError("busy")
+
+    with folder_lock(tmp_path / "a", busy):
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(RunError, match="busy"), folder_lock(tmp_path / "a", busy):
+            pass
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,65 @@
+"""The run folder: what its files hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cifar10_trainer.errors import RunError
+from cifar10_trainer.run_folder import HISTORY_COLUMNS, RunFolder
+
+
+def test_history_survives_a_round_trip_exactly(tmp_path):
+    rows = [
+        {"epoch": 1, "loss": 0.1 + 0.2, "accuracy": np.float32(0.7), "val_loss": None, "val_accuracy": None},
+        {"epoch": 2.9, "loss": float("inf"), "accuracy": 1.0, "val_loss": 1e-300, "learning_rate": 0.1},
+    ]
+    RunFolder(tmp_path).write_history(rows)
+    first, second = RunFolder(tmp_path).read_history()
+    assert tuple(first) == (
+        "epoch",
+        "loss",
+        "accuracy",
+        "val_loss",
+        "val_accuracy",
+        "learning_rate",
+        "seconds",
+    )
+    assert first["epoch"] == 1 and isinstance(first["epoch"], int)
+    assert first["loss"] == 0.1 + 0.2 and first["accuracy"] == float(np.float32(0.7))
+    assert first["val_loss"] is None and first["seconds"] is None
+    assert second["epoch"] == 2.9 and second["loss"] == float("inf") and second["val_loss"] == 1e-300
+    text = (tmp_path / "history.csv").read_text()
+    assert text.splitlines()[0] == "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,seconds"
+    assert text.splitlines()[1] == "1,0.30000000000000004,0.699999988079071,,,,"
+
+
+def test_history_without_rows(tmp_path):
+    RunFolder(tmp_path).write_history([])
+    assert RunFolder(tmp_path).read_history() == []
+
+
+def test_history_refuses_other_columns_and_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "history.csv"
+    RunFolder(tmp_path).write_history([{"epoch": 1}])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="speed"):
+        RunFolder(tmp_path).write_history([{"epoch": 1, "speed": 3}])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"epoch,loss\n1,2\n", b"\xff\xfe\x00", None])
+def test_history_that_is_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "history.csv").write_bytes(content)
+    with pytest.raises(RunError, match=r"cannot read .*history\.csv"):
+        RunFolder(tmp_path).read_history()
+
+
+def test_history_with_a_word_or_a_torn_row(tmp_path):
+    path = tmp_path / "history.csv"
+    head = ",".join(HISTORY_COLUMNS)
+    for row in ("1,high,,,,,", "1,0.5"):
+        path.write_text(f"{head}\n{row}\n")
+        with pytest.raises(RunError, match="cannot read"):
+            RunFolder(tmp_path).read_history()
