@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+__version__ = "1.0.0"  # before the imports, since some of them read it
+
 from .config import Config
 from .errors import ConfigError, RunError
 from .recipes import DEFAULT_RECIPE, RECIPES
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from .models.fast import build as build_model
     from .training import train_and_evaluate as train
 
-__version__ = "1.0.0"
 __all__ = [
     "DEFAULT_RECIPE",
     "RECIPES",

@@ -3,7 +3,7 @@
     python -m cifar10_trainer.predict --model RUN/model.keras cat.jpg holiday/
     python -m cifar10_trainer.predict --model RUN/model.keras --json cat.jpg
 
-Files of any size and common format are brought to the model's size; the model does all other preprocessing.
+Images of any size and common format are resized to the model's input; the model does all other preprocessing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
 flags.DEFINE_string("model", None, "a .keras or .h5 file, such as RUN/model.keras", flag_values=FLAGS)
 flags.DEFINE_list(
-    "class_names", None, "names of the classes, in order; default: the run's, else numbers", flag_values=FLAGS
+    "class_names",
+    None,
+    "names of the classes, in order; default: those in the run folder, else numbers",
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer("top_k", 3, "how many labels to show for each image", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_boolean("json", False, "print one JSON object a line", flag_values=FLAGS)
@@ -42,9 +45,9 @@ USAGE = (
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The files meant: each argument, or the images directly in it, by name, where it is a folder.
+    """The image files: each argument or, where it is a folder, the images directly in it, sorted by name.
 
-    Raises ConfigError for what is not there and for a folder without images.
+    Raises ConfigError where an argument does not exist, and where a folder holds no images.
     """
     paths: list[Path] = []
     for argument in map(Path, arguments):
@@ -63,7 +66,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 
 
 def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
-    """The `class_names` in config.json beside the model; without that file or key, numbers from 0."""
+    """The class names in the config.json beside the model; where there are none, numbers from 0."""
     folder = RunFolder(Path(model_path).parent)
     names = folder.read_config().get("class_names") if folder.config_file.is_file() else None
     return tuple(names) if names else tuple(map(str, range(classes)))
@@ -72,11 +75,16 @@ def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
 def predict(
     model: keras.Model, paths: Sequence[str | Path], class_names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """For each image file its {"file", "label", "probability", "probabilities": {class name: 0-1}}.
+    """Labels image files. It reads all of them before it predicts the first.
 
-    The likeliest class comes first in "probabilities". model: as from `evaluate.load_model`; class_names: one
-    for each of its outputs, None for numbers. All files are read before any is predicted. Raises RunError for
-    a file that is no image, ConfigError for class names that do not fit the model.
+    Args:
+        model: as from `evaluate.load_model`.
+        paths: image files.
+        class_names: one for each output of the model; None: numbers from 0.
+
+    Returns: for each file {"file", "label", "probability", "probabilities": {class name: 0-1}}, the most probable class
+        first.
+    Raises: RunError where a file is not an image; ConfigError where the class names do not fit the model.
     """
     height, width, _ = model.input_shape[1:]
     classes = model.output_shape[-1]
@@ -100,7 +108,7 @@ def predict(
 
 
 def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
-    """`results` as aligned text: file, label, probability, and the next labels up to `top_k` in all."""
+    """`results` as aligned text: file, label, probability, then further labels, `top_k` in all."""
     rows = [("file", "label", "probability", "then" if top_k > 1 else "")]
     for result in results:
         following = list(result["probabilities"].items())[1:top_k]
@@ -128,5 +136,9 @@ def main(argv: list[str]) -> None:
         print(table(results, FLAGS.top_k))
 
 
+def command() -> int:
+    return cli.run(main, FLAGS, USAGE)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, USAGE))
+    sys.exit(command())

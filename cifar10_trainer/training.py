@@ -108,7 +108,7 @@ def train_and_evaluate(
 
         # ---- evaluate
         if not folder.model_file.exists():  # only the chief writes
-            log(f"no scores here: {folder} is not the folder of the chief; give all workers the same")
+            log(f"no scores here: {folder} is not the chief's folder; give all workers the same --workdir")
         elif hdf5 and chief:
             folder.save_model(keras.models.load_model(folder.model_file, compile=False), folder.hdf5_file)
         probabilities, scores = _score(folder.model_file, data, validation, config.views, score_test)
@@ -246,7 +246,7 @@ def _summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
     log(f"\n{metrics['recipe']}, {metrics['epochs']} epochs, {metrics['train_seconds']:,.1f} s")
     log(f"  validation accuracy  {percent(metrics['best_val_accuracy'])} (epoch {metrics['best_epoch']})")
     views = metrics["views"]
-    more = f", {percent(metrics['test_accuracy_views'])} averaged over {views} views" if views > 1 else ""
+    more = f", {percent(metrics['test_accuracy_views'])} with TTA of {views} views" if views > 1 else ""
     log(f"  test accuracy        {percent(metrics['test_accuracy'])}{more}")
     goal, at = percent(metrics["target"]), metrics["seconds_to_target"]
     reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"

@@ -213,8 +213,8 @@ def test_config_of_a_run_with_its_record(tmp_path):
         ({"optimizer": {"lr": 3}}, ["unknown key in optimizer 'lr'", "learning_rate"]),
         ({"epochs": -3}, ["epochs is -3.0", "greater than 0"]),
         ({"epochs": "many"}, ["epochs is 'many'", "type float"]),
-        ("{'epochs': 3}", ["is no JSON", "a config.json of a run"]),
-        ("", ["is no JSON"]),
+        ("{'epochs': 3}", ["is not a JSON file", "config.json of a run"]),
+        ("", ["is not a JSON file"]),
         ("[1, 2]", ["holds list", "a JSON object"]),
         ("3", ["holds int", "a JSON object"]),
     ],
@@ -229,7 +229,7 @@ def test_a_config_file_of_bytes(tmp_path, capsys):
     (tmp_path / "c.json").write_bytes(b"\x89PNG\xff\xfe")
     status, text = error_of(capsys, f"--config={tmp_path / 'c.json'}")
     assert status == 2
-    assert "is no JSON" in text
+    assert "is not a JSON file" in text
 
 
 def test_a_config_file_that_cannot_be_read(tmp_path, capsys):
