@@ -24,11 +24,7 @@ Examples:
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-
-
-def _define(kind, name, text, default=None, **more):
-    kind(name, default, text, flag_values=FLAGS, module_name="python -m cifar10_trainer", **more)
-
+_define = cli.definer(FLAGS, "python -m cifar10_trainer")
 
 _define(
     flags.DEFINE_string,

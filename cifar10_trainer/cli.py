@@ -26,6 +26,18 @@ def define_common(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("debug", False, "show the traceback of an error", flag_values=flag_values)
 
 
+def definer(flag_values: flags.FlagValues, module_name: str) -> Callable[..., None]:
+    """A function that defines a flag in `flag_values`: define(absl's DEFINE function, name, help text, default, ...).
+
+    module_name: the heading of the flags in --help.
+    """
+
+    def define(kind: Callable[..., Any], name: str, text: str, default: Any = None, **more: Any) -> None:
+        kind(name, default, text, flag_values=flag_values, module_name=module_name, **more)
+
+    return define
+
+
 # Keras and TensorFlow import these packages where they are installed, for wrappers, plots and notebooks that no command
 # uses. Without them a command starts a second sooner.
 HIDDEN_PACKAGES = ("matplotlib", "sklearn", "scipy", "IPython")

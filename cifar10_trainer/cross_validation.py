@@ -85,10 +85,7 @@ def cross_validate(
             since = time.time()
     summary = _summary(config, data, runs)
     write_json(workdir / FOLDS_FILE, summary)
-    mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
-    each = ", ".join(f"{100 * run['val_accuracy']:.2f}" for run in runs)
-    log(f"{folds} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})")
-    log(f"  files  {workdir}/  (folds.json)")
+    log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
 
 
@@ -118,6 +115,12 @@ def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[
         "val_accuracy_std": statistics.stdev(accuracies),
         "runs": runs,
     }
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
+    each = ", ".join(f"{100 * run['val_accuracy']:.2f}" for run in summary["runs"])
+    return f"{summary['folds']} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})"
 
 
 def _without_test_images(data: Dataset, folds: int) -> Dataset:

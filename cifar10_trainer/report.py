@@ -225,8 +225,8 @@ def _page(
     parts += [
         f"<h2>Classification report</h2>\n<pre>{html.escape(text)}</pre>",
         "<h2>History</h2>\n" + _table(rows, HISTORY_COLUMNS),
-        "<h2>Numbers</h2>\n" + _table(_flat(metrics), ("metrics.json", "")),
-        "<h2>Configuration</h2>\n" + _table(_flat(config), ("config.json", "")),
+        "<h2>Numbers</h2>\n" + _table(_flat(metrics), ("metric", "value")),
+        "<h2>Configuration</h2>\n" + _table(_flat(config), ("setting", "value")),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import pytest
 from absl import flags
 
+import cifar10_trainer
 from cifar10_trainer import __main__ as command
 from cifar10_trainer import cli, runtime
 from cifar10_trainer.config import DATASETS, PRECISIONS, STRATEGIES, Config
@@ -113,6 +115,7 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "help",
     "list_recipes",
     "overwrite",
+    "version",
     "workdir",
 }
 
@@ -282,6 +285,29 @@ def test_list_recipes(capsys, trained):
     assert trained == []
 
 
+def test_version_names_the_versions_that_are_installed(capsys, trained):
+    assert invoke("--version") == 0
+    out, err = capsys.readouterr()
+    expected = f"{importlib.metadata.version('tensorflow')}, Keras {importlib.metadata.version('keras')}"
+    assert out.startswith(f"cifar10-trainer {cifar10_trainer.__version__} (Python 3.")
+    assert out.endswith(f"TensorFlow {expected})\n") and err == "" and trained == []
+    assert importlib.metadata.version("cifar10-trainer") == cifar10_trainer.__version__
+
+
+@pytest.mark.parametrize("name", ["train", "trainer", "evaluate", "predict", "search"])
+def test_console_commands(name):
+    """They exist beside python -m, and parse their flags as it does."""
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name=f"cifar10-{name}")
+    done = call_python(
+        "-c", f"import sys; from {entry.module} import {entry.attr} as c; sys.exit(c())", "--version"
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("cifar10-trainer ")
+    done = call_python(
+        "-c", f"import sys; from {entry.module} import {entry.attr} as c; sys.exit(c())", "--bogus"
+    )
+    assert done.returncode == 2 and "Unknown command line flag 'bogus'" in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_shows_usage_and_every_flag(flag, capsys, trained):
     assert invoke(flag) == 0
@@ -333,7 +359,7 @@ def test_help_shows_usage_and_every_flag(flag, capsys, trained):
         (["--final_fit", "--recipe=practical.baseline"], ["validation_fraction is None", "early stopping"]),
         (["--image_size=64"], ["image_size is 64", "allowed with the dataset cifar10: 32"]),
         (["--image_size=64", "--dataset=digits"], ["image_size is 64", "dataset digits: 32"]),
-        (["--recipe="], ["--recipe is empty", "no such flag"]),
+        (["--recipe="], ["--recipe is empty", "leave the flag out"]),
         (["--dataset=digits", "--workdir="], ["--workdir is empty"]),
         (["--set", "recipe=../../elsewhere"], ["recipe is '../../elsewhere'", "letters, digits"]),
         (["--set", "momentum"], ["--set 'momentum'", "section.name=value"]),
@@ -536,9 +562,11 @@ def test_what_looks_as_if_it_were_not_installed():
 
 
 def call(*argv, **more):
-    return subprocess.run(
-        [sys.executable, "-m", "cifar10_trainer", *argv], capture_output=True, text=True, timeout=300, **more
-    )
+    return call_python("-m", "cifar10_trainer", *argv, **more)
+
+
+def call_python(*argv, **more):
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -553,13 +581,13 @@ def test_what_is_quick_needs_no_tensorflow():
     script = """
 import sys
 from cifar10_trainer import __main__ as command
-for argv in (["--help"], ["--list_recipes"], ["--recipe=none"], ["--bogus"], ["--epochs=0"], ["--config=/none"]):
+for argv in (["--help"], ["--list_recipes"], ["--version"], ["--recipe=none"], ["--bogus"], ["--epochs=0"], ["--config=/none"]):
     command.FLAGS.unparse_flags()
     for name in command.FLAGS:
         command.FLAGS[name].unparse()
     sys.argv = ["cifar10_trainer", *argv]
     status = command.command()
-    assert status == (0 if argv[0] in ("--help", "--list_recipes") else 2), (argv, status)
+    assert status == (0 if argv[0] in ("--help", "--list_recipes", "--version") else 2), (argv, status)
     heavy = {"tensorflow", "keras", "sklearn", "matplotlib", "kagglehub"} & set(sys.modules)
     assert not heavy, (argv, heavy)
 """

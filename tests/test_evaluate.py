@@ -193,7 +193,7 @@ def test_load_model_refuses(tmp_path):
         evaluate.load_model(tmp_path)
     for name in ("text.keras", "text.h5"):
         (tmp_path / name).write_text("not a model")
-        reason = "a .keras file is a zip archive" if name.endswith(".keras") else ""
+        reason = "not a .keras file, which is a zip archive" if name.endswith(".keras") else ""
         with pytest.raises(RunError, match=f"does not open as a Keras model .*{reason}"):
             evaluate.load_model(tmp_path / name)
     (tmp_path / "model.onnx").write_text("another kind")
@@ -404,7 +404,7 @@ def test_a_model_that_does_not_fit(run_folder, capsys):
     assert status == 2 and "trained on blue, red, green" in message
 
 
-def test_only_the_images_that_a_run_parted_can_be_parted_again(run_folder, capsys):
+def test_only_the_images_of_a_run_can_be_split_again(run_folder, capsys):
     folder = run_folder.parent / "data"
     change_config(run_folder, fingerprint=datasets.fingerprint(datasets.load("folder", folder, 8)))
     assert run(["--workdir", run_folder, "--split=validation"]) == 0

@@ -521,7 +521,7 @@ def test_an_unfinished_run_without_a_state_begins_again(tmp_path, digits):
 
 
 def test_the_way_on_from_an_overwriting_run_is_without_overwrite(tmp_path, digits, step_by_step):
-    with pytest.raises(RunError, match=rf"--workdir={tmp_path} and without --overwrite goes on"):
+    with pytest.raises(RunError, match=rf"--workdir={tmp_path} and without --overwrite$"):
         train_quietly(TINY, tmp_path, digits, callbacks=[At(3, send(signal.SIGTERM))], overwrite=True)
 
 
