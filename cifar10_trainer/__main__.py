@@ -12,6 +12,7 @@ from absl import flags
 from . import cli
 from .config import DATASETS, PRECISIONS, STRATEGIES, Config
 from .errors import ConfigError, unknown
+from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES
 
 USAGE = """usage: python -m cifar10_trainer [flags]
@@ -79,6 +80,8 @@ _define(
     "the run folder; an unfinished run of the same configuration in it is resumed; default: runs/<recipe>-<time>",
 )
 _define(flags.DEFINE_boolean, "overwrite", "replace the run that is in --workdir", False)
+_define(flags.DEFINE_boolean, "quiet", "print nothing but errors", False)
+_define(flags.DEFINE_boolean, "verbose", "show the progress bar in a file or a pipe, too", False)
 _define(flags.DEFINE_boolean, "hdf5", "write the model as model.h5, too", False)
 
 
@@ -161,22 +164,23 @@ def main(argv: list[str]) -> None:
         list_recipes()
         return
     config = config_from_flags()
-    where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite}
+    if FLAGS.quiet and FLAGS.verbose:
+        raise ConfigError("--quiet and --verbose; allowed: one of the two")
+    verbose = 0 if FLAGS.quiet else 1 if FLAGS.verbose else "auto"
+    where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
     if FLAGS.folds is None:
         cli.import_tensorflow()
-        from . import runtime
         from .training import train_and_evaluate
 
-        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, since=runtime.process_start(), **where)
+        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, since=PROCESS_START, **where)
         return
     for flag in ("final_fit", "hdf5", "validation_fraction"):
         if FLAGS[flag].present:
             raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
     cli.import_tensorflow()
-    from . import runtime
     from .cross_validation import cross_validate
 
-    cross_validate(config, FLAGS.folds, FLAGS.workdir, since=runtime.process_start(), **where)
+    cross_validate(config, FLAGS.folds, FLAGS.workdir, since=PROCESS_START, **where)
 
 
 def command() -> int:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import select
 import signal
 import sys
 import tempfile
@@ -112,27 +113,20 @@ def run(
         except flags.Error as error:
             raise ConfigError(f"{str(error).strip()} (--help shows every flag)") from error
         if flag_values["help"].value:
-            print(usage + "\n")
-            print(flag_values.get_help())
-            return 0
-        if flag_values["version"].value:
+            print(f"{usage}\n\n{flag_values.get_help()}")
+        elif flag_values["version"].value:
             print(versions())
-            return 0
-        for name in flag_values:
-            if flag_values[name].value == "":  # as from an unset variable of the shell
-                raise ConfigError(
-                    f"--{name} is empty; allowed: a value; to use the default, leave the flag out"
-                )
-        main(positional)
+        else:
+            _check_not_empty(flag_values)
+            main(positional)
+        sys.stdout.flush()  # here, so that an error of it is handled as any other
         return 0
     except BrokenPipeError as error:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader of the output has gone, as in `| head`. Python would write again at exit: to nowhere, then.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
-        return _failed(error, flag_values)
+        if not _reader_has_gone():
+            return _failed(error, flag_values)
+        # The reader of the output has gone, as in `| head`. Python would write again at exit: to nowhere, then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -141,6 +135,26 @@ def run(
     finally:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
+
+
+def _check_not_empty(flag_values: flags.FlagValues) -> None:
+    """Raises ConfigError on a flag without a value, as from an unset variable of the shell."""
+    for name in flag_values:
+        if flag_values[name].value == "":
+            raise ConfigError(f"--{name} is empty; allowed: a value; to use the default, leave the flag out")
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that nothing reads any more."""
+    try:
+        sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+        return bool(poll.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, AttributeError):  # no file behind it; Windows has no poll
+        return False
 
 
 def _failed(error: Exception, flag_values: flags.FlagValues) -> int:

@@ -35,7 +35,7 @@ def cross_validate(
     data_dir: str | None = None,
     dataset: Dataset | None = None,
     overwrite: bool = False,
-    verbose: int = 1,
+    verbose: int | str = "auto",
     since: float | None = None,
 ) -> dict[str, Any]:
     """Splits the training images into stratified parts, and trains once for each part, validated on it.
@@ -55,7 +55,7 @@ def cross_validate(
     and val_accuracy_std (of the sample), 0-1.
     Raises: as `train_and_evaluate`.
     """
-    log = print if verbose else (lambda *_: None)
+    log = print if runtime.verbosity(verbose) else (lambda *_: None)
     since = time.time() if since is None else since
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
     if (workdir / FOLDS_FILE).exists() and not overwrite:

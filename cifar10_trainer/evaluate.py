@@ -35,7 +35,13 @@ flags.DEFINE_string("workdir", None, "a run folder: scores its model on its data
 flags.DEFINE_string("model", None, "a .keras or .h5 file, instead of --workdir", flag_values=FLAGS)
 flags.DEFINE_enum("dataset", None, DATASETS, "default: the run's, else cifar10", flag_values=FLAGS)
 flags.DEFINE_string("data_dir", None, "where the data set is; default: the run's", flag_values=FLAGS)
-flags.DEFINE_enum("split", "test", SPLITS, "the images to score", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "split",
+    None,
+    SPLITS,
+    "the images to score; default: test, or validation without test images",
+    flag_values=FLAGS,
+)
 flags.DEFINE_enum(
     "views",
     None,
@@ -151,6 +157,18 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
     return images, labels
 
 
+def default_split(dataset: datasets.Dataset, settings: dict[str, Any]) -> str:
+    """ "test" or, where there are no test images but the run held others out, "validation", which is said on stderr."""
+    held_out = dataset.validation is not None or settings.get("validation_fraction") is not None
+    if len(dataset.test_labels) or not held_out:
+        return "test"
+    print(
+        f"{dataset.source} has no test images: these are the validation images, on which the run chose its weights",
+        file=sys.stderr,
+    )
+    return "validation"
+
+
 def first_predictions(
     labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
@@ -201,21 +219,22 @@ def main(argv: list[str]) -> None:
             f"data set {name!r} has classes {', '.join(dataset.class_names)}, but the model was trained on"
             f" {', '.join(trained_on)}; allowed: the data set it was trained on (--dataset, --data_dir)"
         )
-    images, labels = select(dataset, FLAGS.split, settings)
+    split = FLAGS.split or default_split(dataset, settings)
+    images, labels = select(dataset, split, settings)
 
     # ---- the scores
     probabilities = predict_probabilities(model, images, FLAGS.batch_size, views)
     numbers = score(labels, probabilities)
     predictions = first_predictions(labels, probabilities, dataset.class_names, FLAGS.show)
     if FLAGS.json:
-        about = {"model": str(path), "dataset": name, "source": dataset.source, "split": FLAGS.split}
+        about = {"model": str(path), "dataset": name, "source": dataset.source, "split": split}
         print(
             json.dumps(
                 {**about, "views": views, **numbers, **({"first": predictions} if predictions else {})}
             )
         )
         return
-    print(f"{path} on {numbers['n']:,} {FLAGS.split} images of {name} ({dataset.source}), views: {views}")
+    print(f"{path} on {numbers['n']:,} {split} images of {name} ({dataset.source}), views: {views}")
     print(f"accuracy {numbers['accuracy']:.4f}   loss {numbers['loss']:.4f}\n")
     for a in predictions:
         print(f"image {a['image']}: {a['true']}, predicted {a['predicted']} ({a['probability']:.4f})")

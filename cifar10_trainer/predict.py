@@ -28,7 +28,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-flags.DEFINE_string("model", None, "a .keras or .h5 file, such as RUN/model.keras", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "a run folder: its model", flag_values=FLAGS)
+flags.DEFINE_string(
+    "model", None, "a .keras or .h5 file, or a run folder, instead of --workdir", flag_values=FLAGS
+)
 flags.DEFINE_list(
     "class_names",
     None,
@@ -39,7 +42,7 @@ flags.DEFINE_integer("top_k", 3, "how many labels to show for each image", lower
 flags.DEFINE_boolean("json", False, "print one JSON object a line", flag_values=FLAGS)
 
 USAGE = (
-    "python -m cifar10_trainer.predict --model RUN/model.keras IMAGE... [flags]\n\n"
+    "python -m cifar10_trainer.predict --workdir RUN | --model FILE IMAGE... [flags]\n\n"
     "Labels image files; a folder stands for the images in it."
 )
 
@@ -120,11 +123,13 @@ def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if FLAGS.model is None:
-        raise ConfigError("no --model; allowed: a .keras or .h5 file, such as --model RUN/model.keras")
+    if (FLAGS.workdir is None) == (FLAGS.model is None):
+        raise ConfigError("name the model; allowed: exactly one of --workdir RUN and --model FILE")
     if not argv:
         raise ConfigError("no IMAGE; allowed: image files and folders of them")
-    path, paths = evaluate.check_model_file(FLAGS.model), find_images(argv)
+    folder = FLAGS.workdir or FLAGS.model
+    file = RunFolder(folder).model_file if FLAGS.workdir or Path(folder).is_dir() else folder
+    path, paths = evaluate.check_model_file(file), find_images(argv)
     cli.import_tensorflow()
     model = evaluate.load_model(path)
     names = FLAGS.class_names or find_class_names(path, model.output_shape[-1])

@@ -32,6 +32,8 @@ NO_TEST_IMAGES = (
     " weights, so expect a little less on new images."
 )
 
+NOT_SCORED = "its images were not scored"
+NOTHING_TO_SCORE = "there are neither test nor validation images"
 FIGURES = {
     "training_curves": "Training",
     "confusion_matrix": "Confusion matrix",
@@ -90,11 +92,11 @@ def write_report(
     if len(labels) == 0:
         scored, note, images, labels = "validation", NO_TEST_IMAGES, val_images, val_labels
     n = len(test_probabilities)
-    assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
     if n == 0:
-        note = "This run has no test score: there are neither test nor validation images."
+        note = f"This run has no test score: {NOT_SCORED if len(labels) else NOTHING_TO_SCORE}."
         drawn = {name: path for name, path in drawn.items() if name not in SCORED_FIGURES}
     else:
+        assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
         predicted = test_probabilities.argmax(axis=1)
         accuracy = float((predicted == labels).mean())
         text = classification_report(labels, predicted, names)
@@ -125,7 +127,11 @@ def _tiles(metrics: Mapping[str, Any], scored: str, n: int, accuracy: float | No
             tiles.append((f"{get('test_accuracy'):.2%}", "test accuracy", "without TTA"))
     best, target, seconds = get("best_val_accuracy"), get("target"), get("seconds_to_target")
     if best is not None:
-        tiles.append((f"{best:.2%}", "best validation accuracy", f"epoch {_text(get('best_epoch'))}"))
+        # With TTA, a score on the same images stands beside it, and differs.
+        without = ", without TTA" if scored == "validation" and get("views") not in (None, 1) else ""
+        tiles.append(
+            (f"{best:.2%}", "best validation accuracy", f"epoch {_text(get('best_epoch'))}{without}")
+        )
     if best is not None and target is not None:
         what = f"to {100 * target:.4g}% on validation"
         if seconds is None:

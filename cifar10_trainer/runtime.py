@@ -8,17 +8,15 @@ import json
 import os
 import platform
 import signal
-import time
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from . import machine
 from .errors import ConfigError, RunError
-
-_IMPORTED = time.time()
 
 
 def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
@@ -40,6 +38,25 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
         return tf.distribute.get_strategy(), f"on one device: {(gpus or cpus)[0].name}"
     devices = tuple(d.name for d in gpus or cpus)
     return _mirrored(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
+
+
+def strategy_name(strategy: tf.distribute.Strategy) -> str:
+    """What --strategy calls it: "none", "mirrored" or "multi_worker"."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return "multi_worker"
+    return "mirrored" if isinstance(strategy, tf.distribute.MirroredStrategy) else "none"
+
+
+def verbosity(verbose: int | str) -> int:
+    """0: print nothing; 1: a progress bar; 2: one line per epoch. "auto" is 1 on a terminal, else 2.
+
+    Raises ConfigError on any other value.
+    """
+    if verbose not in ("auto", 0, 1, 2):
+        raise ConfigError(f"verbose is {verbose!r}; allowed: 'auto', 0, 1, 2")
+    if verbose == "auto":
+        return 1 if sys.stdout.isatty() else 2
+    return int(verbose)
 
 
 @functools.cache  # two such strategies in one process disturb each other's reductions
@@ -113,49 +130,17 @@ def choose_precision(requested: str) -> tuple[str, str]:
         if capability >= (7, 0):
             return "mixed_float16", f"the GPU's compute capability {text} has float16, not bfloat16"
         return "float32", f"the GPU's compute capability {text} has no fast 16-bit arithmetic"
-    native = cpu_flags() & {"avx512_bf16", "amx_bf16"}
+    native = machine.cpu_flags() & {"avx512_bf16", "amx_bf16"}
     if native:
         return "mixed_bfloat16", f"the processor has {', '.join(sorted(native))}"
     return "float32", "the processor has no native bfloat16"
-
-
-def cpu_flags() -> set[str]:
-    """The processor's feature flags from Linux's /proc/cpuinfo; empty elsewhere."""
-    return set(_cpu().get("flags", "").split())
-
-
-def _cpu() -> dict[str, str]:
-    """The first processor's entries in Linux's /proc/cpuinfo; empty elsewhere."""
-    found: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    return found
-
-
-def process_start() -> float:
-    """When this process began, in seconds since 1970, so that imports count; where unknown, when this module was imported."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
-        return _IMPORTED
 
 
 def describe() -> dict[str, str]:
     """Versions and hardware, for a run's record."""
     import numpy as np
 
-    cpu = _cpu()
-    processor = cpu.get("model name") or platform.processor() or platform.machine()
-    if {"cpu family", "model"} <= set(cpu):  # on a virtual machine the name holds the maker only
-        processor += f" (family {cpu['cpu family']}, model {cpu['model']})"
-    # Those that this process may use, which `taskset` limits.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = machine.cpu_count()
     gpus = tf.config.list_physical_devices("GPU")
     names = [tf.config.experimental.get_device_details(g).get("device_name", "GPU") for g in gpus]
     return {
@@ -164,7 +149,7 @@ def describe() -> dict[str, str]:
         "keras": keras.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "processor": f"{processor}, {cores} core{'' if cores == 1 else 's'}",
+        "processor": f"{machine.processor()}, {cores} core{'' if cores == 1 else 's'}",
         "gpus": ", ".join(names) or "none",
     }
 

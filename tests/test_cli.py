@@ -15,7 +15,7 @@ from absl import flags
 
 import cifar10_trainer
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, runtime
+from cifar10_trainer import cli
 from cifar10_trainer.config import DATASETS, PRECISIONS, STRATEGIES, Config
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
@@ -115,6 +115,8 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "help",
     "list_recipes",
     "overwrite",
+    "quiet",
+    "verbose",
     "version",
     "workdir",
 }
@@ -134,11 +136,17 @@ def test_flag_and_config(flag, trained):
 
 
 def test_no_flags_are_the_default_recipe(trained, monkeypatch):
-    monkeypatch.setattr(runtime, "process_start", lambda: 12.5)
+    monkeypatch.setattr(command, "PROCESS_START", 12.5)
     assert config_of() == DEFAULT
     assert invoke() == 0
     expected = {"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False, "hdf5": False}
-    assert trained == [{**expected, "since": 12.5}]
+    assert trained == [{**expected, "verbose": "auto", "since": 12.5}]
+
+
+@pytest.mark.parametrize(("flag", "verbose"), [("--quiet", 0), ("--verbose", 1)])
+def test_quiet_and_verbose(flag, verbose, trained, capsys):
+    assert invoke(flag) == 0 and trained[0]["verbose"] == verbose
+    assert error_of(capsys, "--quiet", "--verbose") == (2, "--quiet and --verbose; allowed: one of the two")
 
 
 def test_zero_is_a_value_and_not_the_lack_of_one():
@@ -260,11 +268,11 @@ def test_hdf5(trained):
 
 def test_folds(trained, monkeypatch):
     calls = []
-    monkeypatch.setattr(runtime, "process_start", lambda: 12.5)
+    monkeypatch.setattr(command, "PROCESS_START", 12.5)
     folds = importlib.import_module("cifar10_trainer.cross_validation")
     monkeypatch.setattr(folds, "cross_validate", lambda *given, **more: calls.append((*given, more)))
     assert invoke("--recipe=vgg.3", "--folds=5", "--workdir=there", "--data_dir=here", "--overwrite") == 0
-    expected = {"data_dir": "here", "overwrite": True, "since": 12.5}
+    expected = {"data_dir": "here", "overwrite": True, "verbose": "auto", "since": 12.5}
     assert calls == [(RECIPES["vgg.3"], 5, "there", expected)]
     assert not trained
 
@@ -593,6 +601,19 @@ for argv in (["--help"], ["--list_recipes"], ["--version"], ["--recipe=none"], [
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("flag", ["--help", "--list_recipes", "--version"])
+def test_output_that_nobody_reads(flag, unbuffered):
+    """As in `| head`: no word, and the status that a shell gives to SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "cifar10_trainer", flag]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_as_a_process():

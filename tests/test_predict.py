@@ -111,6 +111,16 @@ def test_class_names(folder, capsys):
     assert label(argv, capsys) == "2"
 
 
+@pytest.mark.parametrize("flag", ["--workdir", "--model"])
+def test_a_run_folder_stands_for_its_model(folder, capsys, flag):
+    argv = [folder / "images" / "a.png"]
+    assert (
+        label([flag, folder, *argv], capsys)
+        == label(["--model", folder / "model.keras", *argv], capsys)
+        == "red"
+    )
+
+
 @pytest.mark.parametrize("names", ["a,b", "a,b,b", "a,b,c,d"])
 def test_class_names_that_do_not_fit(folder, capsys, names):
     assert run(["--model", folder / "model.keras", f"--class_names={names}", folder / "images"]) == 2
@@ -131,7 +141,9 @@ def test_an_unreadable_image_prints_nothing_else(folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["images"], "no --model"),
+        (["images"], "exactly one of --workdir RUN and --model FILE"),
+        (["--workdir=.", "--model=model.keras", "images"], "exactly one of --workdir RUN and --model FILE"),
+        (["--workdir=nowhere", "images"], "no model file at nowhere/model.keras"),
         (["--model=model.keras"], "no IMAGE"),
         (["--model=model.keras", "nothing.png"], "no image at nothing.png"),
         (["--model=model.keras", "images/deeper"], "no images in"),
