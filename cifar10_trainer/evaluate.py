@@ -89,6 +89,37 @@ def load_model(path: str | Path) -> keras.Model:
     return model
 
 
+def evaluate_model(
+    model: keras.Model,
+    data: datasets.Dataset | tuple[np.ndarray, np.ndarray],
+    *,
+    views: int = 1,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Any]:
+    """Scores a model, with test-time augmentation where `views` is above 1; see `scoring.predict_probabilities`.
+
+    Args:
+        model: maps raw pixels [batch, height, width, 3] to probabilities [batch, classes].
+        data: a data set, whose test images are scored, or (images uint8 [n, height, width, 3], labels integers [n]).
+        views: 1, 2 or 6.
+        batch_size: images in a batch.
+
+    Returns: {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
+    Raises: ConfigError where the images do not fit the model or there are none; RunError where the outputs are not
+        probabilities.
+    """
+    if isinstance(data, datasets.Dataset):
+        check_fit(model, data)
+        data = select(data, "test", {})
+    images, labels = (np.asarray(x) for x in data)
+    expected = tuple(model.input_shape[1:])
+    if len(images) != len(labels) or len(images) == 0 or images.shape[1:] != expected:
+        raise ConfigError(
+            f"images has shape {images.shape} and labels {labels.shape}; allowed: {('n', *expected)} and ('n',), n above 0"
+        )
+    return score(labels, predict_probabilities(model, images, batch_size, views))
+
+
 def check_model_file(path: str | Path) -> Path:
     """`path`, if its name and a file there fit a saved model. Imports no TensorFlow. Raises ConfigError."""
     path = Path(path)

@@ -75,18 +75,18 @@ def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
     return tuple(names) if names else tuple(map(str, range(classes)))
 
 
-def predict(
-    model: keras.Model, paths: Sequence[str | Path], class_names: Sequence[str] | None = None
+def predict_images(
+    model: keras.Model, images: Sequence[str | Path] | np.ndarray, class_names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Labels image files. It reads all of them before it predicts the first.
+    """Labels images. Files are all read before the first is predicted.
 
     Args:
         model: as from `evaluate.load_model`.
-        paths: image files.
+        images: image files, or raw pixels uint8 [n, height, width, 3] in the model's size.
         class_names: one for each output of the model; None: numbers from 0.
 
-    Returns: for each file {"file", "label", "probability", "probabilities": {class name: 0-1}}, the most probable class
-        first.
+    Returns: for each image {"file": its name, or its number from 0, "label", "probability", "probabilities": {class name:
+        0-1}}, the most probable class first.
     Raises: RunError where a file is not an image; ConfigError where the class names do not fit the model.
     """
     height, width, _ = model.input_shape[1:]
@@ -97,15 +97,23 @@ def predict(
             f"{len(names)} class names ({', '.join(names)}) for a model of {classes} classes;"
             f" allowed: {classes} different ones (--class_names=a,b,...)"
         )
-    images = np.zeros((len(paths), height, width, 3), np.uint8)
-    for image, path in zip(images, paths, strict=True):
-        image[:] = datasets.read_image(path, (height, width))
+    if isinstance(images, np.ndarray):
+        pixels, files = images, [str(i) for i in range(len(images))]
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
+            raise ConfigError(
+                f"images is {pixels.dtype} {pixels.shape}; allowed: uint8 {('n', height, width, 3)}, raw pixels 0-255"
+            )
+    else:
+        files = [str(path) for path in images]
+        pixels = np.zeros((len(files), height, width, 3), np.uint8)
+        for image, path in zip(pixels, files, strict=True):
+            image[:] = datasets.read_image(path, (height, width))
     results = []
-    for path, row in zip(paths, evaluate.predict_probabilities(model, images), strict=True):
+    for file, row in zip(files, evaluate.predict_probabilities(model, pixels), strict=True):
         ranked = [(names[c], float(f"{row[c]:.6g}")) for c in np.argsort(-row, kind="stable")]
         label, probability = ranked[0]
         results.append(
-            {"file": str(path), "label": label, "probability": probability, "probabilities": dict(ranked)}
+            {"file": file, "label": label, "probability": probability, "probabilities": dict(ranked)}
         )
     return results
 
@@ -133,7 +141,7 @@ def main(argv: list[str]) -> None:
     cli.import_tensorflow()
     model = evaluate.load_model(path)
     names = FLAGS.class_names or find_class_names(path, model.output_shape[-1])
-    results = predict(model, paths, names)
+    results = predict_images(model, paths, names)
     if FLAGS.json:
         for result in results:
             print(json.dumps(result))

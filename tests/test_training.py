@@ -330,7 +330,9 @@ def test_hdf5_is_the_same_model_once_more(tmp_path, digits):
     for path in (tmp_path / "model.keras", tmp_path / "model.h5"):
         model = evaluate.load_model(path)
         names = predict.find_class_names(path, 10)
-        answers.append((model.predict(digits.test_images, verbose=0), predict.predict(model, [image], names)))
+        answers.append(
+            (model.predict(digits.test_images, verbose=0), predict.predict_images(model, [image], names))
+        )
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
     assert answers[0][1] == answers[1][1]
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
