@@ -18,7 +18,7 @@ from cifar10_trainer import RECIPES, datasets
 from cifar10_trainer.__main__ import read_config
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from cifar10_trainer.training import train_and_evaluate
-from tuning import Options, tune, tuner
+from tuning import Options, trial, tune
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
 
@@ -125,7 +125,7 @@ def test_the_figure(finished):
 
 def test_a_finished_search_only_tells_what_it_found(finished, digits, capsys, monkeypatch):
     folder, found = finished
-    monkeypatch.setattr(tuner, "train_and_evaluate", None)  # not to be called
+    monkeypatch.setattr(trial, "train_and_evaluate", None)  # not to be called
     again = tune(space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1)
     assert again.rows == found.rows
     out = capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_overwrite_removes_nothing_where_no_search_is(digits, tmp_path):
 
 
 def test_a_search_goes_on_with_its_own_images_only(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8], []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
     tune(space, digits, **options)
     relabelled = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy())
@@ -224,7 +224,7 @@ def fake_training(accuracies, calls):
 
 def test_progress_for_people(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        tuner, "train_and_evaluate", fake_training([0.8, RunError("the loss is nan"), 0.9], [])
+        trial, "train_and_evaluate", fake_training([0.8, RunError("the loss is nan"), 0.9], [])
     )
     tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=3)
     out = capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_progress_for_people(digits, tmp_path, monkeypatch, capsys):
 
 
 def test_it_says_when_nothing_beats_the_starting_point(digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.7], []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.7], []))
     tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2)
     out = capsys.readouterr().out
     assert "starting point: trial 1 with 80.00%; no trial beats it" in out
@@ -250,7 +250,7 @@ def test_it_says_when_nothing_beats_the_starting_point(digits, tmp_path, monkeyp
 
 def test_stop_at_target(digits, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.86, 0.9], calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.86, 0.9], calls))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
     assert len(tune(space, digits, stop_at_target=True, **options).rows) == 2
     assert len(tune(space, digits, stop_at_target=True, **options).rows) == 2
@@ -259,14 +259,14 @@ def test_stop_at_target(digits, tmp_path, monkeypatch):
 
 
 def test_val_loss_as_objective(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.9, 0.7], []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.9, 0.7], []))
     found = tune(space, digits, workdir=str(tmp_path), max_trials=3, objective="val_loss", verbose=0)
     assert [round(r.metrics["val_loss"], 6) for r in found.rows] == [0.1, 0.2, 0.3]
 
 
 def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.5, 0.1, 0.2, 0.3, 0.6], calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.5, 0.1, 0.2, 0.3, 0.6], calls))
     tune(
         lambda hp: space(hp).override(epochs=6),
         digits,
@@ -282,7 +282,7 @@ def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
 def test_an_interrupted_search_goes_on(digits, tmp_path, monkeypatch):
     calls = []
     events = [0.8, RunInterrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
     with pytest.raises(RunInterrupted, match="1 of 3 trials are done"):
         tune(space, digits, **options)
@@ -302,7 +302,7 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
         raise KeyboardInterrupt
 
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
-    monkeypatch.setattr(tuner, "train_and_evaluate", killed)
+    monkeypatch.setattr(trial, "train_and_evaluate", killed)
     with pytest.raises(RunInterrupted):
         tune(space, digits, **options)
     found = tune(space, digits, **options)
@@ -314,8 +314,8 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
 def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_path, monkeypatch):
     calls, waits = [], []
     events = [FolderBusyError("another run is at work"), FolderBusyError("another run is at work"), 0.8]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
-    monkeypatch.setattr(tuner.time, "sleep", waits.append)
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(trial.time, "sleep", waits.append)
     found = tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
     assert found.best.accuracy == 0.8
     assert len(calls) == 3 and waits == [1, 1]
@@ -323,10 +323,10 @@ def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_pat
 
 def test_a_trial_does_not_wait_for_ever(digits, tmp_path, monkeypatch):
     calls, waits = [], []
-    tries = tuner.WAIT_LEASES * 2 + 1  # one a second, and one more
+    tries = trial.WAIT_LEASES * 2 + 1  # one a second, and one more
     events = [FolderBusyError("another run is at work")] * tries + [0.8]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
-    monkeypatch.setattr(tuner.time, "sleep", waits.append)
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(trial.time, "sleep", waits.append)
     found = tune(space, digits, workdir=str(tmp_path), max_trials=2, lease=2, verbose=0)
     failed = next(row for row in found.rows if row.trial == 1)
     assert failed.status == "failed" and "another run is at work" in failed.reason
@@ -363,7 +363,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(digits, tmp_path):
     "error", [tf.errors.ResourceExhaustedError(None, None, "OOM when allocating"), MemoryError()]
 )
 def test_out_of_memory(error, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([error, 0.8], []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([error, 0.8], []))
     found = tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2, verbose=0)
     assert [r.status for r in found.rows] == ["completed", "failed"]
     assert "out of memory" in found.rows[1].reason
@@ -371,7 +371,7 @@ def test_out_of_memory(error, digits, tmp_path, monkeypatch):
 
 def test_all_trials_failing_is_an_error(digits, tmp_path, monkeypatch):
     errors = [ValueError("of no\nuse"), RunError("b"), RunError("c"), RunError("d")]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(errors, []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(errors, []))
     with pytest.raises(RunError, match="all 4 trials failed; the first: ValueError: of no use"):
         tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=4, verbose=0)
     assert [r["status"] for r in board(tmp_path)] == ["failed"] * 4
@@ -379,17 +379,17 @@ def test_all_trials_failing_is_an_error(digits, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("oom_kills", "starts", "says"), [(0, 10, "nobody knows"), (1, 2, "out of memory")])
 def test_a_trial_that_kills_its_process_is_given_up(oom_kills, starts, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "_oom_kills", lambda: 0)
+    monkeypatch.setattr(trial, "_oom_kills", lambda: 0)
     for n in range(starts):
-        with tuner._counted_starts(tmp_path):
+        with trial._counted_starts(tmp_path):
             told = (tmp_path / "starts").read_text()
         (tmp_path / "starts").write_text(told)  # as if killed within
         assert told.split()[0] == str(n + 1)
-    monkeypatch.setattr(tuner, "_oom_kills", lambda: oom_kills)
-    with pytest.raises(RunError, match=says), tuner._counted_starts(tmp_path):
+    monkeypatch.setattr(trial, "_oom_kills", lambda: oom_kills)
+    with pytest.raises(RunError, match=says), trial._counted_starts(tmp_path):
         pass
     (tmp_path / "state.npz").write_text("progress")
-    with tuner._counted_starts(tmp_path):
+    with trial._counted_starts(tmp_path):
         assert (tmp_path / "starts").read_text().split()[0] == "1"
 
 
@@ -507,7 +507,7 @@ def test_conditional_hyperparameters(digits, tmp_path, monkeypatch):
         return TINY
 
     calls = []
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.5] * 6, calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.5] * 6, calls))
     found = tune(conditional, digits, workdir=str(tmp_path), tuner="random", max_trials=6, verbose=0)
     assert {r.values["optimizer"]: len(r.values) for r in found.rows} == {"sgd": 1, "adam": 2}
 
@@ -516,5 +516,5 @@ def test_a_trial_of_a_folder_has_its_images_size(digits):
     import keras_tuner as kt
 
     folder = dataclasses.replace(digits, name="folder", train_images=digits.train_images[:, ::2, ::2])
-    assert tuner.make_config(space, kt.HyperParameters(), folder).image_size == 16
-    assert tuner.make_config(space, kt.HyperParameters(), digits).image_size == 32
+    assert trial.make_config(space, kt.HyperParameters(), folder).image_size == 16
+    assert trial.make_config(space, kt.HyperParameters(), digits).image_size == 32

@@ -21,8 +21,9 @@ from PIL import Image
 
 import tuning
 from cifar10_trainer.errors import RunError
-from tuning import parallel, tuner
-from tuning.options import Options
+from tuning.chief import MAX_DEATHS, Team, listening_address
+from tuning.options import LOOPBACK, Options
+from tuning.worker import plain_errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,7 +160,7 @@ def test_workers_that_die_and_a_chief_that_dies(tmp_path):
 def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
     """The chief is killed and comes back, one worker is killed for good, and all others end by themselves."""
     folder = tmp_path / "search"
-    address = parallel.listening_address(None)
+    address = listening_address(None)
     flags = ("--max_trials=7", "--epochs=3", "--lease=4", "--patience=60", f"--chief={address}")
     chief, worker = search(folder, *flags, "--role=chief"), search(folder, *flags, "--role=worker")
     with contextlib.ExitStack() as stack:
@@ -181,7 +182,7 @@ def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
 
 
 def test_a_worker_without_a_chief_ends(tmp_path):
-    command = search(tmp_path, "--role=worker", f"--chief={parallel.listening_address(None)}", "--patience=2")
+    command = search(tmp_path, "--role=worker", f"--chief={listening_address(None)}", "--patience=2")
     with started(*command) as process:
         assert process.wait(60) == 1
         told = process.log.read_text()
@@ -202,16 +203,16 @@ class Answer(grpc.RpcError):
 def test_an_error_of_the_chief_is_told_as_its_own():
     options = Options(role="worker", chief="127.0.0.1:5000")
     failure = pytest.raises(RunError, match=r"the chief at 127\.0\.0\.1:5000 failed: .*disk full")
-    with failure, tuner._plain_errors(options):
+    with failure, plain_errors(options):
         raise Answer
 
 
 def test_a_port_that_is_taken_is_not_shared():
-    with socket.create_server((parallel.LOOPBACK, 0)) as other:
-        address = f"{parallel.LOOPBACK}:{other.getsockname()[1]}"
+    with socket.create_server((LOOPBACK, 0)) as other:
+        address = f"{LOOPBACK}:{other.getsockname()[1]}"
         with pytest.raises(RunError, match="cannot listen on"):
-            parallel.listening_address(address)
-    assert parallel.listening_address(None).startswith("127.0.0.1:")
+            listening_address(address)
+    assert listening_address(None).startswith("127.0.0.1:")
 
 
 def test_the_documented_example(tmp_path):
@@ -246,7 +247,7 @@ class Dead:
 def team_of(monkeypatch, workers, exitcode):
     """A team whose workers all end at once, and the numbers of those that it started."""
     options = Options(workers=workers)
-    team, started_ = parallel.Team(None, None, options, "127.0.0.1:5000", lambda text: None), []
+    team, started_ = Team(None, None, options, "127.0.0.1:5000", lambda text: None), []
 
     def start(number):
         started_.append(number)
@@ -262,7 +263,7 @@ def test_workers_that_die_without_end_end_the_search(monkeypatch):
     with pytest.raises(RunError, match=r"worker \d ended with status -9; try --workers=1"):
         for _ in range(1000):
             team.tend(0)
-    assert len(begun) == 2 + 2 * parallel.MAX_DEATHS, "each at first, and after each death that is allowed"
+    assert len(begun) == 2 + 2 * MAX_DEATHS, "each at first, and after each death that is allowed"
 
 
 def test_workers_that_die_now_and_then_do_not_end_it(monkeypatch):

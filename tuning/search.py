@@ -16,8 +16,8 @@ from cifar10_trainer.errors import ConfigError, unknown
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
 from .options import DEFAULT_TUNER, LOOPBACK, OBJECTIVES, ROLES, TUNERS, Options
-from .parallel import environment
 from .space import DEFAULT_SPACE, SPACE, Space, parse
+from .worker import environment
 
 USAGE = """usage: python -m tuning.search [flags]
 

@@ -1,64 +1,32 @@
-"""Several processes in one search: KerasTuner's chief, which hands out trials over gRPC, and its workers.
+"""The chief of a search of several processes: hands out trials over gRPC, and keeps the workers of this machine.
 
 The chief speaks to whoever reaches its port, without a password: it listens on loopback unless told otherwise.
 A worker that dies is started again and gets its trial back; one on another machine loses it to the next worker
-that asks. A worker whose chief is gone ends by itself.
+that asks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
-from glob import glob
 from typing import TYPE_CHECKING, Any
 
-from cifar10_trainer import cli
-from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
+from cifar10_trainer.errors import RunError
 
 from .options import LOOPBACK, Options
+from .worker import run_process
 
 if TYPE_CHECKING:
     from .oracle import SearchOracle
-    from .tuner import Trainer
+    from .trial import Trainer
 
 MAX_DEATHS = 15  # of each worker in a row, with no trial begun or ended between
 CHIEF = "chief"  # KerasTuner knows the chief by this word in its id
-
-
-@contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables, within."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def distributed(tuner_id: str, address: str) -> contextlib.AbstractContextManager[None]:
-    """Makes KerasTuner, within, the chief at `address` (tuner_id: CHIEF) or a worker of it."""
-    host, _, port = address.rpartition(":")
-    return environment(
-        {
-            "KERASTUNER_TUNER_ID": tuner_id,
-            "KERASTUNER_ORACLE_IP": host,
-            "KERASTUNER_ORACLE_PORT": port,
-            "no_grpc_proxy": host,  # a proxy for the web would be asked for the chief, too
-        }
-    )
 
 
 def listening_address(wanted: str | None) -> str:
@@ -76,32 +44,6 @@ def listening_address(wanted: str | None) -> str:
         ) from error
 
 
-class PatientClient:
-    """KerasTuner's client of the chief, which asks again where the chief was lost in the middle of an answer.
-
-    It waits by itself for a chief that is not there. Asking twice does no harm: see `SearchOracle`.
-    """
-
-    def __init__(self, client: Any, patience: float):
-        self._client, self._patience = client, patience
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self._client, name)
-        return partial(self._ask, attribute) if callable(attribute) else attribute
-
-    def _ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        import grpc
-
-        end = time.monotonic() + self._patience
-        while True:
-            try:
-                return method(*arguments, **options)
-            except grpc.RpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
-                    raise
-                time.sleep(0.5)
-
-
 class Team:
     """The workers on this machine: processes that take trials from the chief at `address`."""
 
@@ -117,7 +59,7 @@ class Team:
 
     def start(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
-        process = context.Process(target=_work, args=(number, *self._arguments), daemon=True)
+        process = context.Process(target=run_process, args=(number, *self._arguments), daemon=True)
         process.start()
         self._processes[number] = process
         self.say(f"worker {number}: process {process.pid}")
@@ -165,32 +107,3 @@ def lead(tuner: Trainer, oracle: SearchOracle, team: Team) -> None:
             time.sleep(0.2)
     finally:
         team.stop()
-
-
-def _work(number: int, space: Any, dataset: Any, options: dict[str, Any]) -> None:
-    """The main function of a worker's process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # workers may have to share a GPU
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob("/dev/nvidia[0-9]*"))))))
-    if "," in gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[number % len(gpus.split(","))]
-    try:
-        cli.import_tensorflow()
-        from .tuner import work
-
-        work(space, dataset, Options(**options), f"worker{number}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RunInterrupted:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends as what it was asked to end by
-        os.kill(os.getpid(), signal.SIGTERM)
-    except (ConfigError, RunError) as error:
-        print(f"error: worker {number}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,152 @@
+"""A worker: takes trials from the chief. Importing this costs no TensorFlow, whose devices a process chooses first.
+
+A worker whose chief is gone ends by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar10_trainer import cli
+from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
+
+from .options import Options
+
+if TYPE_CHECKING:
+    from .trial import DatasetOrLoader, SpaceFunction
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables, within."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def distributed(tuner_id: str, address: str) -> contextlib.AbstractContextManager[None]:
+    """Makes KerasTuner, within, the chief at `address` (tuner_id: CHIEF) or a worker of it."""
+    host, _, port = address.rpartition(":")
+    return environment(
+        {
+            "KERASTUNER_TUNER_ID": tuner_id,
+            "KERASTUNER_ORACLE_IP": host,
+            "KERASTUNER_ORACLE_PORT": port,
+            "no_grpc_proxy": host,  # a proxy for the web would be asked for the chief, too
+        }
+    )
+
+
+@contextlib.contextmanager
+def plain_errors(o: Options) -> Iterator[None]:
+    """Turns KerasTuner's and gRPC's errors into the project's."""
+    import grpc
+    from keras_tuner import errors
+
+    try:
+        yield
+    except errors.FatalError as error:
+        kind = RunInterrupted if isinstance(error.__cause__, RunInterrupted) else RunError
+        raise kind(str(error)) from error
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNKNOWN:  # it answered, with an error of its own
+            raise RunError(f"the chief at {o.chief} failed: {error.details()}") from error
+        code = error.code().name.lower().replace("_", " ")
+        raise RunError(
+            f"no answer from the chief at {o.chief} in {o.patience:g} s ({code}); start it, then this worker again"
+        ) from error
+
+
+def work(space: SpaceFunction, dataset: DatasetOrLoader, o: Options, tuner_id: str) -> None:
+    """Takes trials from the chief at `o.chief` until there are no more.
+
+    Raises ConfigError or RunError where that cannot be, as when no chief answers.
+    """
+    from keras_tuner.src.distribute import oracle_client
+
+    from . import trial
+
+    assert o.chief is not None
+    oracle_client.TIMEOUT = o.patience  # it is an hour, and no argument
+    data = dataset() if callable(dataset) else dataset
+    record, hp = trial.describe(space, data)
+    with distributed(tuner_id, o.chief), plain_errors(o):
+        mine = trial.make_oracle(record, hp, o)
+        folder = Path(o.workdir) / "trials"
+        trainer = trial.Trainer(
+            mine, space, data, folder, search=mine.search, lease=o.lease, verbose=o.verbose
+        )
+        trainer.oracle = PatientClient(trainer.oracle, o.patience)
+        trainer.search()
+    if o.verbose:
+        print("the search is over")
+
+
+def run_process(number: int, space: Any, dataset: Any, options: dict[str, Any]) -> None:
+    """The main function of a worker's process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # workers may have to share a GPU
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob("/dev/nvidia[0-9]*"))))))
+    if "," in gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[number % len(gpus.split(","))]
+    try:
+        cli.import_tensorflow()
+        work(space, dataset, Options(**options), f"worker{number}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RunInterrupted:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends as what it was asked to end by
+        os.kill(os.getpid(), signal.SIGTERM)
+    except (ConfigError, RunError) as error:
+        print(f"error: worker {number}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class PatientClient:
+    """KerasTuner's client of the chief, which asks again where the chief was lost in the middle of an answer.
+
+    It waits by itself for a chief that is not there. Asking twice does no harm: see `SearchOracle`.
+    """
+
+    def __init__(self, client: Any, patience: float):
+        self._client, self._patience = client, patience
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._client, name)
+        return partial(self._ask, attribute) if callable(attribute) else attribute
+
+    def _ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        import grpc
+
+        end = time.monotonic() + self._patience
+        while True:
+            try:
+                return method(*arguments, **options)
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
