@@ -12,6 +12,7 @@ from keras_tuner.engine.trial import TrialStatus
 from tuning import TUNERS
 from tuning.leaderboard import Leaderboard
 from tuning.oracle import FAILURE, SEARCH, SHARE, make
+from tuning.search_folder import SearchFolder
 
 pytestmark = pytest.mark.filterwarnings(
     # KerasTuner 1.4.8 asks the threading module by its old names.
@@ -273,7 +274,7 @@ def test_a_search_that_comes_back_alone_takes_over_at_once(tmp_path):
 
 def test_the_time_that_is_left_is_shared_by_the_workers_that_live(tmp_path):
     oracle = new(tmp_path, max_trials=9)
-    board = Leaderboard(oracle, tmp_path, lambda hp: None, target=0.85, max_trials=9)
+    board = Leaderboard(oracle, SearchFolder(tmp_path), lambda hp: None, target=0.85, max_trials=9)
     rows = [SimpleNamespace(status="completed", metrics={"seconds": seconds}) for seconds in (20.0, 40.0)]
     rows.append(SimpleNamespace(status="failed", metrics={}))
     rows.append(SimpleNamespace(status="unfinished", metrics={}))

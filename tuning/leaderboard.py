@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import keras_tuner as kt
@@ -21,6 +20,7 @@ from cifar10_trainer import files
 from cifar10_trainer.config import Config, Origin
 
 from .oracle import SearchOracle
+from .search_folder import SearchFolder, trial_folder
 
 METRICS = ("val_accuracy", "val_loss", "epochs", "parameters", "pflop", "seconds")
 COLUMNS = ("trial", "folder", "status", *METRICS, "ended")
@@ -53,7 +53,7 @@ def make_row(trial: Trial, ended: float | None = None, order: Sequence[str] = ()
     return Row(
         trial=int(trial.trial_id) + 1,
         status="completed" if done else "failed" if failed else "unfinished",
-        folder=f"trials/trial_{trial.trial_id}",
+        folder=trial_folder(trial.trial_id),
         values={k: values[k] for k in dict.fromkeys([*order, *values]) if k in values},
         # float32 is enough for any of them, and drops the digits that are rounding
         metrics={m: float(f"{trial.metrics.get_best_value(m):.7g}") for m in METRICS} if done else {},
@@ -95,14 +95,14 @@ class Leaderboard:
     def __init__(
         self,
         oracle: SearchOracle,
-        workdir: Path,
+        folder: SearchFolder,
         configure: Callable[[kt.HyperParameters], Config],
         *,
         target: float,
         max_trials: int,
         say: Callable[[str], None] = print,
     ):
-        self.oracle, self.workdir, self.configure = oracle, workdir, configure
+        self.oracle, self.folder, self.configure = oracle, folder, configure
         self.target, self.max_trials, self.say = target, max_trials, say
         oracle.on_begin, oracle.on_end = self.begin, self.end
 
@@ -188,16 +188,16 @@ class Leaderboard:
             metrics = (number(r.metrics.get(m, "")) for m in METRICS)
             values = (number(r.values.get(name, "")) for name in names)
             writer.writerow([r.trial, r.folder, r.status, *metrics, ended, *values, r.reason])
-        files.write_atomic(self.workdir / "leaderboard.csv", out.getvalue())
+        files.write_atomic(self.folder.leaderboard_file, out.getvalue())
         config = self.best_config()
         if config:
             content = json.dumps(config.to_dict(), indent=2) + "\n"
-            files.write_atomic(self.workdir / "best_config.json", content)
+            files.write_atomic(self.folder.best_config_file, content)
         for row in rows:
             self._tensorboard(row)
 
     def _tensorboard(self, row: Row) -> None:
-        folder = self.workdir / "tensorboard" / f"trial{row.trial:03d}"
+        folder = self.folder.tensorboard / f"trial{row.trial:03d}"
         if row.status != "completed" or folder.exists():
             return
         writer = tf.summary.create_file_writer(str(folder))
@@ -244,5 +244,7 @@ class Leaderboard:
             lines.append(f"starting point: trial 1 with {percent(start.accuracy)}; {how} ({epochs})")
         failed = sum(r.status == "failed" for r in rows)
         if failed:
-            lines.append(f"{failed} of {len(rows)} trials failed; leaderboard.csv has the reasons")
+            lines.append(
+                f"{failed} of {len(rows)} trials failed; {self.folder.leaderboard_file.name} has the reasons"
+            )
         return "\n".join(lines)

@@ -16,6 +16,7 @@ from cifar10_trainer.errors import ConfigError, unknown
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
 from .options import DEFAULT_TUNER, LOOPBACK, OBJECTIVES, ROLES, TUNERS, Options
+from .search_folder import SearchFolder
 from .space import DEFAULT_SPACE, SPACE, Space, parse
 from .worker import environment
 
@@ -122,7 +123,12 @@ def main(argv: list[str]) -> None:
     load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size)
     found = tune(Space(base, ranges), load, **vars(options))
     if found:
-        command = ["python", "-m", "cifar10_trainer", f"--config={found.workdir / 'best_config.json'}"]
+        command = [
+            "python",
+            "-m",
+            "cifar10_trainer",
+            f"--config={SearchFolder(found.workdir).best_config_file}",
+        ]
         if FLAGS.data_dir:
             command.append(f"--data_dir={FLAGS.data_dir}")
         print(f"train it: {shlex.join(command)}")

@@ -30,6 +30,7 @@ from cifar10_trainer.training import train_and_evaluate
 
 from . import oracle
 from .options import OBJECTIVES, Options
+from .search_folder import SearchFolder
 
 # Starts of a trial whose process dies each time without getting any further.
 MAX_STARTS, MAX_OUT_OF_MEMORY = 10, 2
@@ -86,7 +87,7 @@ def make_oracle(record: dict[str, Any], hp: kt.HyperParameters, o: Options) -> o
         objective=kt.Objective(o.objective, OBJECTIVES[o.objective]),
         max_trials=o.max_trials,
         hyperparameters=hp,
-        file=Path(o.workdir) / "trials" / "search_state.json",
+        file=SearchFolder(o.workdir).state_file,
         search=digest[:16],
         baseline=o.baseline,
         stop_at=o.target if o.stop_at_target else None,

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from glob import glob
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer import cli
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 
 from .options import Options
+from .search_folder import SearchFolder
 
 if TYPE_CHECKING:
     from .trial import DatasetOrLoader, SpaceFunction
@@ -89,7 +89,7 @@ def work(space: SpaceFunction, dataset: DatasetOrLoader, o: Options, tuner_id: s
     record, hp = trial.describe(space, data)
     with distributed(tuner_id, o.chief), plain_errors(o):
         mine = trial.make_oracle(record, hp, o)
-        folder = Path(o.workdir) / "trials"
+        folder = SearchFolder(o.workdir).trials
         trainer = trial.Trainer(
             mine, space, data, folder, search=mine.search, lease=o.lease, verbose=o.verbose
         )
