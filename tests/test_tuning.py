@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from cifar10_trainer.training import train_and_evaluate
 from tuning import Options, trial, tune
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
+from tuning.search_folder import SearchFolder
 
 pytestmark = pytest.mark.filterwarnings(
     # KerasTuner 1.4.8 asks the threading module by its old names.
@@ -185,16 +188,56 @@ def test_overwrite_begins_anew(digits, tmp_path):
 def test_one_search_at_a_time_in_a_folder(finished, digits):
     folder, _ = finished
     code = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "import fcntl, os, sys, time; d = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(d, fcntl.LOCK_EX);"
         " print('locked', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE
-    ) as other:
+    before = sorted(folder.iterdir())
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == b"locked\n"
-        with pytest.raises(RunError, match="another process is searching"):
+        with pytest.raises(FolderBusyError, match="another process is searching"):
             tune(space, digits, workdir=str(folder), tuner="random", verbose=0)
         other.kill()
+    assert sorted(folder.iterdir()) == before, "neither the refused search nor a lock leaves a file"
+    assert not (folder / ".lock").exists()
+
+
+def test_a_search_keeps_the_folder_locked_until_its_end(digits, tmp_path, monkeypatch):
+    refused = []
+    train = fake_training([0.8], [])
+
+    def another_search_meanwhile(config, folder, **options):
+        with pytest.raises(FolderBusyError), SearchFolder(tmp_path).lock():
+            pass
+        refused.append(True)
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(trial, "train_and_evaluate", another_search_meanwhile)
+    tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
+    assert refused == [True]
+    with SearchFolder(tmp_path).lock():
+        pass
+
+
+def test_a_search_of_version_1_0_0_is_resumed(tmp_path):
+    """Two of its three trials are done; the third had been drawn. Its search.json must be that of today's code."""
+    root, folder = Path(__file__).parents[1], tmp_path / "search"
+    shutil.copytree(root / "tests" / "data" / "search-1.0.0", folder)
+    before = {row["trial"]: row for row in board(folder)}
+    assert sorted(before) == ["1", "2"]
+    done = {path: path.read_bytes() for path in folder.glob("trials/trial_[01]/*")}
+    command = "-m tuning.search --dataset=digits --epochs=3 --max_trials=3 --space=dropout,learning_rate"
+    words = [sys.executable, *command.split(), f"--workdir={folder}"]
+    process = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "resumed: 2 trials are done" in process.stdout
+    after = {row["trial"]: row for row in board(folder)}
+    assert sorted(after) == ["1", "2", "3"]
+    assert {trial: after[trial] for trial in before} == before
+    assert {path: path.read_bytes() for path in done} == done, "they are not trained again"
+    third = after["3"]
+    assert third["status"] == "completed" and float(third["val_accuracy"]) > 0.5
+    assert (third["hp.dropout"], third["hp.learning_rate"]) == ("0.1", "0.096205572")  # as it had been drawn
+    assert (folder / "search.png").exists()
 
 
 # ---- progress, target, resume ----------------------------------------------------------------------------------

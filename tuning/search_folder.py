@@ -9,13 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-from cifar10_trainer.errors import ConfigError, RunError
-from cifar10_trainer.files import remove_files, write_atomic
+from cifar10_trainer.errors import ConfigError, FolderBusyError
+from cifar10_trainer.files import cannot_write, folder_lock, remove_files, write_atomic
 
 # What a search writes, and --overwrite removes.
 SEARCH_FILES = ("trials", "tensorboard", "search.json", "leaderboard.csv", "best_config.json", "search.png")
@@ -43,24 +38,20 @@ class SearchFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes the folder, and keeps other searches out of it. Raises RunError where one is in it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # not inherited, and gone with the process
-            lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT)
-        except OSError as error:
-            raise RunError(f"cannot write to {self}: {error.strerror}; choose another --workdir") from error
-        try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise RunError(
-                        f"another process is searching in {self}; choose another --workdir"
-                    ) from None
+        """Makes the folder, and keeps other searches out of it. A folder that was made and left empty is removed again.
+
+        Raises FolderBusyError where another process searches in it, RunError where it cannot be made.
+        """
+
+        def busy() -> None:
+            raise FolderBusyError(f"another process is searching in {self}; choose another --workdir")
+
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(folder_lock(self.path, busy))
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
             yield
-        finally:
-            os.close(lock)
 
     def begin(self, record: Mapping[str, Any], overwrite: bool) -> None:
         """Writes search.json. Raises ConfigError where another search is in the folder.
