@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tuning
 from cifar10_trainer import RECIPES, datasets
 from cifar10_trainer.__main__ import read_config
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
@@ -70,6 +71,10 @@ def finished(digits, tmp_path_factory):
     return folder, tune(
         space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1, verbose=0
     )
+
+
+def test_the_result_has_its_name_of_version_1_0_0_too():
+    assert tuning.Found is tuning.SearchResult
 
 
 # ---- what a search leaves --------------------------------------------------------------------------------------
@@ -424,15 +429,15 @@ def test_all_trials_failing_is_an_error(digits, tmp_path, monkeypatch):
 def test_a_trial_that_kills_its_process_is_given_up(oom_kills, starts, says, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "_oom_kills", lambda: 0)
     for n in range(starts):
-        with trial._counted_starts(tmp_path):
+        with trial.count_starts(tmp_path):
             told = (tmp_path / "starts").read_text()
         (tmp_path / "starts").write_text(told)  # as if killed within
         assert told.split()[0] == str(n + 1)
     monkeypatch.setattr(trial, "_oom_kills", lambda: oom_kills)
-    with pytest.raises(RunError, match=says), trial._counted_starts(tmp_path):
+    with pytest.raises(RunError, match=says), trial.count_starts(tmp_path):
         pass
     (tmp_path / "state.npz").write_text("progress")
-    with trial._counted_starts(tmp_path):
+    with trial.count_starts(tmp_path):
         assert (tmp_path / "starts").read_text().split()[0] == "1"
 
 

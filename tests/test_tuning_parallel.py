@@ -21,9 +21,9 @@ from PIL import Image
 
 import tuning
 from cifar10_trainer.errors import RunError
-from tuning.chief import MAX_DEATHS, Team, listening_address
+from tuning.chief import MAX_DEATHS, WorkerPool, listening_address
 from tuning.options import LOOPBACK, Options
-from tuning.worker import plain_errors
+from tuning.worker import project_errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -203,7 +203,7 @@ class Answer(grpc.RpcError):
 def test_an_error_of_the_chief_is_told_as_its_own():
     options = Options(role="worker", chief="127.0.0.1:5000")
     failure = pytest.raises(RunError, match=r"the chief at 127\.0\.0\.1:5000 failed: .*disk full")
-    with failure, plain_errors(options):
+    with failure, project_errors(options):
         raise Answer
 
 
@@ -244,38 +244,38 @@ class Dead:
         self.exitcode = exitcode
 
 
-def team_of(monkeypatch, workers, exitcode):
-    """A team whose workers all end at once, and the numbers of those that it started."""
+def pool_of(monkeypatch, workers, exitcode):
+    """A pool whose workers all end at once, and the numbers of those that it started."""
     options = Options(workers=workers)
-    team, started_ = Team(None, None, options, "127.0.0.1:5000", lambda text: None), []
+    pool, started_ = WorkerPool(None, None, options, "127.0.0.1:5000", lambda text: None), []
 
     def start(number):
         started_.append(number)
-        team._processes[number] = Dead(exitcode)
+        pool._processes[number] = Dead(exitcode)
 
-    monkeypatch.setattr(team, "start", start)
-    return team, started_
+    monkeypatch.setattr(pool, "start", start)
+    return pool, started_
 
 
 def test_workers_that_die_without_end_end_the_search(monkeypatch):
-    team, begun = team_of(monkeypatch, 2, -signal.SIGKILL)
-    team.tend(0)
+    pool, begun = pool_of(monkeypatch, 2, -signal.SIGKILL)
+    pool.ensure_running(0)
     with pytest.raises(RunError, match=r"worker \d ended with status -9; try --workers=1"):
         for _ in range(1000):
-            team.tend(0)
+            pool.ensure_running(0)
     assert len(begun) == 2 + 2 * MAX_DEATHS, "each at first, and after each death that is allowed"
 
 
 def test_workers_that_die_now_and_then_do_not_end_it(monkeypatch):
-    team, begun = team_of(monkeypatch, 2, -signal.SIGKILL)
+    pool, begun = pool_of(monkeypatch, 2, -signal.SIGKILL)
     for trial in range(100):  # each time a trial was begun or ended in between
-        team.tend(trial)
+        pool.ensure_running(trial)
     assert len(begun) == 200
 
 
 def test_a_worker_that_cannot_work_ends_the_search_at_once(monkeypatch):
-    team, begun = team_of(monkeypatch, 2, 2)
-    team.tend(0)
+    pool, begun = pool_of(monkeypatch, 2, 2)
+    pool.ensure_running(0)
     with pytest.raises(RunError, match="worker 0 ended with status 2"):
-        team.tend(0)
+        pool.ensure_running(0)
     assert begun == [0, 1]

@@ -17,8 +17,8 @@ one over a folder of images (pictures/train/<class>/*), on two processes:
 
     if __name__ == "__main__":
         pictures = partial(load, "folder", "pictures", image_size=32)
-        found = tune(space, pictures, workdir="searches/pictures", max_trials=10, workers=2)
-        print(found.best.accuracy, found.best_config.options)
+        result = tune(space, pictures, workdir="searches/pictures", max_trials=10, workers=2)
+        print(result.best.accuracy, result.best_config.options)
 
 Run again, it goes on where it was; what it has found is in the folder `searches/pictures`. The `__main__` guard is
 for `workers`, which are processes that import the script. Nothing here imports TensorFlow until it is used.
@@ -32,15 +32,26 @@ from .options import DEFAULT_TUNER, OBJECTIVES, TUNERS, Options
 from .space import SPACE, Space
 
 if TYPE_CHECKING:
-    from .tuner import Found as Found
+    from .tuner import SearchResult as Found
+    from .tuner import SearchResult as SearchResult
     from .tuner import tune as tune
 
-__all__ = ["DEFAULT_TUNER", "OBJECTIVES", "SPACE", "TUNERS", "Found", "Options", "Space", "tune"]
+__all__ = [
+    "DEFAULT_TUNER",
+    "OBJECTIVES",
+    "SPACE",
+    "TUNERS",
+    "Found",
+    "Options",
+    "SearchResult",
+    "Space",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Found", "tune"):
+    if name not in ("Found", "SearchResult", "tune"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import tuner
 
-    return getattr(tuner, name)
+    return getattr(tuner, "SearchResult" if name == "Found" else name)  # its name in version 1.0.0

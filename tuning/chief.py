@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from cifar10_trainer.errors import RunError
 
 from .options import LOOPBACK, Options
-from .worker import run_process
+from .worker import worker_main
 
 if TYPE_CHECKING:
     from .oracle import SearchOracle
-    from .trial import Trainer
+    from .trial import ConfigTuner
 
 MAX_DEATHS = 15  # of each worker in a row, with no trial begun or ended between
 CHIEF = "chief"  # KerasTuner knows the chief by this word in its id
@@ -44,27 +44,27 @@ def listening_address(wanted: str | None) -> str:
         ) from error
 
 
-class Team:
+class WorkerPool:
     """The workers on this machine: processes that take trials from the chief at `address`."""
 
-    def __init__(self, space: Any, dataset: Any, options: Options, address: str, say: Callable[[str], None]):
+    def __init__(self, space: Any, dataset: Any, options: Options, address: str, log: Callable[[str], None]):
         host, _, port = address.rpartition(":")
         # A chief that listens on every address is nearest on loopback.
-        near = f"{LOOPBACK}:{port}" if host in ("0.0.0.0", "[::]") else address
-        worker = replace(options, role="worker", chief=near, workers=None, overwrite=False, verbose=0)
-        self.count, self.say = options.local_workers, say
+        reachable = f"{LOOPBACK}:{port}" if host in ("0.0.0.0", "[::]") else address
+        worker = replace(options, role="worker", chief=reachable, workers=None, overwrite=False, verbose=0)
+        self.count, self.log = options.local_workers, log
         self._arguments = (space, dataset, asdict(worker))
         self._processes: dict[int, Any] = {}
         self._deaths, self._progress = 0, None
 
     def start(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
-        process = context.Process(target=run_process, args=(number, *self._arguments), daemon=True)
+        process = context.Process(target=worker_main, args=(number, *self._arguments), daemon=True)
         process.start()
         self._processes[number] = process
-        self.say(f"worker {number}: process {process.pid}")
+        self.log(f"worker {number}: process {process.pid}")
 
-    def tend(self, progress: Any) -> None:
+    def ensure_running(self, progress: Any) -> None:
         """Starts those that are not there. progress: anything that changes as the search goes on.
 
         Raises RunError when a worker cannot do its work at all.
@@ -80,7 +80,7 @@ class Team:
                 if process.exitcode > 0 or self._deaths > MAX_DEATHS * self.count:
                     raise RunError(f"worker {number} ended with status {process.exitcode}; try --workers=1")
                 name = signal.Signals(-process.exitcode).name
-                self.say(f"worker {number} was ended by {name}; its trial is run again")
+                self.log(f"worker {number} was ended by {name}; its trial is run again")
                 self.start(number)
 
     def stop(self) -> None:
@@ -92,18 +92,18 @@ class Team:
             process.join()
 
 
-def lead(tuner: Trainer, oracle: SearchOracle, team: Team) -> None:
+def run_chief(tuner: ConfigTuner, oracle: SearchOracle, pool: WorkerPool) -> None:
     """Is the chief until the search is over, and every worker elsewhere has been told."""
     server = threading.Thread(target=tuner.search, name="chief", daemon=True)
     server.start()
     try:
         while not oracle.stopped:
-            team.tend((len(oracle.trials), len(oracle.end_order)))
+            pool.ensure_running((len(oracle.trials), len(oracle.end_order)))
             time.sleep(0.2)
             if not server.is_alive() and not oracle.stopped:
                 raise RunError("KerasTuner's chief has ended early; --debug may show more")
-        own = {f"worker{number}" for number in range(team.count)}
-        while oracle.workers() - own:
+        own = {f"worker{number}" for number in range(pool.count)}
+        while oracle.live_workers() - own:
             time.sleep(0.2)
     finally:
-        team.stop()
+        pool.stop()

@@ -11,7 +11,7 @@ from cifar10_trainer.figures import BLUE, FAINT, GREEN, INK, VERMILION, new_figu
 
 from .leaderboard import Row, in_epochs, percent
 
-SHOWN_BELOW = 0.15  # of accuracy under the best; what is lower stands on the lower edge
+MARGIN_BELOW_BEST = 0.15  # of accuracy under the best; what is lower stands on the lower edge
 
 
 def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float, path: Path) -> None:
@@ -23,7 +23,7 @@ def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float
 
     done = [r for r in rows if r.status == "completed"]
     accuracies = [r.accuracy for r in done]
-    lowest = max(min(accuracies), max(accuracies) - SHOWN_BELOW)
+    lowest = max(min(accuracies), max(accuracies) - MARGIN_BELOW_BEST)
     floor = lowest - 0.06 * (max(*accuracies, target) - lowest) - 0.002
     names = list(dict.fromkeys(name for row in done for name in row.values))
     columns = 2 if len(names) in (1, 3) else 3
@@ -32,7 +32,7 @@ def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, name in zip(grid.flat, ["", *names], strict=False):
         style_axes(axes, name or "Time", grid="both")
-        _trials(axes, [(r.values.get(name) if name else _minutes(r), r) for r in rows], floor)
+        _draw_trials(axes, [(r.values.get(name) if name else _minutes(r), r) for r in rows], floor)
         label = f"target: {100 * target:.4g}%"
         axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (5, 4)), label=label)
         if name in logarithmic:
@@ -65,7 +65,7 @@ def _minutes(row: Row) -> float:
     return (row.ended or 0) / 60
 
 
-def _trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
+def _draw_trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
     """A mark at (x, row's accuracy) a trial: full runs, shorter ones, low ones, failures and the best apart."""
     done = [(x, r) for x, r in points if r.status == "completed"]
     full = max(r.metrics["epochs"] for _, r in done)

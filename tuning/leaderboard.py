@@ -44,8 +44,8 @@ class Row:
         return self.metrics.get("val_accuracy", math.nan)
 
 
-def make_row(trial: Trial, ended: float | None = None, order: Sequence[str] = ()) -> Row:
-    """order: of the hyperparameters, which a trial that came from a worker has lost."""
+def make_row(trial: Trial, ended: float | None = None, names: Sequence[str] = ()) -> Row:
+    """names: of the hyperparameters, in their order, which a trial that came from a worker has lost."""
     done = trial.status == TrialStatus.COMPLETED
     failed = trial.status == TrialStatus.FAILED
     values = {k: v for k, v in trial.hyperparameters.values.items() if not k.startswith("tuner/")}
@@ -54,7 +54,7 @@ def make_row(trial: Trial, ended: float | None = None, order: Sequence[str] = ()
         trial=int(trial.trial_id) + 1,
         status="completed" if done else "failed" if failed else "unfinished",
         folder=trial_folder(trial.trial_id),
-        values={k: values[k] for k in dict.fromkeys([*order, *values]) if k in values},
+        values={k: values[k] for k in dict.fromkeys([*names, *values]) if k in values},
         # float32 is enough for any of them, and drops the digits that are rounding
         metrics={m: float(f"{trial.metrics.get_best_value(m):.7g}") for m in METRICS} if done else {},
         ended=ended,
@@ -62,12 +62,12 @@ def make_row(trial: Trial, ended: float | None = None, order: Sequence[str] = ()
     )
 
 
-def text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as people write it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def number(value: Any) -> str:
+def format_exact(value: Any) -> str:
     """A value to be read again: a float to ten digits, more than any of them is good for."""
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
@@ -100,11 +100,11 @@ class Leaderboard:
         *,
         target: float,
         max_trials: int,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         self.oracle, self.folder, self.configure = oracle, folder, configure
-        self.target, self.max_trials, self.say = target, max_trials, say
-        oracle.on_begin, oracle.on_end = self.begin, self.end
+        self.target, self.max_trials, self.log = target, max_trials, log
+        oracle.on_begin, oracle.on_end = self.on_begin, self.on_end
 
     def rows(self) -> list[Row]:
         """All trials: the best first, then those that failed, then the unfinished."""
@@ -136,17 +136,17 @@ class Leaderboard:
 
     # -- while it runs --------------------------------------------------------------------------------------------
 
-    def begin(self, trial: Trial) -> None:
+    def on_begin(self, trial: Trial) -> None:
         row = self.row(trial)
-        values = " ".join(f"{k}={text(v)}" for k, v in row.values.items())
+        values = " ".join(f"{k}={format_value(v)}" for k, v in row.values.items())
         try:
             epochs = in_epochs(self.configure(trial.hyperparameters).epochs)
         except Exception:  # the trial itself will say what is wrong with it
             epochs = "?"
         start = " (the starting point)" if self.oracle.baseline and row.trial == 1 else ""
-        self.say(f"trial {row.trial} of {self.max_trials}: {values}, {epochs}{start}")
+        self.log(f"trial {row.trial} of {self.max_trials}: {values}, {epochs}{start}")
 
-    def end(self, trial: Trial) -> None:
+    def on_end(self, trial: Trial) -> None:
         self.write()
         rows = self.rows()
         row = next(r for r in rows if r.trial == int(trial.trial_id) + 1)
@@ -166,13 +166,13 @@ class Leaderboard:
         left_trials = self.max_trials - len(ended)
         if left is not None and left_trials > 0 and not self.oracle.stopped:
             parts.append(f"{left_trials} to go, about {duration(left)}")
-        self.say("; ".join(parts))
+        self.log("; ".join(parts))
 
     def time_left(self, rows: Sequence[Row]) -> float | None:
         """Seconds for the trials to come, if they take as long as those so far, on as many workers as live now."""
         seconds = [r.metrics["seconds"] for r in rows if r.status == "completed"]
         left = self.max_trials - sum(r.status != "unfinished" for r in rows)
-        workers = max(1, len(self.oracle.workers()))
+        workers = max(1, len(self.oracle.live_workers()))
         return statistics.fmean(seconds) * left / workers if seconds else None
 
     def write(self) -> None:
@@ -185,8 +185,8 @@ class Leaderboard:
         writer.writerow([*COLUMNS, *(f"hp.{name}" for name in names), "reason"])
         for r in rows:
             ended = "" if r.ended is None else f"{r.ended:.1f}"
-            metrics = (number(r.metrics.get(m, "")) for m in METRICS)
-            values = (number(r.values.get(name, "")) for name in names)
+            metrics = (format_exact(r.metrics.get(m, "")) for m in METRICS)
+            values = (format_exact(r.values.get(name, "")) for name in names)
             writer.writerow([r.trial, r.folder, r.status, *metrics, ended, *values, r.reason])
         files.write_atomic(self.folder.leaderboard_file, out.getvalue())
         config = self.best_config()
@@ -217,12 +217,12 @@ class Leaderboard:
         for r in rows:
             m = r.metrics
             numbers = [f"{m['epochs']:.3g}", f"{m['seconds']:.0f}", f"{m['pflop']:.3g}"]
-            values = [text(r.values.get(name, "")) for name in names]
+            values = [format_value(r.values.get(name, "")) for name in names]
             lines.append([str(r.trial), percent(r.accuracy), *numbers, *values])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(x, widths, strict=True)) for x in lines)
 
-    def verdict(self) -> str:
+    def conclusion(self) -> str:
         """Whether the target was passed, when, at what cost; and whether the starting point was beaten."""
         rows = sorted((r for r in self.rows() if r.ended is not None), key=lambda r: r.ended or 0)
         best = self.rows()[0]

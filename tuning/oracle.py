@@ -28,7 +28,7 @@ SHARE, FAILURE, SEARCH = "tuner/share", "tuner/failure", "tuner/search"  # value
 MAX_RETRIES = 2  # of a trial whose report to the chief failed; a trial that fails by itself fails again
 
 
-def _nothing(trial: Trial) -> None: ...
+def _ignore(trial: Trial) -> None: ...
 
 
 class SearchOracle(kt.Oracle):
@@ -69,41 +69,41 @@ class SearchOracle(kt.Oracle):
             stop_at,
             lease,
         )
-        self.on_begin: Callable[[Trial], None] = _nothing
-        self.on_end: Callable[[Trial], None] = _nothing
+        self.on_begin: Callable[[Trial], None] = _ignore
+        self.on_end: Callable[[Trial], None] = _ignore
         self.stopped = False  # no further trial will begin
         self.ended: dict[str, float] = {}  # trial -> seconds of the search at its end
-        self._heard: dict[str, float] = {}  # worker -> when it last gave a sign of life
-        self._unheard = -math.inf  # that time, for workers from before a restart
-        self._began, self._before = time.time(), 0.0
+        self._last_heartbeat: dict[str, float] = {}  # worker -> when it last gave a sign of life
+        self._former_heartbeat = -math.inf  # that time, for workers from before a restart
+        self._started, self._elapsed_before = time.time(), 0.0
 
     # -- what is asked of it --------------------------------------------------------------------------------------
 
     def elapsed(self) -> float:
         """Seconds that the search has run, over all its processes."""
-        return self._before + time.time() - self._began
+        return self._elapsed_before + time.time() - self._started
 
     def best_accuracy(self) -> float | None:
         """The best validation accuracy so far, 0-1."""
         done = [t for t in list(self.trials.values()) if t.status == TrialStatus.COMPLETED]
         return max((t.metrics.get_best_value("val_accuracy") for t in done), default=None)
 
-    def workers(self) -> set[str]:
+    def live_workers(self) -> set[str]:
         """Those that have yet to be told that the search is over, as far as they live."""
-        return {w for w in set(self.tuner_ids) if not self._silent(w)}
+        return {w for w in set(self.tuner_ids) if not self._is_silent(w)}
 
     def wait_for_former_workers(self) -> None:
         """Gives the workers of a former chief, which may still be training, as much time as any other."""
-        self._unheard = time.time()
+        self._former_heartbeat = time.time()
 
-    def _silent(self, worker: str) -> bool:
-        return time.time() - self._heard.get(worker, self._unheard) > self.lease
+    def _is_silent(self, worker: str) -> bool:
+        return time.time() - self._last_heartbeat.get(worker, self._former_heartbeat) > self.lease
 
     # -- KerasTuner's extension points ----------------------------------------------------------------------------
 
     @kt.synchronized
     def create_trial(self, tuner_id: str) -> Trial:
-        self._heard[tuner_id] = time.time()
+        self._last_heartbeat[tuner_id] = time.time()
         self.tuner_ids.add(tuner_id)
         if self.stop_at is not None and (self.best_accuracy() or 0) >= self.stop_at:
             self.stopped = True
@@ -111,7 +111,7 @@ class SearchOracle(kt.Oracle):
             return Trial(self.get_space(), status=TrialStatus.STOPPED)
         if tuner_id not in self.ongoing_trials:
             for other in list(self.ongoing_trials):
-                if self._silent(other):
+                if self._is_silent(other):
                     self.ongoing_trials[tuner_id] = self.ongoing_trials.pop(other)
                     self.tuner_ids.discard(other)
                     break
@@ -142,7 +142,7 @@ class SearchOracle(kt.Oracle):
         """The trial; a worker asks for its own as a sign of life."""
         for worker, trial in list(self.ongoing_trials.items()):
             if trial.trial_id == trial_id:
-                self._heard[worker] = time.time()
+                self._last_heartbeat[worker] = time.time()
         return super().get_trial(trial_id)
 
     @kt.synchronized
@@ -170,7 +170,7 @@ class SearchOracle(kt.Oracle):
     def set_state(self, state: dict[str, Any]) -> None:
         self.trials = {t["trial_id"]: Trial.from_state(t) for t in state["trials"]}
         super().set_state(state)
-        self._before, self._began, self.ended = state["elapsed"], time.time(), state["ended"]
+        self._elapsed_before, self._started, self.ended = state["elapsed"], time.time(), state["ended"]
         # A trial stays with its worker, which may have outlived the chief; if not, another one takes it over.
         ended = [w for w, t in self.ongoing_trials.items() if t.status != TrialStatus.RUNNING]
         for worker in ended:
@@ -263,7 +263,7 @@ class Halving(SearchOracle, HalvingOracle):
     """Successive halving whose every rung is a complete annealed schedule."""
 
 
-def make(tuner: str, *, epochs: float, **options: Any) -> SearchOracle:
+def make_oracle(tuner: str, *, epochs: float, **options: Any) -> SearchOracle:
     """The oracle of a name in `options.TUNERS`. epochs: of a full run."""
     if tuner in ("hyperband", "halving"):
         options["epochs"] = epochs

@@ -121,13 +121,13 @@ def main(argv: list[str]) -> None:
     from .tuner import tune
 
     load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size)
-    found = tune(Space(base, ranges), load, **vars(options))
-    if found:
+    result = tune(Space(base, ranges), load, **vars(options))
+    if result:
         command = [
             "python",
             "-m",
             "cifar10_trainer",
-            f"--config={SearchFolder(found.workdir).best_config_file}",
+            f"--config={SearchFolder(result.workdir).best_config_file}",
         ]
         if FLAGS.data_dir:
             command.append(f"--data_dir={FLAGS.data_dir}")

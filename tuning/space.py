@@ -29,23 +29,23 @@ class Parameter:
     setting: str
     low: float
     high: float
-    times: bool = False  # low, high and a linear step are multiples of the recipe's own value
+    relative: bool = False  # low, high and a linear step are multiples of the recipe's own value
     log: bool = False  # even in the logarithm; `step` is then a factor
     step: float | None = None
 
 
 SPACE = {
-    "filters": Parameter("options__filters", 0.5, 1.5, times=True, step=0.25),
+    "filters": Parameter("options__filters", 0.5, 1.5, relative=True, step=0.25),
     "dropout": Parameter("options__dropout", 0.0, 0.5, step=0.05),
-    "learning_rate": Parameter("optimizer__learning_rate", 0.25, 4, times=True, log=True),
-    "weight_decay": Parameter("optimizer__weight_decay", 0.1, 10, times=True, log=True),
-    "batch_size": Parameter("batch_size", 0.5, 2, times=True, log=True, step=2),
+    "learning_rate": Parameter("optimizer__learning_rate", 0.25, 4, relative=True, log=True),
+    "weight_decay": Parameter("optimizer__weight_decay", 0.1, 10, relative=True, log=True),
+    "batch_size": Parameter("batch_size", 0.5, 2, relative=True, log=True, step=2),
     "label_smoothing": Parameter("label_smoothing", 0.0, 0.4, step=0.05),
     "augmentation": Parameter("augmentation", 0.0, 2.0, step=0.5),
-    "epochs": Parameter("epochs", 0.5, 2, times=True, log=True),
+    "epochs": Parameter("epochs", 0.5, 2, relative=True, log=True),
 }
 DEFAULT_SPACE = ("filters", "dropout", "learning_rate")
-_ELSEWHERE = {("leaky", "options__filters"): "options__blocks"}  # what an architecture calls it
+_OPTION_NAMES = {("leaky", "options__filters"): "options__blocks"}  # what an architecture calls it
 
 
 def parse(texts: Sequence[str]) -> dict[str, tuple[float, float] | None]:
@@ -99,7 +99,7 @@ class Space:
     def __call__(self, hp: Any) -> Config:
         values = {}
         for name in self.ranges:
-            (low, high, step), own = self._range(name), _first(self._own(name))
+            (low, high, step), own = self._range(name), _first(self._recipe_value(name))
             draw = hp.Int if isinstance(own, int) else hp.Float
             sampling = "log" if SPACE[name].log else "linear"
             # Five digits are more than any of them is known to; the Config then reads well.
@@ -110,9 +110,9 @@ class Space:
 
     def _setting(self, name: str) -> str:
         setting = SPACE[name].setting
-        return _ELSEWHERE.get((self.base.architecture, setting), setting)
+        return _OPTION_NAMES.get((self.base.architecture, setting), setting)
 
-    def _own(self, name: str) -> Any:
+    def _recipe_value(self, name: str) -> Any:
         """The recipe's own value; an option that it leaves open has the architecture's default."""
         section, _, key = self._setting(name).partition("__")
         value = getattr(self.base, section)
@@ -125,19 +125,19 @@ class Space:
 
     def _range(self, name: str) -> tuple[Any, Any, Any]:
         """(low, high, step) in the units of the setting, whole numbers where it is one."""
-        parameter, own = SPACE[name], _first(self._own(name))
+        parameter, own = SPACE[name], _first(self._recipe_value(name))
         low, high = self.ranges[name] or (parameter.low, parameter.high)
         step: float | None = parameter.step
-        if parameter.times and self.ranges[name] is None:
+        if parameter.relative and self.ranges[name] is None:
             low, high = low * own, high * own
-        if parameter.times and not parameter.log and step is not None:
+        if parameter.relative and not parameter.log and step is not None:
             step = step * own
         if isinstance(own, int):
             return round(low), round(high), max(1, round(step or 1))
         return low, high, step
 
     def _config(self, values: dict[str, Any]) -> Config:
-        changes = {self._setting(n): _scaled(self._own(n), value) for n, value in values.items()}
+        changes = {self._setting(n): _scaled(self._recipe_value(n), value) for n, value in values.items()}
         return self.base.override(**changes)
 
 

@@ -33,7 +33,7 @@ from .options import OBJECTIVES, Options
 from .search_folder import SearchFolder
 
 # Starts of a trial whose process dies each time without getting any further.
-MAX_STARTS, MAX_OUT_OF_MEMORY = 10, 2
+MAX_STARTS, MAX_OUT_OF_MEMORY_STARTS = 10, 2
 WAIT_LEASES = 10  # that a trial taken over waits for the process that had it
 
 SpaceFunction = Callable[[kt.HyperParameters], Config]
@@ -52,7 +52,7 @@ def make_config(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> 
     return config.override(dataset=data.name, epochs=epochs, **size)
 
 
-def describe(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any], kt.HyperParameters]:
+def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any], kt.HyperParameters]:
     """What is searched, as JSON and as hyperparameters. Raises ConfigError where it cannot be."""
     hp = kt.HyperParameters()
     try:
@@ -79,27 +79,29 @@ def describe(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any], kt.Hy
     return json.loads(json.dumps(record)), hp
 
 
-def make_oracle(record: dict[str, Any], hp: kt.HyperParameters, o: Options) -> oracle.SearchOracle:
+def make_search_oracle(
+    record: dict[str, Any], hp: kt.HyperParameters, options: Options
+) -> oracle.SearchOracle:
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    return oracle.make(
-        o.tuner,
+    return oracle.make_oracle(
+        options.tuner,
         epochs=record["defaults"]["epochs"],
-        objective=kt.Objective(o.objective, OBJECTIVES[o.objective]),
-        max_trials=o.max_trials,
+        objective=kt.Objective(options.objective, OBJECTIVES[options.objective]),
+        max_trials=options.max_trials,
         hyperparameters=hp,
-        file=SearchFolder(o.workdir).state_file,
+        file=SearchFolder(options.workdir).state_file,
         search=digest[:16],
-        baseline=o.baseline,
-        stop_at=o.target if o.stop_at_target else None,
-        lease=o.lease,
-        seed=o.seed,
+        baseline=options.baseline,
+        stop_at=options.target if options.stop_at_target else None,
+        lease=options.lease,
+        seed=options.seed,
     )
 
 
-class Trainer(BaseTuner):
+class ConfigTuner(BaseTuner):
     """KerasTuner's side of a trial. The trial itself is an ordinary run, whose folder is the trial's.
 
-    search: digest of what is searched; lease: as the oracle's; live: whether to show the epochs as they pass;
+    digest: of what is searched; lease: as the oracle's; show_epochs: whether to show the epochs as they pass;
     verbose: whether to tell of trials, as a worker that somebody watches.
     """
 
@@ -110,15 +112,15 @@ class Trainer(BaseTuner):
         dataset: Dataset,
         folder: Path,
         *,
-        search: str,
+        digest: str,
         lease: float,
-        live: bool = False,
+        show_epochs: bool = False,
         verbose: int = 0,
     ):
         super().__init__(search_oracle, space, directory=str(folder.parent), project_name=folder.name)
-        self.space, self.dataset, self.search_digest, self.live = space, dataset, search, live
+        self.space, self.dataset, self.digest, self.show_epochs = space, dataset, digest, show_epochs
         self._lease = lease
-        tf.get_logger().addFilter(_worth_telling)
+        tf.get_logger().addFilter(_is_no_retracing_warning)
         self._waiting, self.verbose = False, verbose
         self.signals = runtime.Signals()
 
@@ -139,7 +141,7 @@ class Trainer(BaseTuner):
 
     def run_trial(self, trial: Trial) -> dict[str, float]:
         values = trial.hyperparameters.values
-        if values.get(oracle.SEARCH) != self.search_digest:
+        if values.get(oracle.SEARCH) != self.digest:
             raise errors.FatalError(
                 "the chief searches something else: start the worker with the chief's flags"
             )
@@ -150,7 +152,7 @@ class Trainer(BaseTuner):
             config = make_config(self.space, trial.hyperparameters, self.dataset)
             keras.utils.clear_session()  # of the trial before
             gc.collect()
-            with self._signs_of_life(trial.trial_id), _counted_starts(folder):
+            with self._heartbeats(trial.trial_id), count_starts(folder):
                 for _ in range(round(WAIT_LEASES * self._lease)):
                     with contextlib.suppress(
                         FolderBusyError
@@ -168,10 +170,10 @@ class Trainer(BaseTuner):
     def _train(self, config: Config, folder: Path) -> dict[str, float]:
         """Runs `config` in `folder`, or finishes what a killed process began there."""
         run = RunFolder(folder)
-        there = run.read_config() if run.has_run() else None
-        stale = there is not None and (
-            Config.from_record(there) != config
-            or there.get("fingerprint") != datasets.fingerprint(self.dataset)
+        saved = run.read_config() if run.has_run() else None
+        stale = saved is not None and (
+            Config.from_record(saved) != config
+            or saved.get("fingerprint") != datasets.fingerprint(self.dataset)
         )
         before = 0.0
         if run.history_file.exists() and not stale:
@@ -185,7 +187,7 @@ class Trainer(BaseTuner):
                 folder,
                 dataset=self.dataset,
                 overwrite=stale,
-                callbacks=[_Live(config.epochs)] if self.live else (),
+                callbacks=[EpochLine(config.epochs)] if self.show_epochs else (),
                 verbose=0,
                 full_report=False,
                 score_test=False,
@@ -201,31 +203,31 @@ class Trainer(BaseTuner):
         }
 
     @contextlib.contextmanager
-    def _signs_of_life(self, trial_id: str) -> Iterator[None]:
+    def _heartbeats(self, trial_id: str) -> Iterator[None]:
         """Lets the chief know, within, that this worker lives."""
         if isinstance(self.oracle, kt.Oracle):
             yield
             return
-        over = threading.Event()
+        ended = threading.Event()
 
-        def beat() -> None:
-            while not over.wait(self._lease / 6):
+        def send() -> None:
+            while not ended.wait(self._lease / 6):
                 with contextlib.suppress(grpc.RpcError):
                     self.oracle.get_trial(trial_id)
 
-        threading.Thread(target=beat, daemon=True).start()
+        threading.Thread(target=send, daemon=True).start()
         try:
             yield
         finally:
-            over.set()
+            ended.set()
 
 
-def _worth_telling(record: logging.LogRecord) -> bool:
+def _is_no_retracing_warning(record: logging.LogRecord) -> bool:
     """Not that the step is traced anew for every trial: every trial has a network of its own."""
     return "tf.function retracing" not in record.getMessage()
 
 
-class _Live(keras.callbacks.Callback):
+class EpochLine(keras.callbacks.Callback):
     """One line of a terminal that follows the epochs of a trial."""
 
     def __init__(self, epochs: float):
@@ -233,15 +235,15 @@ class _Live(keras.callbacks.Callback):
         self.epochs = epochs
 
     def on_epoch_end(self, epoch, logs=None):
-        told = ", ".join(f"{k} {100 * v:.1f}%" for k, v in (logs or {}).items() if k.endswith("accuracy"))
-        print(f"\r\033[K  epoch {epoch + 1} of {self.epochs:.3g}: {told}", end="", flush=True)
+        text = ", ".join(f"{k} {100 * v:.1f}%" for k, v in (logs or {}).items() if k.endswith("accuracy"))
+        print(f"\r\033[K  epoch {epoch + 1} of {self.epochs:.3g}: {text}", end="", flush=True)
 
     def on_train_end(self, logs=None):
         print("\r\033[K", end="", flush=True)
 
 
 @contextlib.contextmanager
-def _counted_starts(folder: Path) -> Iterator[None]:
+def count_starts(folder: Path) -> Iterator[None]:
     """Counts the starts of a trial whose process died within. Raises RunError when it is the trial that kills it.
 
     Who ends a search by SIGKILL is patient with it; memory that runs out is told by the kernel's own count.
@@ -252,7 +254,7 @@ def _counted_starts(folder: Path) -> Iterator[None]:
         starts, before = map(int, file.read_text().split())
     if starts >= MAX_STARTS:
         raise RunError(f"its process died {starts} times, and nobody knows of what")
-    if starts >= MAX_OUT_OF_MEMORY and _oom_kills() > before:
+    if starts >= MAX_OUT_OF_MEMORY_STARTS and _oom_kills() > before:
         raise RunError(
             f"out of memory: the system ended its process, {starts} times; use a smaller batch_size"
         )

@@ -14,17 +14,25 @@ import keras_tuner as kt
 from cifar10_trainer.config import Config
 from cifar10_trainer.errors import RunError, RunInterrupted, interrupted
 
-from . import chief, oracle
+from . import chief
 from .figure import search_figure
 from .leaderboard import Leaderboard, Row
 from .options import Options
+from .oracle import SearchOracle
 from .search_folder import SearchFolder
-from .trial import DatasetOrLoader, SpaceFunction, Trainer, describe, make_config, make_oracle
-from .worker import distributed, plain_errors, work
+from .trial import (
+    ConfigTuner,
+    DatasetOrLoader,
+    SpaceFunction,
+    describe_search,
+    make_config,
+    make_search_oracle,
+)
+from .worker import distributed, project_errors, run_worker
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found. rows: its trials, the best first; best_config trains again what the best trial did."""
 
     workdir: Path
@@ -36,7 +44,7 @@ class Found:
         return self.rows[0]
 
 
-def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Found | None:
+def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> SearchResult | None:
     """Searches `space` for the Config with the best validation accuracy, and fills the search's folder.
 
     A search that is in the folder already goes on. Test images are never scored.
@@ -44,108 +52,117 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **options: Any) -> Foun
     Args:
         space: draws hyperparameters from KerasTuner's `hp`, and gives the Config to train.
         dataset: images, or a function that loads them: each worker calls it once.
-        options: see `Options`: workdir, tuner, max_trials, target, stop_at_target, workers and so on. With workers,
+        settings: see `Options`: workdir, tuner, max_trials, target, stop_at_target, workers and so on. With workers,
             `space` and `dataset` are sent to processes: they must be picklable, so functions of a module.
 
     Returns: what was found; None for a worker.
     Raises: ConfigError for what cannot be; RunError where every trial failed, or the search was interrupted.
     """
-    o = Options(**options)
-    if o.role == "worker":
+    options = Options(**settings)
+    if options.role == "worker":
         # No host's name in it: KerasTuner takes any id with "chief" in it for the chief's.
-        work(space, dataset, o, f"worker-{uuid.uuid4().hex}")
+        run_worker(space, dataset, options, f"worker-{uuid.uuid4().hex}")
         return None
-    say = print if o.verbose else lambda *_: None
-    folder = SearchFolder(o.workdir)
+    log = print if options.verbose else lambda *_: None
+    folder = SearchFolder(options.workdir)
     data = dataset() if callable(dataset) else dataset
-    record, hp = describe(space, data)
+    record, hp = describe_search(space, data)
     with folder.lock():
         # ---- what is searched
-        how = {"tuner": o.tuner, "objective": o.objective, "seed": o.seed, "baseline": o.baseline}
-        folder.begin({**how, **record}, o.overwrite)
-        chooser = make_oracle(record, hp, o)
-        board = Leaderboard(
-            chooser,
+        how = {
+            "tuner": options.tuner,
+            "objective": options.objective,
+            "seed": options.seed,
+            "baseline": options.baseline,
+        }
+        folder.begin({**how, **record}, options.overwrite)
+        oracle = make_search_oracle(record, hp, options)
+        leaderboard = Leaderboard(
+            oracle,
             folder,
             lambda hp: make_config(space, hp, data),
-            target=o.target,
-            max_trials=o.max_trials,
-            say=say,
+            target=options.target,
+            max_trials=options.max_trials,
+            log=log,
         )
-        trainer = Trainer(
-            chooser,
+        tuner = ConfigTuner(
+            oracle,
             space,
             data,
             folder.trials,
-            search=chooser.search,
-            lease=o.lease,
-            live=bool(o.verbose) and sys.stdout.isatty(),
+            digest=oracle.search,
+            lease=options.lease,
+            show_epochs=bool(options.verbose) and sys.stdout.isatty(),
         )
-        chooser.reload()
-        names, target = ", ".join(p.name for p in hp.space), f"{100 * o.target:.4g}%"
-        say(f"search: {o.tuner} over {names}; {o.max_trials} trials; target {target} validation accuracy")
-        say(
+        oracle.reload()
+        names, target = ", ".join(p.name for p in hp.space), f"{100 * options.target:.4g}%"
+        log(
+            f"search: {options.tuner} over {names}; {options.max_trials} trials; target {target} validation accuracy"
+        )
+        log(
             f"data: {data.name} from {data.source}: {len(data.train_images):,} images to train and validate on"
         )
-        if chooser.trials:
-            say(f"resumed: {len(chooser.end_order)} trials are done")
-            board.write()
+        if oracle.trials:
+            log(f"resumed: {len(oracle.end_order)} trials are done")
+            leaderboard.write()
 
         # ---- the trials
         try:
-            _search(trainer, chooser, space, dataset, o, say)
+            _search(tuner, oracle, space, dataset, options, log)
         except (RunInterrupted, KeyboardInterrupt) as error:
-            progress = f"stopped: {len(chooser.end_order)} of {o.max_trials} trials are done"
-            raise interrupted(progress, folder, o.overwrite) from error
+            progress = f"stopped: {len(oracle.end_order)} of {options.max_trials} trials are done"
+            raise interrupted(progress, folder, options.overwrite) from error
 
-        return _conclude(board, hp, o, say)
+        return _conclude(leaderboard, hp, options, log)
 
 
-def _conclude(board: Leaderboard, hp: kt.HyperParameters, o: Options, say: Callable[[str], None]) -> Found:
+def _conclude(
+    leaderboard: Leaderboard, hp: kt.HyperParameters, options: Options, log: Callable[[str], None]
+) -> SearchResult:
     """Writes and tells what was found. Raises RunError where every trial failed."""
-    board.write()
-    rows, config, folder = board.rows(), board.best_config(), board.folder
+    leaderboard.write()
+    rows, config, folder = leaderboard.rows(), leaderboard.best_config(), leaderboard.folder
     if config is None:
         reasons = [r.reason for r in sorted(rows, key=lambda r: r.trial) if r.reason]
         raise RunError(f"all {len(rows)} trials failed; the first: {(reasons or ['it never began'])[0]}")
     logarithmic = [p.name for p in hp.space if getattr(p, "sampling", "") == "log"]
-    search_figure(rows, logarithmic, o.target, folder.figure_file)
-    if not _over(board.oracle, o):
-        say(f"the space holds no more than these {len(rows)} trials")
-    say(f"\n{board.table()}\n\n{board.verdict()}")
+    search_figure(rows, logarithmic, options.target, folder.figure_file)
+    if not _is_finished(leaderboard.oracle, options):
+        log(f"the space holds no more than these {len(rows)} trials")
+    log(f"\n{leaderboard.table()}\n\n{leaderboard.conclusion()}")
     names = ", ".join(
         path.name for path in (folder.leaderboard_file, folder.figure_file, folder.best_config_file)
     )
-    say(f"files: {folder}/ ({names}; tensorboard --logdir={folder})")
-    return Found(folder.path, rows, config)
+    log(f"files: {folder}/ ({names}; tensorboard --logdir={folder})")
+    return SearchResult(folder.path, rows, config)
 
 
 def _search(
-    trainer: Trainer,
-    chooser: oracle.SearchOracle,
+    tuner: ConfigTuner,
+    oracle: SearchOracle,
     space: SpaceFunction,
     dataset: DatasetOrLoader,
-    o: Options,
-    say: Callable[[str], None],
+    options: Options,
+    log: Callable[[str], None],
 ) -> None:
     """Runs trials until there are no more: in this process, or in others of which it is the chief."""
-    if _over(chooser, o):
+    if _is_finished(oracle, options):
         return
-    if o.role == "alone" and not o.local_workers:
-        with plain_errors(o), trainer.signals:
-            trainer.search()
+    if options.role == "alone" and not options.local_workers:
+        with project_errors(options), tuner.signals:
+            tuner.search()
         return
-    address = chief.listening_address(o.chief)
-    if o.role == "chief":
-        chooser.wait_for_former_workers()
-        say(
+    address = chief.listening_address(options.chief)
+    if options.role == "chief":
+        oracle.wait_for_former_workers()
+        log(
             f"chief: listening at {address}, without a password; for a worker, add --role=worker --chief={address}"
         )
-    team = chief.Team(space, dataset, o, address, say)
+    pool = chief.WorkerPool(space, dataset, options, address, log)
     with distributed(chief.CHIEF, address):
-        chief.lead(trainer, chooser, team)
+        chief.run_chief(tuner, oracle, pool)
 
 
-def _over(chooser: oracle.SearchOracle, o: Options) -> bool:
-    reached = o.stop_at_target and (chooser.best_accuracy() or 0) >= o.target
-    return reached or len(chooser.end_order) >= o.max_trials
+def _is_finished(oracle: SearchOracle, options: Options) -> bool:
+    reached = options.stop_at_target and (oracle.best_accuracy() or 0) >= options.target
+    return reached or len(oracle.end_order) >= options.max_trials

@@ -55,7 +55,7 @@ def distributed(tuner_id: str, address: str) -> contextlib.AbstractContextManage
 
 
 @contextlib.contextmanager
-def plain_errors(o: Options) -> Iterator[None]:
+def project_errors(options: Options) -> Iterator[None]:
     """Turns KerasTuner's and gRPC's errors into the project's."""
     import grpc
     from keras_tuner import errors
@@ -67,15 +67,15 @@ def plain_errors(o: Options) -> Iterator[None]:
         raise kind(str(error)) from error
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.UNKNOWN:  # it answered, with an error of its own
-            raise RunError(f"the chief at {o.chief} failed: {error.details()}") from error
+            raise RunError(f"the chief at {options.chief} failed: {error.details()}") from error
         code = error.code().name.lower().replace("_", " ")
         raise RunError(
-            f"no answer from the chief at {o.chief} in {o.patience:g} s ({code}); start it, then this worker again"
+            f"no answer from the chief at {options.chief} in {options.patience:g} s ({code}); start it, then this worker again"
         ) from error
 
 
-def work(space: SpaceFunction, dataset: DatasetOrLoader, o: Options, tuner_id: str) -> None:
-    """Takes trials from the chief at `o.chief` until there are no more.
+def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options, tuner_id: str) -> None:
+    """Takes trials from the chief at `options.chief` until there are no more.
 
     Raises ConfigError or RunError where that cannot be, as when no chief answers.
     """
@@ -83,23 +83,23 @@ def work(space: SpaceFunction, dataset: DatasetOrLoader, o: Options, tuner_id: s
 
     from . import trial
 
-    assert o.chief is not None
-    oracle_client.TIMEOUT = o.patience  # it is an hour, and no argument
+    assert options.chief is not None
+    oracle_client.TIMEOUT = options.patience  # it is an hour, and no argument
     data = dataset() if callable(dataset) else dataset
-    record, hp = trial.describe(space, data)
-    with distributed(tuner_id, o.chief), plain_errors(o):
-        mine = trial.make_oracle(record, hp, o)
-        folder = SearchFolder(o.workdir).trials
-        trainer = trial.Trainer(
-            mine, space, data, folder, search=mine.search, lease=o.lease, verbose=o.verbose
+    record, hp = trial.describe_search(space, data)
+    with distributed(tuner_id, options.chief), project_errors(options):
+        oracle = trial.make_search_oracle(record, hp, options)
+        folder = SearchFolder(options.workdir).trials
+        tuner = trial.ConfigTuner(
+            oracle, space, data, folder, digest=oracle.search, lease=options.lease, verbose=options.verbose
         )
-        trainer.oracle = PatientClient(trainer.oracle, o.patience)
-        trainer.search()
-    if o.verbose:
+        tuner.oracle = RetryingClient(tuner.oracle, options.patience)
+        tuner.search()
+    if options.verbose:
         print("the search is over")
 
 
-def run_process(number: int, space: Any, dataset: Any, options: dict[str, Any]) -> None:
+def worker_main(number: int, space: Any, dataset: Any, options: dict[str, Any]) -> None:
     """The main function of a worker's process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # workers may have to share a GPU
@@ -108,7 +108,7 @@ def run_process(number: int, space: Any, dataset: Any, options: dict[str, Any]) 
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[number % len(gpus.split(","))]
     try:
         cli.import_tensorflow()
-        work(space, dataset, Options(**options), f"worker{number}")
+        run_worker(space, dataset, Options(**options), f"worker{number}")
     except KeyboardInterrupt:
         sys.exit(130)
     except RunInterrupted:
@@ -126,7 +126,7 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class PatientClient:
+class RetryingClient:
     """KerasTuner's client of the chief, which asks again where the chief was lost in the middle of an answer.
 
     It waits by itself for a chief that is not there. Asking twice does no harm: see `SearchOracle`.
@@ -137,9 +137,9 @@ class PatientClient:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._client, name)
-        return partial(self._ask, attribute) if callable(attribute) else attribute
+        return partial(self._call, attribute) if callable(attribute) else attribute
 
-    def _ask(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         import grpc
 
         end = time.monotonic() + self._patience
