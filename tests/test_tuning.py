@@ -476,6 +476,8 @@ def test_a_folder_that_cannot_be_written(digits, tmp_path):
         ({"max_trials": 0}, "max_trials is 0"),
         ({"workers": 0}, "workers is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"lease": 0.5}, "lease is 0.5; allowed: 1 or more"),
+        ({"chief_timeout": 0}, "chief_timeout is 0; allowed: 1 or more"),
         ({"role": "worker"}, "--chief=HOST:PORT"),
         ({"chief": "localhost:80"}, "--role=chief"),
         ({"role": "worker", "chief": "localhost"}, "HOST:PORT"),
@@ -485,6 +487,28 @@ def test_a_folder_that_cannot_be_written(digits, tmp_path):
 def test_options_that_cannot_be(options, says):
     with pytest.raises(ConfigError, match=says):
         Options(**options)
+
+
+def test_the_old_name_of_the_chiefs_timeout(digits, tmp_path):
+    """`patience`, as a flag and as an argument, is `chief_timeout`."""
+    from tuning import search
+
+    try:
+        search.FLAGS(["search", "--patience=7"])
+        assert search.options_from_flags("recipe").chief_timeout == 7
+        search.FLAGS(["search", "--chief_timeout=8"])
+        assert search.options_from_flags("recipe").chief_timeout == 8
+    finally:
+        restore_flags(search.FLAGS)
+    with pytest.raises(ConfigError, match="chief_timeout is 0"):
+        tune(space, digits, workdir=str(tmp_path), patience=0)
+
+
+def restore_flags(values):
+    """Gives every flag its default again."""
+    values.unparse_flags()
+    for name in values:
+        values[name].unparse()
 
 
 @pytest.mark.parametrize(
@@ -506,9 +530,7 @@ def test_bad_flags_are_one_line_and_status_2(flag, capsys):
     assert cli.run(search.main, search.FLAGS, search.USAGE, ["search", flag]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
-    search.FLAGS.unparse_flags()
-    for name in search.FLAGS:
-        search.FLAGS[name].unparse()
+    restore_flags(search.FLAGS)
 
 
 # ---- numbers and figure ----------------------------------------------------------------------------------------

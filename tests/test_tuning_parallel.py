@@ -161,7 +161,7 @@ def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
     """The chief is killed and comes back, one worker is killed for good, and all others end by themselves."""
     folder = tmp_path / "search"
     address = listening_address(None)
-    flags = ("--max_trials=7", "--epochs=3", "--lease=4", "--patience=60", f"--chief={address}")
+    flags = ("--max_trials=7", "--epochs=3", "--lease=4", "--chief_timeout=60", f"--chief={address}")
     chief, worker = search(folder, *flags, "--role=chief"), search(folder, *flags, "--role=worker")
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(started(*chief))
@@ -182,7 +182,7 @@ def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
 
 
 def test_a_worker_without_a_chief_ends(tmp_path):
-    command = search(tmp_path, "--role=worker", f"--chief={listening_address(None)}", "--patience=2")
+    command = search(tmp_path, "--role=worker", f"--chief={listening_address(None)}", "--chief_timeout=2")
     with started(*command) as process:
         assert process.wait(60) == 1
         told = process.log.read_text()

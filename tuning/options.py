@@ -34,7 +34,7 @@ class Options:
     role: str = "alone"  # "chief": hands out trials at `chief`; "worker": takes them from there
     chief: str | None = None  # HOST:PORT
     lease: float = 60.0  # seconds without a sign of life after which another worker gets a worker's trial
-    patience: float = 300.0  # seconds that a worker waits for an answer of its chief
+    chief_timeout: float = 300.0  # seconds that a worker waits for its chief's answer
     overwrite: bool = False
     verbose: int = 1  # 0: nothing is printed
 
@@ -47,7 +47,7 @@ class Options:
             raise ConfigError(
                 f"target is {self.target}; allowed: an accuracy greater than 0, up to 1 (85% is 0.85)"
             )
-        for name, low in (("max_trials", 1), ("seed", 0), ("lease", 1), ("patience", 1)):
+        for name, low in (("max_trials", 1), ("seed", 0), ("lease", 1), ("chief_timeout", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: {low} or more")
         if self.workers is not None and (self.workers < 1 or self.role == "worker"):

@@ -79,7 +79,14 @@ _define(
     "seconds without a sign of life before another worker gets a trial",
     Options.lease,
 )
-_define(flags.DEFINE_float, "patience", "seconds that a worker waits for its chief", Options.patience)
+_define(
+    flags.DEFINE_float,
+    "chief_timeout",
+    "seconds that a worker waits for an answer of its chief; --patience, the name of this flag in version 1.0.0,"
+    " still works",
+    Options.chief_timeout,
+)
+flags.DEFINE_alias("patience", "chief_timeout", flag_values=FLAGS, module_name="python -m tuning.search")
 _define(flags.DEFINE_string, "workdir", "the search's folder; default: searches/<recipe>-<tuner>")
 _define(flags.DEFINE_boolean, "overwrite", "replace the search that is in --workdir", False)
 

@@ -58,6 +58,8 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
     Returns: what was found; None for a worker.
     Raises: ConfigError for what cannot be; RunError where every trial failed, or the search was interrupted.
     """
+    if "patience" in settings and "chief_timeout" not in settings:  # its name in version 1.0.0
+        settings["chief_timeout"] = settings.pop("patience")
     options = Options(**settings)
     if options.role == "worker":
         # No host's name in it: KerasTuner takes any id with "chief" in it for the chief's.

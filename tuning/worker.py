@@ -70,7 +70,7 @@ def project_errors(options: Options) -> Iterator[None]:
             raise RunError(f"the chief at {options.chief} failed: {error.details()}") from error
         code = error.code().name.lower().replace("_", " ")
         raise RunError(
-            f"no answer from the chief at {options.chief} in {options.patience:g} s ({code}); start it, then this worker again"
+            f"no answer from the chief at {options.chief} in {options.chief_timeout:g} s ({code}); start it, then this worker again"
         ) from error
 
 
@@ -84,7 +84,7 @@ def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options,
     from . import trial
 
     assert options.chief is not None
-    oracle_client.TIMEOUT = options.patience  # it is an hour, and no argument
+    oracle_client.TIMEOUT = options.chief_timeout  # it is an hour, and no argument
     data = dataset() if callable(dataset) else dataset
     record, hp = trial.describe_search(space, data)
     with distributed(tuner_id, options.chief), project_errors(options):
@@ -93,7 +93,7 @@ def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options,
         tuner = trial.ConfigTuner(
             oracle, space, data, folder, digest=oracle.search, lease=options.lease, verbose=options.verbose
         )
-        tuner.oracle = RetryingClient(tuner.oracle, options.patience)
+        tuner.oracle = RetryingClient(tuner.oracle, options.chief_timeout)
         tuner.search()
     if options.verbose:
         print("the search is over")
@@ -132,8 +132,8 @@ class RetryingClient:
     It waits by itself for a chief that is not there. Asking twice does no harm: see `SearchOracle`.
     """
 
-    def __init__(self, client: Any, patience: float):
-        self._client, self._patience = client, patience
+    def __init__(self, client: Any, timeout: float):
+        self._client, self._timeout = client, timeout
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._client, name)
@@ -142,7 +142,7 @@ class RetryingClient:
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         import grpc
 
-        end = time.monotonic() + self._patience
+        end = time.monotonic() + self._timeout
         while True:
             try:
                 return method(*arguments, **options)
