@@ -460,6 +460,16 @@ def test_spaces_that_cannot_be(bad, says, digits, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("name", ["search.json", "trials/search_state.json"])
+def test_a_damaged_file_is_named(name, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
+    options = {"workdir": str(tmp_path), "max_trials": 1, "verbose": 0}
+    tune(space, digits, **options)
+    (tmp_path / name).write_text('{"half of')
+    with pytest.raises(RunError, match=f"cannot read .*{name}"):
+        tune(space, digits, **options)
+
+
 def test_a_folder_that_cannot_be_written(digits, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write to"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -191,8 +190,7 @@ class Leaderboard:
         files.write_atomic(self.folder.leaderboard_file, out.getvalue())
         config = self.best_config()
         if config:
-            content = json.dumps(config.to_dict(), indent=2) + "\n"
-            files.write_atomic(self.folder.best_config_file, content)
+            files.write_json(self.folder.best_config_file, config.to_dict())
         for row in rows:
             self._tensorboard(row)
 

@@ -22,7 +22,7 @@ from keras_tuner import oracles
 from keras_tuner.engine.trial import Trial, TrialStatus
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
-from cifar10_trainer.files import write_atomic
+from cifar10_trainer.files import read_json, write_atomic
 
 SHARE, FAILURE, SEARCH = "tuner/share", "tuner/failure", "tuner/search"  # values that are no hyperparameters
 MAX_RETRIES = 2  # of a trial whose report to the chief failed; a trial that fails by itself fails again
@@ -181,7 +181,7 @@ class SearchOracle(kt.Oracle):
 
     def reload(self) -> None:
         if self.file.exists():
-            self.set_state(json.loads(self.file.read_text(encoding="utf-8")))
+            self.set_state(read_json(self.file))
 
 
 class Random(SearchOracle, oracles.RandomSearchOracle):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cifar10_trainer.errors import ConfigError, FolderBusyError
-from cifar10_trainer.files import cannot_write, folder_lock, remove_files, write_atomic
+from cifar10_trainer.files import cannot_write, folder_lock, read_json, remove_files, write_json
 
 # What a search writes, and --overwrite removes.
 SEARCH_FILES = ("trials", "tensorboard", "search.json", "leaderboard.csv", "best_config.json", "search.png")
@@ -54,20 +53,19 @@ class SearchFolder:
             yield
 
     def begin(self, record: Mapping[str, Any], overwrite: bool) -> None:
-        """Writes search.json. Raises ConfigError where another search is in the folder.
+        """Writes search.json. Raises ConfigError where another search is in the folder, RunError on a damaged file.
 
         record: what is searched, and how, as JSON; overwrite: whether to remove the search that is in the folder.
         """
         if overwrite:
             remove_files(self.path, self.search_file.name, SEARCH_FILES)
         if self.search_file.exists():
-            there = json.loads(self.search_file.read_text(encoding="utf-8"))
-            for key, was, now in _differences(there, record):
+            for key, was, now in _differences(read_json(self.search_file), record):
                 raise ConfigError(
                     f"{self} holds another search: {key} was {was!r}, now {now!r};"
                     " choose another --workdir, or replace it with --overwrite"
                 )
-        write_atomic(self.search_file, json.dumps(record, indent=2) + "\n")
+        write_json(self.search_file, record)
 
 
 def trial_folder(trial_id: str) -> str:
