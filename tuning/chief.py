@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cifar10_trainer.errors import RunError
 
 from .options import LOOPBACK, Options
-from .worker import worker_main
+from .worker import distributed, worker_main
 
 if TYPE_CHECKING:
     from .oracle import SearchOracle
@@ -92,18 +92,19 @@ class WorkerPool:
             process.join()
 
 
-def run_chief(tuner: ConfigTuner, oracle: SearchOracle, pool: WorkerPool) -> None:
+def run_chief(tuner: ConfigTuner, oracle: SearchOracle, pool: WorkerPool, address: str) -> None:
     """Is the chief until the search is over, and every worker elsewhere has been told."""
-    server = threading.Thread(target=tuner.search, name="chief", daemon=True)
-    server.start()
-    try:
-        while not oracle.stopped:
-            pool.ensure_running((len(oracle.trials), len(oracle.end_order)))
-            time.sleep(0.2)
-            if not server.is_alive() and not oracle.stopped:
-                raise RunError("KerasTuner's chief has ended early; --debug may show more")
-        own = {f"worker{number}" for number in range(pool.count)}
-        while oracle.live_workers() - own:
-            time.sleep(0.2)
-    finally:
-        pool.stop()
+    with distributed(CHIEF, address):
+        server = threading.Thread(target=tuner.search, name="chief", daemon=True)
+        server.start()
+        try:
+            while not oracle.stopped:
+                pool.ensure_running((len(oracle.trials), len(oracle.end_order)))
+                time.sleep(0.2)
+                if not server.is_alive() and not oracle.stopped:
+                    raise RunError("KerasTuner's chief has ended early; --debug may show more")
+            own = {f"worker{number}" for number in range(pool.count)}
+            while oracle.live_workers() - own:
+                time.sleep(0.2)
+        finally:
+            pool.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -29,12 +30,13 @@ Examples:
   python -m tuning.search --dataset=digits --epochs=2 --max_trials=4      (offline, a minute)"""
 DEFAULT_RECIPE = "fast.85"  # a trial a minute
 
+COMMAND = "python -m tuning.search"
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
 
 
-def _define(kind, name, text, default=None, **more):
-    kind(name, default, text, flag_values=FLAGS, module_name="python -m tuning.search", **more)
+def _define(kind: Callable[..., Any], name: str, text: str, default: Any = None) -> None:
+    kind(name, default, text, flag_values=FLAGS, module_name=COMMAND)
 
 
 _define(flags.DEFINE_string, "tuner", f"one of {', '.join(TUNERS)}", DEFAULT_TUNER)
@@ -86,7 +88,7 @@ _define(
     " still works",
     Options.chief_timeout,
 )
-flags.DEFINE_alias("patience", "chief_timeout", flag_values=FLAGS, module_name="python -m tuning.search")
+flags.DEFINE_alias("patience", "chief_timeout", flag_values=FLAGS, module_name=COMMAND)
 _define(flags.DEFINE_string, "workdir", "the search's folder; default: searches/<recipe>-<tuner>")
 _define(flags.DEFINE_boolean, "overwrite", "replace the search that is in --workdir", False)
 

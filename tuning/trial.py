@@ -234,11 +234,11 @@ class EpochLine(keras.callbacks.Callback):
         super().__init__()
         self.epochs = epochs
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         text = ", ".join(f"{k} {100 * v:.1f}%" for k, v in (logs or {}).items() if k.endswith("accuracy"))
         print(f"\r\033[K  epoch {epoch + 1} of {self.epochs:.3g}: {text}", end="", flush=True)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         print("\r\033[K", end="", flush=True)
 
 

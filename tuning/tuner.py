@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import keras_tuner as kt
 
 from cifar10_trainer.config import Config
+from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import RunError, RunInterrupted, interrupted
+from cifar10_trainer.training import Log
 
 from . import chief
 from .figure import search_figure
@@ -28,7 +30,9 @@ from .trial import (
     make_config,
     make_search_oracle,
 )
-from .worker import distributed, project_errors, run_worker
+from .worker import project_errors, run_worker
+
+FIXED_OPTIONS = ("tuner", "objective", "seed", "baseline")  # they stay the same when a search is resumed
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,14 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         # No host's name in it: KerasTuner takes any id with "chief" in it for the chief's.
         run_worker(space, dataset, options, f"worker-{uuid.uuid4().hex}")
         return None
-    log = print if options.verbose else lambda *_: None
-    folder = SearchFolder(options.workdir)
+    log: Log = print if options.verbose else (lambda text: None)
     data = dataset() if callable(dataset) else dataset
-    record, hp = describe_search(space, data)
+    description, hp = describe_search(space, data)
+    folder = SearchFolder(options.workdir)
     with folder.lock():
-        # ---- what is searched
-        how = {
-            "tuner": options.tuner,
-            "objective": options.objective,
-            "seed": options.seed,
-            "baseline": options.baseline,
-        }
-        folder.begin({**how, **record}, options.overwrite)
-        oracle = make_search_oracle(record, hp, options)
+        fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
+        folder.begin({**fixed, **description}, options.overwrite)
+        oracle = make_search_oracle(description, hp, options)
         leaderboard = Leaderboard(
             oracle,
             folder,
@@ -97,31 +95,57 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
             show_epochs=bool(options.verbose) and sys.stdout.isatty(),
         )
         oracle.reload()
-        names, target = ", ".join(p.name for p in hp.space), f"{100 * options.target:.4g}%"
-        log(
-            f"search: {options.tuner} over {names}; {options.max_trials} trials; target {target} validation accuracy"
-        )
-        log(
-            f"data: {data.name} from {data.source}: {len(data.train_images):,} images to train and validate on"
-        )
+        _log_start(leaderboard, hp, data, options)
         if oracle.trials:
-            log(f"resumed: {len(oracle.end_order)} trials are done")
             leaderboard.write()
-
-        # ---- the trials
         try:
-            _search(tuner, oracle, space, dataset, options, log)
+            _search(tuner, leaderboard, space, dataset, options)
         except (RunInterrupted, KeyboardInterrupt) as error:
             progress = f"stopped: {len(oracle.end_order)} of {options.max_trials} trials are done"
             raise interrupted(progress, folder, options.overwrite) from error
+        return _conclude(leaderboard, hp, options)
 
-        return _conclude(leaderboard, hp, options, log)
+
+def _log_start(leaderboard: Leaderboard, hp: kt.HyperParameters, data: Dataset, options: Options) -> None:
+    """Logs what is searched, and on what."""
+    oracle, log = leaderboard.oracle, leaderboard.log
+    names, target = ", ".join(p.name for p in hp.space), f"{100 * options.target:.4g}%"
+    log(
+        f"search: {options.tuner} over {names}; {options.max_trials} trials; target {target} validation accuracy"
+    )
+    log(f"data: {data.name} from {data.source}: {len(data.train_images):,} images to train and validate on")
+    if oracle.trials:
+        log(f"resumed: {len(oracle.end_order)} trials are done")
 
 
-def _conclude(
-    leaderboard: Leaderboard, hp: kt.HyperParameters, options: Options, log: Callable[[str], None]
-) -> SearchResult:
+def _search(
+    tuner: ConfigTuner,
+    leaderboard: Leaderboard,
+    space: SpaceFunction,
+    dataset: DatasetOrLoader,
+    options: Options,
+) -> None:
+    """Runs trials until there are no more: in this process, or in others of which it is the chief."""
+    oracle, log = leaderboard.oracle, leaderboard.log
+    if _is_finished(oracle, options):
+        return
+    if options.role == "alone" and not options.local_workers:
+        with project_errors(options), tuner.signals:
+            tuner.search()
+        return
+    address = chief.listening_address(options.chief)
+    if options.role == "chief":
+        oracle.wait_for_former_workers()
+        log(
+            f"chief: listening at {address}, without a password; for a worker, add --role=worker --chief={address}"
+        )
+    pool = chief.WorkerPool(space, dataset, options, address, log)
+    chief.run_chief(tuner, oracle, pool, address)
+
+
+def _conclude(leaderboard: Leaderboard, hp: kt.HyperParameters, options: Options) -> SearchResult:
     """Writes and tells what was found. Raises RunError where every trial failed."""
+    log = leaderboard.log
     leaderboard.write()
     rows, config, folder = leaderboard.rows(), leaderboard.best_config(), leaderboard.folder
     if config is None:
@@ -137,32 +161,6 @@ def _conclude(
     )
     log(f"files: {folder}/ ({names}; tensorboard --logdir={folder})")
     return SearchResult(folder.path, rows, config)
-
-
-def _search(
-    tuner: ConfigTuner,
-    oracle: SearchOracle,
-    space: SpaceFunction,
-    dataset: DatasetOrLoader,
-    options: Options,
-    log: Callable[[str], None],
-) -> None:
-    """Runs trials until there are no more: in this process, or in others of which it is the chief."""
-    if _is_finished(oracle, options):
-        return
-    if options.role == "alone" and not options.local_workers:
-        with project_errors(options), tuner.signals:
-            tuner.search()
-        return
-    address = chief.listening_address(options.chief)
-    if options.role == "chief":
-        oracle.wait_for_former_workers()
-        log(
-            f"chief: listening at {address}, without a password; for a worker, add --role=worker --chief={address}"
-        )
-    pool = chief.WorkerPool(space, dataset, options, address, log)
-    with distributed(chief.CHIEF, address):
-        chief.run_chief(tuner, oracle, pool)
 
 
 def _is_finished(oracle: SearchOracle, options: Options) -> bool:
