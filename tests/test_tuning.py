@@ -66,7 +66,7 @@ def board(folder):
 
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
-    """A finished search of three trials: (folder, what it found)."""
+    """A finished search of three trials: (folder, result)."""
     folder = tmp_path_factory.mktemp("search")
     return folder, tune(
         space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1, verbose=0
@@ -131,7 +131,7 @@ def test_the_figure(finished):
     assert png.shape[0] > 500 and png.shape[1] > 1000 and len(np.unique(png.reshape(-1, 3), axis=0)) > 10
 
 
-def test_a_finished_search_only_tells_what_it_found(finished, digits, capsys, monkeypatch):
+def test_a_finished_search_only_logs_its_result(finished, digits, capsys, monkeypatch):
     folder, found = finished
     monkeypatch.setattr(trial, "train_and_evaluate", None)  # not to be called
     again = tune(space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1)
@@ -172,7 +172,7 @@ def test_overwrite_removes_nothing_where_no_search_is(digits, tmp_path):
     assert (tmp_path / "tensorboard" / "events").read_text() == "a run's"
 
 
-def test_a_search_goes_on_with_its_own_images_only(digits, tmp_path, monkeypatch):
+def test_a_search_resumes_with_its_own_images_only(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
     tune(space, digits, **options)
@@ -249,7 +249,7 @@ def test_a_search_of_version_1_0_0_is_resumed(tmp_path):
 
 
 def fake_training(accuracies, calls):
-    """A stand-in for a training: the accuracies in turn; an exception is raised."""
+    """A stand-in for a training: gives one accuracy after the other; raises those that are exceptions."""
 
     def train(config, folder, **options):
         assert options["score_test"] is options["full_report"] is False
@@ -327,7 +327,7 @@ def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
     assert calls[4] == calls[3].override(epochs=6)  # the best of the three
 
 
-def test_an_interrupted_search_goes_on(digits, tmp_path, monkeypatch):
+def test_an_interrupted_search_resumes(digits, tmp_path, monkeypatch):
     calls = []
     events = [0.8, RunInterrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
@@ -379,7 +379,7 @@ def test_a_trial_does_not_wait_for_ever(digits, tmp_path, monkeypatch):
     failed = next(row for row in found.rows if row.trial == 1)
     assert failed.status == "failed" and "another run is at work" in failed.reason
     assert sum(waits) == 20, "seconds: ten leases"
-    assert found.best.accuracy == 0.8, "the search goes on"
+    assert found.best.accuracy == 0.8, "the search continues"
 
 
 # ---- failure ---------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def failing(hp):
     )
 
 
-def test_a_failed_trial_is_recorded_and_the_search_goes_on(digits, tmp_path):
+def test_a_failed_trial_is_recorded_and_the_search_continues(digits, tmp_path):
     found = tune(failing, digits, workdir=str(tmp_path), tuner="random", max_trials=4, verbose=0)
     reasons = {r["hp.kind"]: r["reason"] for r in board(tmp_path)}
     assert reasons["fine"] == ""
@@ -425,14 +425,17 @@ def test_all_trials_failing_is_an_error(digits, tmp_path, monkeypatch):
     assert [r["status"] for r in board(tmp_path)] == ["failed"] * 4
 
 
-@pytest.mark.parametrize(("oom_kills", "starts", "says"), [(0, 10, "nobody knows"), (1, 2, "out of memory")])
+@pytest.mark.parametrize(
+    ("oom_kills", "starts", "says"),
+    [(0, 10, "died 10 times, for an unknown reason"), (1, 2, "out of memory")],
+)
 def test_a_trial_that_kills_its_process_is_given_up(oom_kills, starts, says, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "_oom_kills", lambda: 0)
     for n in range(starts):
         with trial.count_starts(tmp_path):
-            told = (tmp_path / "starts").read_text()
-        (tmp_path / "starts").write_text(told)  # as if killed within
-        assert told.split()[0] == str(n + 1)
+            text = (tmp_path / "starts").read_text()
+        (tmp_path / "starts").write_text(text)  # as if killed within
+        assert text.split()[0] == str(n + 1)
     monkeypatch.setattr(trial, "_oom_kills", lambda: oom_kills)
     with pytest.raises(RunError, match=says), trial.count_starts(tmp_path):
         pass
@@ -441,20 +444,20 @@ def test_a_trial_that_kills_its_process_is_given_up(oom_kills, starts, says, tmp
         assert (tmp_path / "starts").read_text().split()[0] == "1"
 
 
-# ---- what cannot be --------------------------------------------------------------------------------------------
+# ---- wrong arguments --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
         (lambda hp: TINY, "draws no hyperparameter"),
-        (lambda hp: TINY.override(options__dropout=hp.Float("dropout", 0.5, 0.1)), "the space cannot be"),
-        (lambda hp: {"dropout": hp.Float("dropout", 0.1, 0.5)}, "the space gives a dict"),
+        (lambda hp: TINY.override(options__dropout=hp.Float("dropout", 0.5, 0.1)), "the space is invalid: "),
+        (lambda hp: {"dropout": hp.Float("dropout", 0.1, 0.5)}, "the space returns a dict"),
         (lambda hp: TINY.override(options__drop=hp.Float("d", 0.1, 0.5)), "unknown option of fast 'drop'"),
         (lambda hp: space(hp).override(validation_fraction=None), "holds out no validation images"),
     ],
 )
-def test_spaces_that_cannot_be(bad, says, digits, tmp_path):
+def test_invalid_spaces(bad, says, digits, tmp_path):
     with pytest.raises(ConfigError, match=says):
         tune(bad, digits, workdir=str(tmp_path / "w"), verbose=0)
     assert not (tmp_path / "w").exists()
@@ -494,7 +497,7 @@ def test_a_folder_that_cannot_be_written(digits, tmp_path):
         ({"role": "worker", "chief": "localhost:80", "workers": 2}, "none with --role=worker"),
     ],
 )
-def test_options_that_cannot_be(options, says):
+def test_wrong_options(options, says):
     with pytest.raises(ConfigError, match=says):
         Options(**options)
 

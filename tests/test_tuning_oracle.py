@@ -1,4 +1,4 @@
-"""The oracles, driven by made-up trials: what they propose, what they remember, whom they give it to."""
+"""The oracles, with made-up accuracies: what they propose, what they save, which worker gets a trial."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_failures_in_a_row_do_not_end_it(tmp_path):
     assert oracle.best_accuracy() is None
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
+# ---- state ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -231,7 +231,7 @@ def test_the_trial_of_a_silent_worker_goes_to_the_next_that_asks(tmp_path):
     oracle = new(tmp_path, lease=10.0)
     lost, kept = oracle.create_trial("silent"), oracle.create_trial("alive")
     oracle._last_heartbeat = {worker: then - 11 for worker, then in oracle._last_heartbeat.items()}
-    oracle.get_trial(kept.trial_id)  # a sign of life
+    oracle.get_trial(kept.trial_id)  # a heartbeat
     assert oracle.create_trial("next").trial_id == lost.trial_id
     assert oracle.create_trial("another").trial_id not in (lost.trial_id, kept.trial_id)
     assert oracle.live_workers() == {"alive", "next", "another"}

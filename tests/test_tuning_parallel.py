@@ -129,7 +129,7 @@ def search(folder, *flags):
 
 
 def test_workers_that_die_and_a_chief_that_dies(tmp_path):
-    """Three workers: one is killed in the middle of a trial; all are orphaned; the search goes on, alone."""
+    """Three workers: one is killed in the middle of a trial; all are orphaned; the search resumes in one process."""
     folder = tmp_path / "search"
     # More trials than can be done before the chief is killed; then no more than have begun.
     command = search(folder, "--workers=3", "--max_trials=100", "--epochs=3")
@@ -140,9 +140,9 @@ def test_workers_that_die_and_a_chief_that_dies(tmp_path):
         os.kill(int(pids["1"]), signal.SIGKILL)
         until(lambda: "worker 1 was ended by SIGKILL" in process.log.read_text(), process)
         until(lambda: trial in state(folder)["end_order"], process)
-        told = process.log.read_text()
-        assert told.count(f"trial {int(trial) + 1} of 100: dropout") == 2  # begun twice, ended once
-        pids = [int(p) for p in re.findall(r"process (\d+)", told)]
+        output = process.log.read_text()
+        assert output.count(f"trial {int(trial) + 1} of 100: dropout") == 2  # begun twice, ended once
+        pids = [int(p) for p in re.findall(r"process (\d+)", output)]
         assert any(map(alive, pids))
         process.kill()
         end = time.monotonic() + 30
@@ -151,8 +151,8 @@ def test_workers_that_die_and_a_chief_that_dies(tmp_path):
             time.sleep(0.1)
     before, count = state(folder)["end_order"], len(state(folder)["trials"])
     with started(*search(folder, f"--max_trials={count}", "--epochs=3")) as process:
-        told = finish(process)
-    assert f"resumed: {len(before)} trials are done" in told
+        output = finish(process)
+    assert f"resumed: {len(before)} trials are done" in output
     check_leaderboard(folder, count, digits=3)
 
 
@@ -173,8 +173,8 @@ def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
         first.wait()
         lost.kill()
         second = stack.enter_context(started(*chief))
-        told = finish(second)
-        assert "resumed" in told
+        output = finish(second)
+        assert "resumed" in output
         for worker in kept:
             assert "the search is over" in finish(worker, 20)
         assert not list(folder.glob("trials/*.tmp*"))
@@ -185,9 +185,9 @@ def test_a_worker_without_a_chief_ends(tmp_path):
     command = search(tmp_path, "--role=worker", f"--chief={listening_address(None)}", "--chief_timeout=2")
     with started(*command) as process:
         assert process.wait(60) == 1
-        told = process.log.read_text()
-    assert "no answer from the chief" in told
-    assert "Traceback" not in told
+        output = process.log.read_text()
+    assert "no answer from the chief" in output
+    assert "Traceback" not in output
 
 
 class Answer(grpc.RpcError):
@@ -200,7 +200,7 @@ class Answer(grpc.RpcError):
         return "Exception calling application: disk full"
 
 
-def test_an_error_of_the_chief_is_told_as_its_own():
+def test_an_error_of_the_chief_is_reported_as_its_own():
     options = Options(role="worker", chief="127.0.0.1:5000")
     failure = pytest.raises(RunError, match=r"the chief at 127\.0\.0\.1:5000 failed: .*disk full")
     with failure, project_errors(options):
@@ -230,8 +230,8 @@ def test_the_documented_example(tmp_path):
     script = script.replace("max_trials=10", "max_trials=3")
     (tmp_path / "mine.py").write_text(script)
     with started("mine.py", cwd=tmp_path) as process:
-        told = finish(process)
-    assert re.search(r"\n[01]\.\d+ \{'filters': \(8, 8\), .*'dropout': ", told)
+        output = finish(process)
+    assert re.search(r"\n[01]\.\d+ \{'filters': \(8, 8\), .*'dropout': ", output)
     check_leaderboard(tmp_path / "searches" / "pictures", 3)
 
 

@@ -1,4 +1,4 @@
-"""search.png: validation accuracy against the time and against each hyperparameter. In the style of the reports."""
+"""search.png: validation accuracy over time and over each hyperparameter, in the style of the reports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from cifar10_trainer.figures import BLUE, FAINT, GREEN, INK, VERMILION, new_figu
 
 from .leaderboard import Row, in_epochs, percent
 
-MARGIN_BELOW_BEST = 0.15  # of accuracy under the best; what is lower stands on the lower edge
+MARGIN_BELOW_BEST = 0.15  # accuracies further below the best are drawn at the lower edge
 
 
 def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float, path: Path) -> None:
-    """Draws the trials to the PNG file `path`; at least one must be completed.
+    """Draws the trials of a search.
 
-    logarithmic: the hyperparameters with a logarithmic axis; target: validation accuracy, 0-1.
+    Args:
+        rows: all trials, the best first. At least one must be completed.
+        logarithmic: the hyperparameters with a logarithmic axis.
+        target: the validation accuracy to reach, 0-1.
+        path: the PNG file to write.
     """
     from matplotlib.ticker import LogLocator, PercentFormatter
 
@@ -66,10 +70,16 @@ def _minutes(row: Row) -> float:
 
 
 def _draw_trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
-    """A mark at (x, row's accuracy) a trial: full runs, shorter ones, low ones, failures and the best apart."""
+    """Draws a marker for each trial at (x, accuracy), different for full, short, low and failed trials and for the best.
+
+    Args:
+        axes: where to draw.
+        points: (x, trial); a trial whose x is None is left out.
+        floor: the accuracy at the lower edge, where low and failed trials are drawn.
+    """
     done = [(x, r) for x, r in points if r.status == "completed"]
     full = max(r.metrics["epochs"] for _, r in done)
-    best = done[0][1]  # rows come best first, by whatever they were searched for
+    best = done[0][1]  # the rows are sorted by the objective
 
     def kind(row: Row) -> str:
         if row.status == "failed" or row.accuracy < floor:
@@ -88,6 +98,6 @@ def _draw_trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> 
         some = [(x, r.accuracy) for x, r, k in kinds if k == name]
         if some:
             across = [str(x) if isinstance(x, str | bool) else x for x, _ in some]
-            up = [a if a >= floor else floor for _, a in some]  # a failure's nan is not
+            up = [a if a >= floor else floor for _, a in some]  # also for nan, the accuracy of a failed trial
             style = {"color": colour, "markeredgecolor": INK, "markeredgewidth": 0.5, "clip_on": False}
             axes.plot(across, up, marker, markersize=size, label=label, zorder=3, **style)

@@ -1,4 +1,4 @@
-"""The search's folder: the names, the lock and the record of its files. No other module knows what it holds."""
+"""The search's folder: the names of its files, its lock, and the record of what is searched."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ SEARCH_FILES = ("trials", "tensorboard", "search.json", "leaderboard.csv", "best
 class SearchFolder:
     """The folder of one search.
 
-    A search writes search.json first, which says what is searched. Its trials are run folders in trials/, beside the
-    file with the state of the oracle. The rest is written again whenever a trial ends.
+    A search first writes search.json, which records what it searches. Each trial is a run folder in trials/, and the
+    state of the oracle is a file beside them. The search updates its other files after each trial.
+
+    Args:
+        path: the folder. It need not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -37,9 +40,11 @@ class SearchFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes the folder, and keeps other searches out of it. A folder that was made and left empty is removed again.
+        """Makes the folder, and locks it against other processes. Removes it again if it was made and left empty.
 
-        Raises FolderBusyError where another process searches in it, RunError where it cannot be made.
+        Raises:
+            FolderBusyError: if another process searches in the folder.
+            RunError: if the folder cannot be made.
         """
 
         def busy() -> None:
@@ -53,9 +58,15 @@ class SearchFolder:
             yield
 
     def begin(self, record: Mapping[str, Any], overwrite: bool) -> None:
-        """Writes search.json. Raises ConfigError where another search is in the folder, RunError on a damaged file.
+        """Writes `record` to search.json, unless the folder holds another search.
 
-        record: what is searched, and how, as JSON; overwrite: whether to remove the search that is in the folder.
+        Args:
+            record: what is searched, as JSON values. A resumed search must have the same record.
+            overwrite: whether to remove the search that is in the folder first.
+
+        Raises:
+            ConfigError: if the folder holds a search with another record.
+            RunError: if search.json is damaged or cannot be written.
         """
         if overwrite:
             remove_files(self.path, self.search_file.name, SEARCH_FILES)
@@ -69,11 +80,12 @@ class SearchFolder:
 
 
 def trial_folder(trial_id: str) -> str:
-    """The folder of a trial within the search's, as KerasTuner names it."""
+    """The folder of a trial, relative to the search's folder. KerasTuner determines its name."""
     return f"trials/trial_{trial_id}"
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) of each difference, also within sections; None for a missing value."""
     for key in dict.fromkeys([*a, *b]):
         was, now = a.get(key), b.get(key)
         if isinstance(was, Mapping) and isinstance(now, Mapping):

@@ -1,4 +1,4 @@
-"""A trial: hyperparameters -> Config -> `train_and_evaluate`, and what KerasTuner has to know of it."""
+"""One trial of a search: hyperparameters -> Config -> `train_and_evaluate` -> metrics."""
 
 from __future__ import annotations
 
@@ -32,60 +32,96 @@ from . import oracle
 from .options import OBJECTIVES, Options
 from .search_folder import SearchFolder
 
-# Starts of a trial whose process dies each time without getting any further.
+# How often a trial is started whose process dies each time without progress: in general, and if memory runs out.
 MAX_STARTS, MAX_OUT_OF_MEMORY_STARTS = 10, 2
-WAIT_LEASES = 10  # that a trial taken over waits for the process that had it
+WAIT_LEASES = 10  # how long a trial waits for another process to leave its folder, in leases
 
 SpaceFunction = Callable[[kt.HyperParameters], Config]
 DatasetOrLoader = Dataset | Callable[[], Dataset]
 
 
 def make_config(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> Config:
-    """The Config of a trial on `data`: the space's, for the share of its epochs that the oracle gives it."""
+    """The Config of a trial.
+
+    Args:
+        space: hyperparameters -> Config.
+        hp: the values of the trial. They may hold the share of the epochs to train, oracle.SHARE.
+        data: the images to train on.
+
+    Returns:
+        The Config that `space` returns, for `data` and for that share of its epochs.
+
+    Raises:
+        ConfigError: if `space` does not return a Config, or one with wrong values.
+    """
     config = space(hp)
     if not isinstance(config, Config):
         raise ConfigError(
-            f"the space gives a {type(config).__name__}; allowed: a function of hp that gives a Config"
+            f"the space returns a {type(config).__name__}; allowed: a function of hp that returns a Config"
         )
     epochs = float(f"{config.epochs * hp.values.get(oracle.SHARE, 1.0):.6g}")
-    size = {"image_size": data.input_shape[0]} if data.name == "folder" else {}  # the others have one size
+    size = (
+        {"image_size": data.input_shape[0]} if data.name == "folder" else {}
+    )  # other data sets have one size
     return config.override(dataset=data.name, epochs=epochs, **size)
 
 
 def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any], kt.HyperParameters]:
-    """What is searched, as JSON and as hyperparameters. Raises ConfigError where it cannot be."""
+    """Finds the hyperparameters that `space` draws, and checks its default Config.
+
+    Args:
+        space: hyperparameters -> Config.
+        data: the images to train on.
+
+    Returns:
+        (description, hyperparameters): what is searched as JSON values, and the hyperparameters with their ranges and
+        default values.
+
+    Raises:
+        ConfigError: if the space is empty or invalid, or holds out no validation images.
+    """
     hp = kt.HyperParameters()
     try:
         config = make_config(space, hp, data)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:  # KerasTuner's, about a range
-        raise ConfigError(f"the space cannot be: {error}") from error
+    except (ValueError, TypeError) as error:  # from KerasTuner, about a range
+        raise ConfigError(f"the space is invalid: {error}") from error
     if not hp.space:
         raise ConfigError("the space draws no hyperparameter; allowed: one or more, as hp.Float(...)")
     models.check_options(config.architecture, config.options)
     if config.validation_fraction is None and data.validation is None:
         raise ConfigError(
-            f"{config.recipe} holds out no validation images, and a search goes by them;"
+            f"{config.recipe} holds out no validation images, but a search compares validation accuracies;"
             " allowed: a validation_fraction greater than 0"
         )
     parameters = {p.name: {"kind": type(p).__name__, **p.get_config()} for p in hp.space}
-    record = {
+    description = {
         "dataset": data.name,
         "images": datasets.fingerprint(data),
         "hyperparameters": parameters,
         "defaults": config.to_dict(),
     }
-    return json.loads(json.dumps(record)), hp
+    return json.loads(json.dumps(description)), hp
 
 
 def make_search_oracle(
-    record: dict[str, Any], hp: kt.HyperParameters, options: Options
+    description: dict[str, Any], hp: kt.HyperParameters, options: Options
 ) -> oracle.SearchOracle:
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    """The oracle of a search.
+
+    Args:
+        description: what is searched, from `describe_search`.
+        hp: the hyperparameters, from `describe_search`.
+        options: the options of the search.
+
+    Returns:
+        A new oracle. Its `reload` restores the state of an earlier process.
+    """
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     return oracle.make_oracle(
         options.tuner,
-        epochs=record["defaults"]["epochs"],
+        epochs=description["defaults"]["epochs"],
         objective=kt.Objective(options.objective, OBJECTIVES[options.objective]),
         max_trials=options.max_trials,
         hyperparameters=hp,
@@ -99,10 +135,17 @@ def make_search_oracle(
 
 
 class ConfigTuner(BaseTuner):
-    """KerasTuner's side of a trial. The trial itself is an ordinary run, whose folder is the trial's.
+    """A KerasTuner tuner whose trials are ordinary runs, each in a run folder of its own.
 
-    digest: of what is searched; lease: as the oracle's; show_epochs: whether to show the epochs as they pass;
-    verbose: whether to tell of trials, as a worker that somebody watches.
+    Args:
+        search_oracle: chooses the hyperparameters of each trial.
+        space: hyperparameters -> Config.
+        dataset: the images to train on.
+        folder: the folder of the trials' run folders.
+        digest: identifies the search. A trial with another digest is refused.
+        lease: the oracle's lease, in seconds. A worker sends a heartbeat six times in that time.
+        show_epochs: whether to show the epochs of a trial on the terminal.
+        verbose: 1: print a line when a trial begins; 0: print nothing.
     """
 
     def __init__(
@@ -121,65 +164,79 @@ class ConfigTuner(BaseTuner):
         self.space, self.dataset, self.digest, self.show_epochs = space, dataset, digest, show_epochs
         self._lease = lease
         tf.get_logger().addFilter(_is_no_retracing_warning)
-        self._waiting, self.verbose = False, verbose
+        self._idle, self.verbose = False, verbose
         self.signals = runtime.Signals()
 
     def save(self) -> None:
-        """The oracle's file is all there is to save; a worker has none."""
+        """Saves the oracle's state, which is all that there is to save. A worker has none."""
         if isinstance(self.oracle, kt.Oracle):
             self.oracle.save()
 
     def pre_create_trial(self) -> None:
-        if self._waiting:  # asked, and got nothing to do
+        """Waits a second if the last request returned no trial."""
+        if self._idle:
             time.sleep(1)
-        self._waiting = True
+        self._idle = True
 
     def on_trial_begin(self, trial: Trial) -> None:
-        self._waiting = False
+        """Prints the number of the trial, counted from 1, if verbose."""
+        self._idle = False
         if self.verbose:
             print(f"trial {int(trial.trial_id) + 1}: training")
 
     def run_trial(self, trial: Trial) -> dict[str, float]:
+        """Trains a trial. An error of the trial is recorded in its values, and the search continues.
+
+        Args:
+            trial: the trial, with its hyperparameters.
+
+        Returns:
+            The metrics (leaderboard.METRICS). For a failed trial: the objective with the value 0, which is not used.
+
+        Raises:
+            errors.FatalError: if the trial belongs to another search, or if a signal stopped it.
+        """
         values = trial.hyperparameters.values
         if values.get(oracle.SEARCH) != self.digest:
             raise errors.FatalError(
-                "the chief searches something else: start the worker with the chief's flags"
+                "the chief runs another search; start the worker with the flags of the chief"
             )
         folder = Path(self.get_trial_dir(trial.trial_id))
         try:
-            if self.signals.caught:  # too late for the trial before
+            if self.signals.caught:  # it arrived after the last step of the trial before
                 raise RunInterrupted(f"stopped by {self.signals.caught}")
             config = make_config(self.space, trial.hyperparameters, self.dataset)
-            keras.utils.clear_session()  # of the trial before
+            keras.utils.clear_session()  # frees the memory of the trial before
             gc.collect()
             with self._heartbeats(trial.trial_id), count_starts(folder):
                 for _ in range(round(WAIT_LEASES * self._lease)):
-                    with contextlib.suppress(
-                        FolderBusyError
-                    ):  # who had the trial was taken for dead: it may yet end it
+                    # The worker that had this trial sent no heartbeat, but it may still be training: let it finish.
+                    with contextlib.suppress(FolderBusyError):
                         return self._train(config, folder)
                     time.sleep(1)
                 return self._train(config, folder)
         except RunInterrupted as error:
             raise errors.FatalError(str(error)) from error
-        except Exception as error:  # whatever it is, it is this trial's, and the search goes on
-            # Raised, it would be printed with its traceback. The number is not looked at.
+        except Exception as error:
+            # KerasTuner would print the traceback of an exception. The oracle reads the reason instead.
             values[oracle.FAILURE] = _reason(error)
             return {self.oracle.objective.name: 0.0}
 
     def _train(self, config: Config, folder: Path) -> dict[str, float]:
-        """Runs `config` in `folder`, or finishes what a killed process began there."""
+        """Trains `config` in `folder`, or resumes the run of a process that died. Returns the metrics of the trial."""
         run = RunFolder(folder)
         saved = run.read_config() if run.has_run() else None
         stale = saved is not None and (
             Config.from_record(saved) != config
             or saved.get("fingerprint") != datasets.fingerprint(self.dataset)
         )
-        before = 0.0
+        seconds_before = 0.0
         if run.history_file.exists() and not stale:
-            before = sum(row["seconds"] for row in run.read_history())
-        began = time.time()
-        if run.is_finished() and not stale:  # finished, but not reported
+            seconds_before = sum(row["seconds"] for row in run.read_history())
+        start = time.time()
+        if (
+            run.is_finished() and not stale
+        ):  # a process finished the run, but died before it reported the metrics
             metrics = run.read_metrics()
         else:
             metrics = train_and_evaluate(
@@ -199,12 +256,12 @@ class ConfigTuner(BaseTuner):
             "epochs": min(config.epochs, metrics["epochs"]),
             "parameters": metrics["params"],
             "pflop": metrics["pflop"],
-            "seconds": before + time.time() - began,
+            "seconds": seconds_before + time.time() - start,
         }
 
     @contextlib.contextmanager
     def _heartbeats(self, trial_id: str) -> Iterator[None]:
-        """Lets the chief know, within, that this worker lives."""
+        """Sends the chief a heartbeat of this trial six times per lease. Without a chief: does nothing."""
         if isinstance(self.oracle, kt.Oracle):
             yield
             return
@@ -223,12 +280,16 @@ class ConfigTuner(BaseTuner):
 
 
 def _is_no_retracing_warning(record: logging.LogRecord) -> bool:
-    """Not that the step is traced anew for every trial: every trial has a network of its own."""
+    """Filters out TensorFlow's warning about retracing: each trial has a new network, which must be traced."""
     return "tf.function retracing" not in record.getMessage()
 
 
 class EpochLine(keras.callbacks.Callback):
-    """One line of a terminal that follows the epochs of a trial."""
+    """Shows the last epoch of a trial in one line of the terminal, and clears the line at the end.
+
+    Args:
+        epochs: the number of epochs of the trial.
+    """
 
     def __init__(self, epochs: float):
         super().__init__()
@@ -244,21 +305,29 @@ class EpochLine(keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def count_starts(folder: Path) -> Iterator[None]:
-    """Counts the starts of a trial whose process died within. Raises RunError when it is the trial that kills it.
+    """Counts, in the file "starts", how often the process of a trial has died inside this context without progress.
 
-    Who ends a search by SIGKILL is patient with it; memory that runs out is told by the kernel's own count.
+    A user may end a search by SIGKILL several times, so the limit is high. If memory runs out, Linux ends the process
+    and counts that, so the limit is low.
+
+    Args:
+        folder: the trial's run folder.
+
+    Raises:
+        RunError: if the trial has reached MAX_STARTS, or MAX_OUT_OF_MEMORY_STARTS and memory has run out since.
     """
     file, state = folder / "starts", RunFolder(folder).state_file
-    starts, before = 0, _oom_kills()
-    if file.exists() and not (state.exists() and state.stat().st_mtime > file.stat().st_mtime):  # no progress
-        starts, before = map(int, file.read_text().split())
+    starts, kills_before = 0, _oom_kills()
+    has_progress = file.exists() and state.exists() and state.stat().st_mtime > file.stat().st_mtime
+    if file.exists() and not has_progress:
+        starts, kills_before = map(int, file.read_text().split())
     if starts >= MAX_STARTS:
-        raise RunError(f"its process died {starts} times, and nobody knows of what")
-    if starts >= MAX_OUT_OF_MEMORY_STARTS and _oom_kills() > before:
+        raise RunError(f"its process died {starts} times, for an unknown reason")
+    if starts >= MAX_OUT_OF_MEMORY_STARTS and _oom_kills() > kills_before:
         raise RunError(
-            f"out of memory: the system ended its process, {starts} times; use a smaller batch_size"
+            f"out of memory: the system ended its process {starts} times; use a smaller batch_size"
         )
-    files.write_atomic(file, f"{starts + 1} {before}")
+    files.write_atomic(file, f"{starts + 1} {kills_before}")
     try:
         yield
     finally:
@@ -266,7 +335,7 @@ def count_starts(folder: Path) -> Iterator[None]:
 
 
 def _oom_kills() -> int:
-    """Processes that Linux has ended since it started because memory ran out; 0 on other systems."""
+    """How many processes Linux has ended since it started because memory ran out; 0 on other systems."""
     try:
         return int(Path("/proc/vmstat").read_text().split("oom_kill ")[1].split()[0])
     except (OSError, IndexError):
@@ -274,7 +343,7 @@ def _oom_kills() -> int:
 
 
 def _reason(error: Exception) -> str:
-    """Why a trial failed, in a line."""
+    """Why a trial failed, in one line of at most 300 characters and the name of the error."""
     if isinstance(error, tf.errors.ResourceExhaustedError | MemoryError):
         error = runtime.out_of_memory(error if str(error) else MemoryError("no memory"))
     text = " ".join(str(error).split())[:300]

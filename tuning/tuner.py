@@ -1,4 +1,4 @@
-"""tune(): the whole search, in this process or as the chief of others."""
+"""tune(): a whole search, in this process or as the chief of worker processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ FIXED_OPTIONS = ("tuner", "objective", "seed", "baseline")  # they stay the same
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found. rows: its trials, the best first; best_config trains again what the best trial did."""
+    """The result of a search.
+
+    Attributes:
+        workdir: the search's folder.
+        rows: all trials: the completed ones, the best first, then the failed ones.
+        best_config: the Config of the best trial. Training it gives the same result.
+    """
 
     workdir: Path
     rows: Sequence[Row]
@@ -45,28 +51,35 @@ class SearchResult:
 
     @property
     def best(self) -> Row:
+        """The best trial."""
         return self.rows[0]
 
 
 def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> SearchResult | None:
     """Searches `space` for the Config with the best validation accuracy, and fills the search's folder.
 
-    A search that is in the folder already goes on. Test images are never scored.
+    If the folder holds the same search already, the search resumes. It never uses the test images.
 
     Args:
-        space: draws hyperparameters from KerasTuner's `hp`, and gives the Config to train.
-        dataset: images, or a function that loads them: each worker calls it once.
-        settings: see `Options`: workdir, tuner, max_trials, target, stop_at_target, workers and so on. With workers,
-            `space` and `dataset` are sent to processes: they must be picklable, so functions of a module.
+        space: a function that draws hyperparameters from KerasTuner's `hp`, and returns the Config to train.
+        dataset: the images, or a function that loads them, which each process calls once.
+        settings: the fields of `Options`, by keyword: workdir, tuner, max_trials, target, workers and so on. `patience` is
+            the old name of chief_timeout. With workers, `space` and `dataset` must be picklable, as the functions of a
+            module are.
 
-    Returns: what was found; None for a worker.
-    Raises: ConfigError for what cannot be; RunError where every trial failed, or the search was interrupted.
+    Returns:
+        The result of the search; None for the role "worker".
+
+    Raises:
+        ConfigError: if an argument is wrong, or the folder holds another search.
+        FolderBusyError: if another process searches in the folder.
+        RunError: if all trials failed, or a signal stopped the search (RunInterrupted).
     """
-    if "patience" in settings and "chief_timeout" not in settings:  # its name in version 1.0.0
+    if "patience" in settings and "chief_timeout" not in settings:
         settings["chief_timeout"] = settings.pop("patience")
     options = Options(**settings)
     if options.role == "worker":
-        # No host's name in it: KerasTuner takes any id with "chief" in it for the chief's.
+        # The id does not contain the name of the host: KerasTuner takes an id with "chief" in it for the chief's.
         run_worker(space, dataset, options, f"worker-{uuid.uuid4().hex}")
         return None
     log: Log = print if options.verbose else (lambda text: None)
@@ -107,7 +120,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
 
 
 def _log_start(leaderboard: Leaderboard, hp: kt.HyperParameters, data: Dataset, options: Options) -> None:
-    """Logs what is searched, and on what."""
+    """Logs the tuner, the hyperparameters, the budget, the target and the data."""
     oracle, log = leaderboard.oracle, leaderboard.log
     names, target = ", ".join(p.name for p in hp.space), f"{100 * options.target:.4g}%"
     log(
@@ -125,7 +138,7 @@ def _search(
     dataset: DatasetOrLoader,
     options: Options,
 ) -> None:
-    """Runs trials until there are no more: in this process, or in others of which it is the chief."""
+    """Runs the remaining trials: in this process, or in worker processes of which it is the chief."""
     oracle, log = leaderboard.oracle, leaderboard.log
     if _is_finished(oracle, options):
         return
@@ -137,24 +150,24 @@ def _search(
     if options.role == "chief":
         oracle.wait_for_former_workers()
         log(
-            f"chief: listening at {address}, without a password; for a worker, add --role=worker --chief={address}"
+            f"chief: listening at {address}, without a password; to start a worker, add --role=worker --chief={address}"
         )
     pool = chief.WorkerPool(space, dataset, options, address, log)
     chief.run_chief(tuner, oracle, pool, address)
 
 
 def _conclude(leaderboard: Leaderboard, hp: kt.HyperParameters, options: Options) -> SearchResult:
-    """Writes and tells what was found. Raises RunError where every trial failed."""
+    """Writes the results and logs them. Raises RunError if all trials failed."""
     log = leaderboard.log
     leaderboard.write()
     rows, config, folder = leaderboard.rows(), leaderboard.best_config(), leaderboard.folder
     if config is None:
         reasons = [r.reason for r in sorted(rows, key=lambda r: r.trial) if r.reason]
-        raise RunError(f"all {len(rows)} trials failed; the first: {(reasons or ['it never began'])[0]}")
+        raise RunError(f"all {len(rows)} trials failed; the first: {(reasons or ['it did not begin'])[0]}")
     logarithmic = [p.name for p in hp.space if getattr(p, "sampling", "") == "log"]
     search_figure(rows, logarithmic, options.target, folder.figure_file)
     if not _is_finished(leaderboard.oracle, options):
-        log(f"the space holds no more than these {len(rows)} trials")
+        log(f"the space has no more than these {len(rows)} trials")
     log(f"\n{leaderboard.table()}\n\n{leaderboard.conclusion()}")
     names = ", ".join(
         path.name for path in (folder.leaderboard_file, folder.figure_file, folder.best_config_file)
@@ -164,5 +177,6 @@ def _conclude(leaderboard: Leaderboard, hp: kt.HyperParameters, options: Options
 
 
 def _is_finished(oracle: SearchOracle, options: Options) -> bool:
+    """Whether the budget is spent, or the target reached at which the search should stop."""
     reached = options.stop_at_target and (oracle.best_accuracy() or 0) >= options.target
     return reached or len(oracle.end_order) >= options.max_trials

@@ -1,6 +1,7 @@
-"""A worker: takes trials from the chief. Importing this costs no TensorFlow, whose devices a process chooses first.
+"""A worker: a process that trains trials for a chief.
 
-A worker whose chief is gone ends by itself.
+This module imports TensorFlow inside functions only, because a worker's process chooses its GPU before that. A worker
+whose chief does not answer ends by itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables, within."""
+    """Sets environment variables, and restores them at the end of the context.
+
+    Args:
+        values: name -> value.
+    """
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -42,21 +47,34 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def distributed(tuner_id: str, address: str) -> contextlib.AbstractContextManager[None]:
-    """Makes KerasTuner, within, the chief at `address` (tuner_id: CHIEF) or a worker of it."""
+    """A context in which KerasTuner acts as the chief or as one of its workers.
+
+    Args:
+        tuner_id: `chief.CHIEF`, or any id of a worker that does not contain that word.
+        address: the chief's HOST:PORT.
+    """
     host, _, port = address.rpartition(":")
     return environment(
         {
             "KERASTUNER_TUNER_ID": tuner_id,
             "KERASTUNER_ORACLE_IP": host,
             "KERASTUNER_ORACLE_PORT": port,
-            "no_grpc_proxy": host,  # a proxy for the web would be asked for the chief, too
+            "no_grpc_proxy": host,  # otherwise gRPC would ask the proxy of the web for the chief
         }
     )
 
 
 @contextlib.contextmanager
 def project_errors(options: Options) -> Iterator[None]:
-    """Turns KerasTuner's and gRPC's errors into the project's."""
+    """A context that turns errors of KerasTuner and gRPC into errors of one line.
+
+    Args:
+        options: the options of the search, for the address and the timeout in the text.
+
+    Raises:
+        RunInterrupted: if a signal stopped a trial.
+        RunError: if the chief does not answer or fails, or if the search cannot continue.
+    """
     import grpc
     from keras_tuner import errors
 
@@ -66,29 +84,38 @@ def project_errors(options: Options) -> Iterator[None]:
         kind = RunInterrupted if isinstance(error.__cause__, RunInterrupted) else RunError
         raise kind(str(error)) from error
     except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.UNKNOWN:  # it answered, with an error of its own
+        if error.code() is grpc.StatusCode.UNKNOWN:  # the chief answered with an error of its own
             raise RunError(f"the chief at {options.chief} failed: {error.details()}") from error
         code = error.code().name.lower().replace("_", " ")
         raise RunError(
-            f"no answer from the chief at {options.chief} in {options.chief_timeout:g} s ({code}); start it, then this worker again"
+            f"no answer from the chief at {options.chief} in {options.chief_timeout:g} s ({code});"
+            " start the chief, and then this worker again"
         ) from error
 
 
 def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options, tuner_id: str) -> None:
-    """Takes trials from the chief at `options.chief` until there are no more.
+    """Trains trials of the chief at `options.chief` until the search is over.
 
-    Raises ConfigError or RunError where that cannot be, as when no chief answers.
+    Args:
+        space: hyperparameters -> Config, the same as the chief's.
+        dataset: the images, or a function that loads them.
+        options: the options of the search, with the role "worker".
+        tuner_id: an id that no other worker has.
+
+    Raises:
+        ConfigError: if the space is invalid.
+        RunError: if the chief does not answer, fails or runs another search, or if a signal stopped a trial.
     """
     from keras_tuner.src.distribute import oracle_client
 
     from . import trial
 
     assert options.chief is not None
-    oracle_client.TIMEOUT = options.chief_timeout  # it is an hour, and no argument
+    oracle_client.TIMEOUT = options.chief_timeout  # KerasTuner's is an hour, and it has no argument for it
     data = dataset() if callable(dataset) else dataset
-    record, hp = trial.describe_search(space, data)
+    description, hp = trial.describe_search(space, data)
     with distributed(tuner_id, options.chief), project_errors(options):
-        oracle = trial.make_search_oracle(record, hp, options)
+        oracle = trial.make_search_oracle(description, hp, options)
         folder = SearchFolder(options.workdir).trials
         tuner = trial.ConfigTuner(
             oracle, space, data, folder, digest=oracle.search, lease=options.lease, verbose=options.verbose
@@ -100,9 +127,16 @@ def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options,
 
 
 def worker_main(number: int, space: Any, dataset: Any, options: dict[str, Any]) -> None:
-    """The main function of a worker's process."""
+    """The main function of a local worker's process. Chooses the GPU, and then imports TensorFlow.
+
+    Args:
+        number: of the worker, from 0. With several GPUs, it selects one of them.
+        space: hyperparameters -> Config; picklable.
+        dataset: the images, or a function that loads them; picklable.
+        options: the fields of `Options`.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # workers may have to share a GPU
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # several workers may share a GPU
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob("/dev/nvidia[0-9]*"))))))
     if "," in gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[number % len(gpus.split(","))]
@@ -112,7 +146,7 @@ def worker_main(number: int, space: Any, dataset: Any, options: dict[str, Any]) 
     except KeyboardInterrupt:
         sys.exit(130)
     except RunInterrupted:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends as what it was asked to end by
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the exit status shows the signal that stopped it
         os.kill(os.getpid(), signal.SIGTERM)
     except (ConfigError, RunError) as error:
         print(f"error: worker {number}: {error}", file=sys.stderr)
@@ -120,6 +154,7 @@ def worker_main(number: int, space: Any, dataset: Any, options: dict[str, Any]) 
 
 
 def _end_with_parent() -> None:
+    """Waits for the end of the parent process, and then ends this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -127,9 +162,14 @@ def _end_with_parent() -> None:
 
 
 class RetryingClient:
-    """KerasTuner's client of the chief, which asks again where the chief was lost in the middle of an answer.
+    """KerasTuner's client of the chief, which repeats a call if the connection was lost before the answer.
 
-    It waits by itself for a chief that is not there. Asking twice does no harm: see `SearchOracle`.
+    KerasTuner's client itself waits for a chief that has not started. A repeated call does no harm: `SearchOracle`
+    ignores a second report of a trial, and gives a worker the same trial again.
+
+    Args:
+        client: KerasTuner's client.
+        timeout: seconds after which a call fails.
     """
 
     def __init__(self, client: Any, timeout: float):
