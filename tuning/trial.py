@@ -138,12 +138,11 @@ class ConfigTuner(BaseTuner):
     """A KerasTuner tuner whose trials are ordinary runs, each in a run folder of its own.
 
     Args:
-        search_oracle: chooses the hyperparameters of each trial.
+        search_oracle: chooses the hyperparameters of each trial. The tuner refuses trials with another digest than the
+            oracle's, and a worker sends six heartbeats in the oracle's lease.
         space: hyperparameters -> Config.
         dataset: the images to train on.
         folder: the folder of the trials' run folders.
-        digest: identifies the search. A trial with another digest is refused.
-        lease: the oracle's lease, in seconds. A worker sends a heartbeat six times in that time.
         show_epochs: whether to show the epochs of a trial on the terminal.
         verbose: 1: print a line when a trial begins; 0: print nothing.
     """
@@ -155,14 +154,12 @@ class ConfigTuner(BaseTuner):
         dataset: Dataset,
         folder: Path,
         *,
-        digest: str,
-        lease: float,
         show_epochs: bool = False,
         verbose: int = 0,
     ):
         super().__init__(search_oracle, space, directory=str(folder.parent), project_name=folder.name)
-        self.space, self.dataset, self.digest, self.show_epochs = space, dataset, digest, show_epochs
-        self._lease = lease
+        self.space, self.dataset, self.show_epochs = space, dataset, show_epochs
+        self._digest, self._lease = search_oracle.search, search_oracle.lease
         tf.get_logger().addFilter(_is_no_retracing_warning)
         self._idle, self.verbose = False, verbose
         self.signals = runtime.Signals()
@@ -197,7 +194,7 @@ class ConfigTuner(BaseTuner):
             errors.FatalError: if the trial belongs to another search, or if a signal stopped it.
         """
         values = trial.hyperparameters.values
-        if values.get(oracle.SEARCH) != self.digest:
+        if values.get(oracle.SEARCH) != self._digest:
             raise errors.FatalError(
                 "the chief runs another search; start the worker with the flags of the chief"
             )

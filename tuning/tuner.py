@@ -98,15 +98,8 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
             max_trials=options.max_trials,
             log=log,
         )
-        tuner = ConfigTuner(
-            oracle,
-            space,
-            data,
-            folder.trials,
-            digest=oracle.search,
-            lease=options.lease,
-            show_epochs=bool(options.verbose) and sys.stdout.isatty(),
-        )
+        show_epochs = bool(options.verbose) and sys.stdout.isatty()
+        tuner = ConfigTuner(oracle, space, data, folder.trials, show_epochs=show_epochs)
         oracle.reload()
         _log_start(leaderboard, hp, data, options)
         if oracle.trials:

@@ -117,9 +117,7 @@ def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options,
     with distributed(tuner_id, options.chief), project_errors(options):
         oracle = trial.make_search_oracle(description, hp, options)
         folder = SearchFolder(options.workdir).trials
-        tuner = trial.ConfigTuner(
-            oracle, space, data, folder, digest=oracle.search, lease=options.lease, verbose=options.verbose
-        )
+        tuner = trial.ConfigTuner(oracle, space, data, folder, verbose=options.verbose)
         tuner.oracle = RetryingClient(tuner.oracle, options.chief_timeout)
         tuner.search()
     if options.verbose:
