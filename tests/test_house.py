@@ -33,6 +33,7 @@ LAYERS = [
     "recipes",
     "config",
     "cli",
+    "machine",
     "files",
     "errors",
 ]
@@ -42,8 +43,8 @@ TUNING = [
     "chief",
     "worker",
     "trial",
-    "leaderboard",
     "figure",
+    "leaderboard",
     "oracle",
     "search_folder",
     "space",
