@@ -378,7 +378,7 @@ def test_impossible_shifts():
     with pytest.raises(ConfigError, match="pixels is -1; allowed: 0 or more"):
         RandomShift(-1)
     RandomShift(8)(some_images(1, 9, 9), seed=(0, 0))
-    with pytest.raises(ConfigError, match=r"9 pixels of 9x12.*less than a side"):
+    with pytest.raises(ConfigError, match=r"9 pixels of 9x12.*less than the shorter side"):
         RandomShift(9)(some_images(1), seed=(0, 0))
 
 
