@@ -253,8 +253,8 @@ class FastMaxPooling2D(keras.layers.MaxPooling2D):
 def kernel_gradient(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
     """Computes the gradient of y = conv2d(x, kernel, 1, "SAME") with respect to a 3x3 kernel.
 
-    Entry (i, j) of the kernel multiplies each pixel of x that lies (i, j) away from a pixel of y. Its gradient is
-    therefore one matrix product over all such pairs of pixels.
+    Entry (i, j) of the kernel, i and j from -1 to 1, multiplies each pixel of x that lies (i, j) away from a pixel of
+    y. Its gradient is therefore one matrix product over all such pairs of pixels.
 
     Args:
         x: float [n, h, w, in], the input.

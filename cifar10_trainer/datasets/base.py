@@ -18,7 +18,7 @@ class Dataset:
     All images are uint8 [n, height, width, 3], all labels int64 [n] from 0 to num_classes - 1.
 
     Attributes:
-        name: as of `load`.
+        name: of the data set, see `load`.
         train_images: the training images.
         train_labels: their labels.
         test_images: the test images; [0, height, width, 3] for a folder without test/.
@@ -60,7 +60,7 @@ def split(
         fraction: the share of the training images to validate on, between 0 and 1: round(n * fraction) images. None:
             train on all of them; the validation arrays are empty.
         kind: "stratified" draws each class's share at random; "last" takes the last images.
-        seed: of "stratified".
+        seed: of the random draw of "stratified".
         fold: which of the 1 / fraction stratified parts is the validation set, from 0. Each training image is in
             exactly one of these parts.
 
