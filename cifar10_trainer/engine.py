@@ -525,7 +525,7 @@ class Engine:
         """Returns the variables of the state, by the first part of their names there."""
         return {
             "weights": self.training_model.trainable_variables,
-            "non_trainable": self.training_model.non_trainable_variables,
+            "others": self.training_model.non_trainable_variables,  # the name in the files of version 1.0.0
             "optimizer": self.optimizer.variables,
             "averages": self.averages,
         }

@@ -14,7 +14,6 @@ exceptions are mixup and CutMix, which mix an image with its neighbour in the re
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ import tensorflow as tf
 
 from . import augment
 from .config import Augmentation
+from .machine import cpu_count
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
 # a second in total.
@@ -225,15 +225,11 @@ def training_data(
             images = tf.compat.v1.placeholder_with_default(tf.cast(images, tf.float32), shape)
         return images, targets
 
-    data = index_data(sampler, start, stop, context)
-    data = data.map(make_batch, num_parallel_calls=os.cpu_count()).prefetch(4)
-    if any_size:
-        # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so
-        # it waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
-        options = tf.data.Options()
-        options.threading.max_intra_op_parallelism = os.cpu_count() or 1
-        data = data.with_options(options)
-    return data
+    cores = cpu_count()
+    data = _indices(sampler, start, stop, context).map(make_batch, num_parallel_calls=cores).prefetch(4)
+    # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so it
+    # waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
+    return data.with_options(tuned_by_hand(cores if any_size else 1))
 
 
 def index_data(
@@ -250,19 +246,29 @@ def index_data(
     Returns:
         The elements of `EpochSampler.dataset`.
     """
+    return _indices(sampler, start, stop, context).with_options(tuned_by_hand())
+
+
+def _indices(
+    sampler: EpochSampler, start: int, stop: int, context: tf.distribute.InputContext | None
+) -> tf.data.Dataset:
+    """Returns `index_data` without its options. TensorFlow warns where options are set twice."""
     worker, workers = (context.input_pipeline_id, context.num_input_pipelines) if context else (0, 1)
     local = sampler.replicas // workers
-    return sampler.dataset(start, stop, worker * local, local).prefetch(2).with_options(tuned_by_hand())
+    return sampler.dataset(start, stop, worker * local, local).prefetch(2)
 
 
-def tuned_by_hand() -> tf.data.Options:
+def tuned_by_hand(threads: int = 1) -> tf.data.Options:
     """Returns tf.data options without autotuning.
 
-    The autotuner runs in a thread, and an iterator that ends waits for this thread for up to a minute. Each batch is
-    made by one thread, several batches at a time: that is up to a sixth faster than several threads per batch.
+    The autotuner runs in a thread, and an iterator that ends waits for this thread for up to a minute.
+
+    Args:
+        threads: for each batch. With one thread per batch and several batches at a time, a pipeline is up to a sixth
+            faster than with several threads per batch.
     """
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
-    options.threading.max_intra_op_parallelism = 1
+    options.threading.max_intra_op_parallelism = threads
     return options
