@@ -21,6 +21,8 @@ import tensorflow as tf
 
 from . import augment
 from .config import Augmentation
+from .datasets.arrays import check_images, check_labels
+from .errors import ConfigError
 from .machine import cpu_count
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
@@ -230,6 +232,71 @@ def training_data(
     # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so it
     # waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
     return data.with_options(tuned_by_hand(cores if any_size else 1))
+
+
+def make_dataset(
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    *,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    epochs: int | None = None,
+    one_hot: bool = False,
+) -> tf.data.Dataset:
+    """Makes the cached, shuffled, augmented and prefetched input pipeline of this project for anybody's `fit`.
+
+    The order and the augmentation of an epoch are a function of the seed and of the number of the epoch alone. They are
+    those that `train` uses for the same seed, batch size and augmentation.
+
+    Args:
+        images: uint8 [n, height, width, 3], raw pixels 0-255.
+        labels: integers [n] from 0, or one-hot [n, classes].
+        batch_size: 1 to n. Each epoch has n // batch_size whole batches; which images are left over differs.
+        augmentation: None: none.
+        seed: 0 to 2**31 - 1.
+        epochs: None: each pass over the data set is the next epoch, as `fit(dataset, epochs=10)` needs it. A number: one
+            pass over the data set is so many epochs, and every pass is the same.
+        one_hot: whether the labels are one-hot float32 [batch, classes]; else int32 [batch]. mixup and cutmix need it.
+
+    Returns:
+        (images, labels) of a batch. Images are uint8, or float32 in 0-255 if they are mixed.
+
+    Raises:
+        ConfigError: on another shape, dtype, length or range.
+    """
+    images = check_images("images", images)
+    labels = check_labels("labels", labels, len(images))
+    augmentation = Augmentation() if augmentation is None else augmentation
+    if not 1 <= batch_size <= len(images):
+        raise ConfigError(f"batch_size is {batch_size}; allowed: from 1 to the {len(images)} images")
+    if epochs is not None and epochs < 1:
+        raise ConfigError(f"epochs is {epochs}; allowed: None, or 1 or more")
+    if (augmentation.mixup or augmentation.cutmix) and not one_hot:
+        raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
+    for layer in augment.layers_of(augmentation):
+        if isinstance(layer, augment.RandomShift):
+            layer.check(*images.shape[1:3])
+    sampler = EpochSampler(len(images), batch_size, seed, augmentation)
+    batch_maker = BatchMaker(augmentation, int(labels.max()) + 1)
+    table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
+    steps = sampler.steps_per_epoch
+
+    @no_autograph
+    def make_batch(index: tf.Tensor, numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        batch, hot = batch_maker(table, targets, index, numbers)
+        return batch, hot if one_hot else tf.gather(targets, index)
+
+    if epochs is not None:
+        indices, count = sampler.dataset(0, epochs * steps), epochs * steps
+    else:
+        passes, count = tf.Variable(-1, dtype=tf.int64, trainable=False), steps
+        one_pass = tf.data.Dataset.range(1).map(lambda _: passes.assign_add(1))
+        indices = one_pass.flat_map(
+            lambda epoch: tf.data.Dataset.from_tensor_slices(tuple(x[:, 0] for x in sampler.batches(epoch)))
+        )
+    data = indices.map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
+    return data.with_options(tuned_by_hand()).apply(tf.data.experimental.assert_cardinality(count))
 
 
 def index_data(

@@ -37,8 +37,8 @@ def from_arrays(
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if part is not None:
             images, labels = _pair(name, part)
-            images = _images(f"{name} images", images)
-            parts[name] = images, _labels(f"{name} labels", labels, len(images))
+            images = check_images(f"{name} images", images)
+            parts[name] = images, check_labels(f"{name} labels", labels, len(images))
     shape = parts["train"][0].shape[1:]
     for name, (images, _) in parts.items():
         if images.shape[1:] != shape:
@@ -107,7 +107,7 @@ def _collect(name: str, data: Any, tf: Any) -> Pair:
     return join([x for x, _ in elements]), join([np.asarray(y) for _, y in elements])
 
 
-def _images(name: str, images: Any) -> np.ndarray:
+def check_images(name: str, images: Any) -> np.ndarray:
     """uint8 [n, height, width, 3]. Raises ConfigError."""
     array = np.asarray(images)
     if array.dtype.kind == "f":
@@ -128,7 +128,7 @@ def _images(name: str, images: Any) -> np.ndarray:
     return array
 
 
-def _labels(name: str, labels: Any, n: int) -> np.ndarray:
+def check_labels(name: str, labels: Any, n: int) -> np.ndarray:
     """int64 [n]. Raises ConfigError."""
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:
