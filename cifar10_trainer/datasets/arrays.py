@@ -67,14 +67,17 @@ def from_arrays(
     )
 
 
-def as_dataset(data: Any, validation: Any = None, test: Any = None) -> Dataset:
+def as_dataset(
+    data: Any, validation: Any = None, test: Any = None, class_names: Sequence[str] | None = None
+) -> Dataset:
     """`data` itself where it is a Dataset, else `from_arrays` of the arguments. Raises ConfigError."""
     if not isinstance(data, Dataset):
-        return from_arrays(data, validation, test)
-    if validation is not None or test is not None:
-        raise ConfigError(
-            "validation_data or test_data with a Dataset, which holds its own; allowed: with arrays, or data alone"
-        )
+        return from_arrays(data, validation, test, class_names)
+    for name, value in (("validation_data", validation), ("test_data", test), ("class_names", class_names)):
+        if value is not None:
+            raise ConfigError(
+                f"{name} is set beside a Dataset, which holds its own; allowed: with arrays only"
+            )
     return data
 
 
