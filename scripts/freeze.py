@@ -119,7 +119,7 @@ def train(name: str, folder: Path) -> dict[str, str]:
 
 def resumed(folder: Path) -> dict[str, str]:
     """The run `fast`, ended by SIGTERM as soon as it trains, and resumed. Its digests must be those of `fast`."""
-    words = ["-m", "cifar10_trainer", *RUNS["fast"], "--dataset=digits", f"--workdir={folder}"]
+    words = ["-m", "cifar10_trainer", *RUNS["fast"], "--dataset=digits", f"--workdir={folder}", "--verbose"]
     with subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
