@@ -100,7 +100,8 @@ def run(
         usage: what --help prints before the flags.
         argv: the command line, its first element the program; None: `sys.argv`.
 
-    Returns: the exit status. 0: done; 2: wrong usage; 1: anything else failed; 130: interrupted before anything could be
+    Returns:
+        the exit status. 0: done; 2: wrong usage; 1: anything else failed; 130: interrupted before anything could be
         saved; 141: whatever read the output has closed it.
     """
     argv = list(sys.argv if argv is None else argv)

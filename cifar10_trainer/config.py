@@ -338,7 +338,8 @@ class Config(_Section):
         Args:
             values: field=value. A double underscore reaches into a section: `optimizer__learning_rate=0.1`.
 
-        Raises: ConfigError on an unknown name or a value out of range.
+        Raises:
+            ConfigError on an unknown name or a value out of range.
         """
         changes: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}

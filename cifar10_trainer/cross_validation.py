@@ -50,18 +50,17 @@ def cross_validate(
         workdir: the folder of all runs; None: runs/<recipe>-folds-<time>.
         data_dir, dataset, overwrite, verbose, since: as for `train_and_evaluate`.
 
-    Returns: the contents of folds.json: recipe, dataset, folds, seed, n_train (all training images), the list
-    `runs` (fold, n_validation, val_accuracy, epochs, best_epoch, train_seconds), and over them val_accuracy_mean
-    and val_accuracy_std (of the sample), 0-1.
-    Raises: as `train_and_evaluate`.
+    Returns:
+        The contents of folds.json: recipe, dataset, folds, seed, n_train, val_accuracy_mean, val_accuracy_std (of the
+        sample) and the list `runs` (fold, n_validation, val_accuracy, epochs, best_epoch, train_seconds).
+
+    Raises:
+        as `train_and_evaluate`.
     """
     log = print if runtime.verbosity(verbose) else (lambda *_: None)
     since = time.time() if since is None else since
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (workdir / FOLDS_FILE).exists() and not overwrite:
-        raise ConfigError(
-            f"{workdir} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
-        )
+    _check_not_finished(workdir, overwrite)
     strategy, _ = runtime.choose_strategy(config.strategy)
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
@@ -87,6 +86,14 @@ def cross_validate(
     write_json(workdir / FOLDS_FILE, summary)
     log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
+
+
+def _check_not_finished(workdir: Path, overwrite: bool) -> None:
+    """Raises ConfigError where the folder holds a finished cross-validation that may not be replaced."""
+    if (workdir / FOLDS_FILE).exists() and not overwrite:
+        raise ConfigError(
+            f"{workdir} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
+        )
 
 
 def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:

@@ -64,8 +64,10 @@ USAGE = (
 def load_model(path: str | Path) -> keras.Model:
     """Opens a saved image classifier, uncompiled, with Keras's safe mode on.
 
-    Returns: a model that maps [batch, height, width, 3], with a fixed height and width, to [batch, classes].
-    Raises: ConfigError where there is no such file, or the model has other shapes; RunError where the file does not open
+    Returns:
+        a model that maps [batch, height, width, 3], with a fixed height and width, to [batch, classes].
+    Raises:
+        ConfigError where there is no such file, or the model has other shapes; RunError where the file does not open
         as a model.
     """
     path = check_model_file(path)
@@ -104,8 +106,10 @@ def evaluate_model(
         views: 1, 2 or 6.
         batch_size: images in a batch.
 
-    Returns: {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
-    Raises: ConfigError where the images do not fit the model or there are none; RunError where the outputs are not
+    Returns:
+        {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
+    Raises:
+        ConfigError where the images do not fit the model or there are none; RunError where the outputs are not
         probabilities.
     """
     if isinstance(data, datasets.Dataset):
@@ -165,7 +169,8 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
         settings: validation_fraction, validation_split, validation_fold, seed and fingerprint of the run, which determine
             its training and validation images. Empty: all training images are "train".
 
-    Raises: ConfigError where the split is empty, or `dataset` does not hold the images of the run.
+    Raises:
+        ConfigError where the split is empty, or `dataset` does not hold the images of the run.
     """
     if name == "test":
         images, labels = dataset.test_images, dataset.test_labels
@@ -211,7 +216,8 @@ def first_predictions(
         class_names: one for each class.
         count: how many.
 
-    Returns: for each image {"image": its number from 0, "true": class name, "predicted": class name, "probability": that of
+    Returns:
+        for each image {"image": its number from 0, "true": class name, "predicted": class name, "probability": that of
         the predicted class, 0-1}.
     """
     return [

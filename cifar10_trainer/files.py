@@ -52,7 +52,8 @@ def folder_lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
         folder: the folder to lock.
         busy: called before waiting; an exception from it ends the attempt.
 
-    Raises: OSError where the folder cannot be made.
+    Raises:
+        OSError where the folder cannot be made.
     """
     made, descriptor = _lock(folder, busy)
     try:

@@ -155,7 +155,8 @@ class TrainingLoop:
             validation: images uint8 [n, height, width, channels] and labels [n]; n may be 0.
             signals: what catches SIGINT and SIGTERM.
 
-        Raises: RunInterrupted after a signal, with everything saved; RunError for what failed.
+        Raises:
+            RunInterrupted after a signal, with everything saved; RunError for what failed.
         """
         engine, per_epoch = self.engine, self.engine.steps_per_epoch
         (mean_step,) = runtime.mean_over_workers(engine.strategy, engine.step)

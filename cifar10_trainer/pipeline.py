@@ -268,15 +268,7 @@ def make_dataset(
     images = check_images("images", images)
     labels = check_labels("labels", labels, len(images))
     augmentation = Augmentation() if augmentation is None else augmentation
-    if not 1 <= batch_size <= len(images):
-        raise ConfigError(f"batch_size is {batch_size}; allowed: from 1 to the {len(images)} images")
-    if epochs is not None and epochs < 1:
-        raise ConfigError(f"epochs is {epochs}; allowed: None, or 1 or more")
-    if (augmentation.mixup or augmentation.cutmix) and not one_hot:
-        raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
-    for layer in augment.layers_of(augmentation):
-        if isinstance(layer, augment.RandomShift):
-            layer.check(*images.shape[1:3])
+    _check_dataset(images, batch_size, augmentation, epochs, one_hot)
     sampler = EpochSampler(len(images), batch_size, seed, augmentation)
     batch_maker = BatchMaker(augmentation, int(labels.max()) + 1)
     table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
@@ -297,6 +289,21 @@ def make_dataset(
         )
     data = indices.map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
     return data.with_options(tuned_by_hand()).apply(tf.data.experimental.assert_cardinality(count))
+
+
+def _check_dataset(
+    images: np.ndarray, batch_size: int, augmentation: Augmentation, epochs: int | None, one_hot: bool
+) -> None:
+    """Raises ConfigError as `make_dataset` does."""
+    if not 1 <= batch_size <= len(images):
+        raise ConfigError(f"batch_size is {batch_size}; allowed: from 1 to the {len(images)} images")
+    if epochs is not None and epochs < 1:
+        raise ConfigError(f"epochs is {epochs}; allowed: None, or 1 or more")
+    if (augmentation.mixup or augmentation.cutmix) and not one_hot:
+        raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
+    for layer in augment.layers_of(augmentation):
+        if isinstance(layer, augment.RandomShift):
+            layer.check(*images.shape[1:3])
 
 
 def index_data(

@@ -85,9 +85,11 @@ def predict_images(
         images: image files, or raw pixels uint8 [n, height, width, 3] in the model's size.
         class_names: one for each output of the model; None: numbers from 0.
 
-    Returns: for each image {"file": its name, or its number from 0, "label", "probability", "probabilities": {class name:
+    Returns:
+        for each image {"file": its name, or its number from 0, "label", "probability", "probabilities": {class name:
         0-1}}, the most probable class first.
-    Raises: RunError where a file is not an image; ConfigError where the class names do not fit the model.
+    Raises:
+        RunError where a file is not an image; ConfigError where the class names do not fit the model.
     """
     height, width, _ = model.input_shape[1:]
     classes = model.output_shape[-1]

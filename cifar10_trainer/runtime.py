@@ -26,7 +26,8 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
         requested: "none"; "mirrored": every visible GPU, or every logical CPU device where there is no GPU; "multi_worker":
             the cluster in TF_CONFIG; "auto": multi_worker with a cluster, mirrored with several GPUs, else none.
 
-    Raises: ConfigError where multi_worker finds no cluster.
+    Raises:
+        ConfigError where multi_worker finds no cluster.
     """
     if requested == "multi_worker" or (requested == "auto" and _cluster()):
         return _multi_worker()  # TensorFlow allows this only before anything else initializes the devices

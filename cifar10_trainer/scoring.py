@@ -60,8 +60,10 @@ def predict_probabilities(
         views: 1: the image alone. 2: the image and its mirror image, half each. 6: these with a quarter each, and an
             eighth each for two diagonal shifts by one pixel and their mirror images (Jordan 2024, arXiv:2404.00498).
 
-    Returns: float32 [n, classes].
-    Raises: ConfigError on another number of views; RunError where the outputs are not probabilities.
+    Returns:
+        float32 [n, classes].
+    Raises:
+        ConfigError on another number of views; RunError where the outputs are not probabilities.
     """
     import tensorflow as tf
 
@@ -96,7 +98,8 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
         labels: integers [n].
         probabilities: float [n, classes]; clipped to at least 1e-7, as in Keras's loss.
 
-    Returns: {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
+    Returns:
+        {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
     """
     n = len(labels)
     assert n == len(probabilities) > 0, f"{n} labels for {len(probabilities)} rows of probabilities"

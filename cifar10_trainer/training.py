@@ -76,8 +76,10 @@ def train_and_evaluate(
         hdf5: whether to write the model in the older format as well, as model.h5.
         since: when this run's clock began, as from `time.time()`; None: with this call.
 
-    Returns: the contents of metrics.json.
-    Raises: ConfigError for a wrong argument; RunError for what failed, and for an interrupted run.
+    Returns:
+        the contents of metrics.json.
+    Raises:
+        ConfigError for a wrong argument; RunError for what failed, and for an interrupted run.
     """
     since = time.time() if since is None else since
     verbose = runtime.verbosity(verbose)
