@@ -2,54 +2,111 @@
 
     from cifar10_trainer import RECIPES, build_model, train
 
-    model = build_model(filters=(32, 128, 128))         # a plain, uncompiled Keras model on raw uint8 images
+    model = build_model(filters=(32, 128, 128))         # an ordinary, uncompiled Keras model on raw uint8 images
     metrics = train(RECIPES["fast.default"].override(epochs=4), "runs/mine")
 
-Nothing here imports TensorFlow until it is used.
+Every name in `__all__` can be imported from here. TensorFlow is imported when the first name that needs it is used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import Config
-from .errors import ConfigError, RunError
+__version__ = "1.0.0"  # before the imports, since some of them read it
+
+from .config import Augmentation, Averaging, Config, Optimizer, Origin, Schedule
+from .errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from .recipes import DEFAULT_RECIPE, RECIPES
 
 if TYPE_CHECKING:
+    from .accelerate import make_training_model as make_training_model
+    from .augment import RandomCutout as RandomCutout
+    from .augment import RandomFlip as RandomFlip
+    from .augment import RandomRotation as RandomRotation
+    from .augment import RandomShift as RandomShift
+    from .augment import RandomZoom as RandomZoom
     from .cross_validation import cross_validate as cross_validate
+    from .datasets import Dataset as Dataset
     from .datasets import load as load
-    from .models.fast import build as build_model
+    from .datasets import load as load_data
+    from .engine import Engine as Engine
+    from .evaluate import evaluate_model as evaluate_model
+    from .evaluate import load_model as load_model
+    from .models import build_model as build_model
+    from .optim import Muon as Muon
+    from .optim import RunSchedule as RunSchedule
+    from .pipeline import make_dataset as make_dataset
+    from .predict import predict_images as predict_images
     from .training import train_and_evaluate as train
 
-__version__ = "1.0.0"
-__all__ = [
-    "DEFAULT_RECIPE",
-    "RECIPES",
-    "Config",
-    "ConfigError",
-    "RunError",
-    "build_model",
-    "cross_validate",
-    "load",
-    "train",
-]
-
-_LATE = {
-    "build_model": ("models.fast", "build"),
+# Name -> the module, and its name there. They are imported at first use, because most of them import TensorFlow.
+_LAZY = {
+    "Dataset": ("datasets", "Dataset"),
+    "Engine": ("engine", "Engine"),
+    "Muon": ("optim", "Muon"),
+    "RandomCutout": ("augment", "RandomCutout"),
+    "RandomFlip": ("augment", "RandomFlip"),
+    "RandomRotation": ("augment", "RandomRotation"),
+    "RandomShift": ("augment", "RandomShift"),
+    "RandomZoom": ("augment", "RandomZoom"),
+    "RunSchedule": ("optim", "RunSchedule"),
+    "build_model": ("models", "build_model"),
     "cross_validate": ("cross_validation", "cross_validate"),
-    "load": ("datasets", "load"),
+    "evaluate_model": ("evaluate", "evaluate_model"),
+    "load": ("datasets", "load"),  # the name of load_data in version 1.0.0
+    "load_data": ("datasets", "load"),
+    "load_model": ("evaluate", "load_model"),
+    "make_dataset": ("pipeline", "make_dataset"),
+    "make_training_model": ("accelerate", "make_training_model"),
+    "predict_images": ("predict", "predict_images"),
     "train": ("training", "train_and_evaluate"),
 }
 
+__all__ = [
+    "DEFAULT_RECIPE",
+    "RECIPES",
+    "Augmentation",
+    "Averaging",
+    "Config",
+    "ConfigError",
+    "Dataset",
+    "Engine",
+    "FolderBusyError",
+    "Muon",
+    "Optimizer",
+    "Origin",
+    "RandomCutout",
+    "RandomFlip",
+    "RandomRotation",
+    "RandomShift",
+    "RandomZoom",
+    "RunError",
+    "RunInterrupted",
+    "RunSchedule",
+    "Schedule",
+    "build_model",
+    "cross_validate",
+    "evaluate_model",
+    "load",
+    "load_data",
+    "load_model",
+    "make_dataset",
+    "make_training_model",
+    "predict_images",
+    "train",
+]
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module, attribute = _LATE[name]
+    module, attribute = _LAZY[name]
     value = getattr(importlib.import_module(f".{module}", __name__), attribute)
-    # Importing the submodule `train` has just set that name to the module: the function is what it stands for.
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

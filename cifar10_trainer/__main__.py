@@ -1,4 +1,4 @@
-"""python -m cifar10_trainer: flags -> Config -> train_and_evaluate, or cross_validate."""
+"""python -m cifar10_trainer: flags -> Config -> train_and_evaluate or cross_validate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from absl import flags
 from . import cli
 from .config import DATASETS, PRECISIONS, STRATEGIES, Config
 from .errors import ConfigError, unknown
+from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES
 
 USAGE = """usage: python -m cifar10_trainer [flags]
@@ -24,51 +25,53 @@ Examples:
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-
-
-def _define(kind, name, text, default=None, **more):
-    kind(name, default, text, flag_values=FLAGS, module_name="python -m cifar10_trainer", **more)
-
+_define = cli.definer(FLAGS, "python -m cifar10_trainer")
 
 _define(
     flags.DEFINE_string,
     "recipe",
-    f"a name of --list_recipes; default: {DEFAULT_RECIPE}, for digits fast.digits",
+    f"a name that --list_recipes prints; default: {DEFAULT_RECIPE}, for the digits fast.digits",
 )
-_define(flags.DEFINE_string, "config", "a JSON file written by a run or by the search, instead of --recipe")
+_define(
+    flags.DEFINE_string, "config", "config.json of a run or best_config.json of a search, instead of --recipe"
+)
 _define(flags.DEFINE_boolean, "list_recipes", "print the recipes and exit", False)
 _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's")
 _define(
     flags.DEFINE_string,
     "data_dir",
-    "a TFDS directory, an official archive, its extracted folder, or an image folder; default: "
-    "$CIFAR10_TRAINER_DATA, then the usual caches, then a download",
+    "a TFDS directory, an official archive, its extracted folder, or a folder of images; default: "
+    "$CIFAR10_TRAINER_DATA, then the caches of TFDS, Keras and torchvision, then a download",
 )
 _define(flags.DEFINE_float, "epochs", "passes over the training images; default: the recipe's")
-_define(flags.DEFINE_integer, "batch_size", "images a step, over all replicas; default: the recipe's")
+_define(flags.DEFINE_integer, "batch_size", "images in a step, over all replicas; default: the recipe's")
 _define(flags.DEFINE_float, "learning_rate", "peak learning rate; default: the recipe's")
-_define(flags.DEFINE_integer, "seed", "of weights, order and augmentation; default: the recipe's")
+_define(
+    flags.DEFINE_integer, "seed", "the seed of initial weights, order and augmentation; default: the recipe's"
+)
 _define(
     flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
 )
 _define(
     flags.DEFINE_boolean,
     "final_fit",
-    "train on all training images and keep the last weights (of a folder with val/: the best by it)",
+    "hold out nothing: train on all training images and keep the last weights (a folder's val/ is still used)",
     False,
 )
 _define(
-    flags.DEFINE_integer, "folds", "cross-validate: train once for each of so many parts, validated on it"
+    flags.DEFINE_integer,
+    "folds",
+    "cross-validate: split the training images into so many parts, and train once for each, validated on it",
 )
 _define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
 _define(flags.DEFINE_string, "strategy", f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto")
 _define(flags.DEFINE_string, "precision", f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto")
-_define(flags.DEFINE_boolean, "sync_batch_norm", "batch-norm statistics over all replicas", None)
+_define(flags.DEFINE_boolean, "sync_batch_norm", "compute batch-norm statistics over all replicas", None)
 _define(
     flags.DEFINE_multi_string,
     "set",
-    "any other setting of the configuration, as section.name=value with a JSON value; may be repeated. "
-    "For example --set optimizer.momentum=0.9 --set options.filters=[32,128,128]",
+    "any other setting, as section.name=value with a JSON value; may be repeated. For example "
+    "--set optimizer.momentum=0.9 --set options.filters=[32,128,128]",
     [],
 )
 _define(
@@ -77,24 +80,28 @@ _define(
     "the run folder; an unfinished run of the same configuration in it is resumed; default: runs/<recipe>-<time>",
 )
 _define(flags.DEFINE_boolean, "overwrite", "replace the run that is in --workdir", False)
-_define(flags.DEFINE_boolean, "hdf5", "leave the model as model.h5, too", False)
+_define(flags.DEFINE_boolean, "quiet", "print nothing but errors", False)
+_define(flags.DEFINE_boolean, "verbose", "show the progress bar in a file or a pipe, too", False)
+_define(flags.DEFINE_boolean, "hdf5", "write the model as model.h5, too", False)
 
 
 def read_config(path: str) -> Config:
-    """The Config in a JSON file: a run's config.json, or the search's best_config.json."""
+    """The Config in a JSON file: config.json of a run, or best_config.json of a search. Raises ConfigError."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read --config={path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"--config={path} is no JSON: {error}; allowed: a config.json of a run") from error
+        raise ConfigError(
+            f"--config={path} is not a JSON file: {error}; allowed: config.json of a run, or best_config.json of a search"
+        ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config={path} holds {type(values).__name__}; allowed: a JSON object")
     return Config.from_record(values)
 
 
 def config_from_flags() -> Config:
-    """The recipe or the file, with what the flags override."""
+    """The recipe or the file, with the changes that the flags ask for. Raises ConfigError."""
     if FLAGS.recipe and FLAGS.config:
         raise ConfigError(f"--recipe={FLAGS.recipe} and --config={FLAGS.config}; allowed: one of the two")
     recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
@@ -137,7 +144,7 @@ def config_from_flags() -> Config:
 
 
 def list_recipes() -> None:
-    """Prints a line a recipe: name, parameters, epochs, claim, source."""
+    """Prints one line for each recipe: name, parameters, epochs, claim, source."""
     rows = [("recipe", "parameters", "epochs", "claim", "source")]
     for name, c in RECIPES.items():
         claim = "-" if c.origin.claim is None else f"{100 * c.origin.claim:.2f}%"
@@ -157,22 +164,23 @@ def main(argv: list[str]) -> None:
         list_recipes()
         return
     config = config_from_flags()
-    where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite}
+    if FLAGS.quiet and FLAGS.verbose:
+        raise ConfigError("--quiet and --verbose; allowed: one of the two")
+    verbose = 0 if FLAGS.quiet else 1 if FLAGS.verbose else "auto"
+    where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
     if FLAGS.folds is None:
         cli.import_tensorflow()
-        from . import runtime
         from .training import train_and_evaluate
 
-        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, since=runtime.process_start(), **where)
+        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, since=PROCESS_START, **where)
         return
     for flag in ("final_fit", "hdf5", "validation_fraction"):
         if FLAGS[flag].present:
             raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
     cli.import_tensorflow()
-    from . import runtime
     from .cross_validation import cross_validate
 
-    cross_validate(config, FLAGS.folds, FLAGS.workdir, since=runtime.process_start(), **where)
+    cross_validate(config, FLAGS.folds, FLAGS.workdir, since=PROCESS_START, **where)
 
 
 def command() -> int:

@@ -1,8 +1,16 @@
-"""A plain Keras model -> the model that trains: the same variables and the same function, faster.
+"""Turns a plain Keras model into its training model: the same variables and the same function, but faster.
 
-Batch norm in one kernel each way, dropout from 16 random bits a number, leaky ReLUs within convolutions, SiLU's gradient
-without a sigmoid, gradients of small convolutions as matrix products, max pooling in one pass each way under XLA, the
-compute dtype of the precision's policy, no softmax. What it has learned is copied to the plain model, which is what is saved.
+The training model computes in the dtype of a precision policy, ends in logits instead of a softmax, and replaces
+these layers by those of `layers.py`:
+
+- batch norm: one kernel forward and one backward;
+- dropout: 16 random bits per element;
+- leaky ReLU: a part of the convolution before it;
+- SiLU: a gradient without a sigmoid, on a CPU;
+- 3x3 convolutions with small maps: the gradient to the kernel as matrix products, on a CPU;
+- max pooling: one pass forward and one backward, under XLA.
+
+The trained weights are copied to the plain model, and that model is saved.
 """
 
 from __future__ import annotations
@@ -20,6 +28,8 @@ from .layers import (
     FusedBatchNormalization,
 )
 
+FLOAT32_LAYERS = {"preprocess", "head", "logits"}  # whose results lose too much in 16 bits
+
 
 def make_training_model(
     model: keras.Model,
@@ -29,70 +39,84 @@ def make_training_model(
     synchronize: bool = False,
     compiled: bool = False,
 ) -> keras.Model:
-    """A twin of `model` up to its logits, faster to train: the same variables in the same order, and their values.
-
-    The twin computes in `policy`; preprocessing and everything from the logits on stay in float32.
+    """Makes the training model of `model`: up to the logits, with equal variables in the same order.
 
     Args:
         model: functional, with a layer "logits".
-        policy: a Keras dtype policy's name.
-        any_size: whether the twin takes images of any height and width.
-        synchronize: whether batch norm takes its statistics over all replicas (Keras's own, unfused kernel).
-        compiled: whether XLA compiles its gradients.
+        policy: a Keras dtype policy's name. Preprocessing, and everything from the head on, stays in float32.
+        any_size: whether the training model accepts images of any height and width.
+        synchronize: whether batch norm computes its statistics over all replicas, by Keras's own, unfused kernels.
+        compiled: whether XLA compiles the gradients.
+
+    Returns:
+        A functional model from images [n, height, width, channels] to float32 logits [n, classes]. Its variables have
+        the values of those of `model`, but they are copies.
     """
+
+    def clone(layer: keras.Layer) -> keras.Layer:
+        return _training_layer(layer, policy, any_size=any_size, synchronize=synchronize, compiled=compiled)
+
     body = keras.Model(model.input, model.get_layer("logits").output)
-    head = {"preprocess", "head", "logits"}
-    cpu = not tf.config.list_logical_devices("GPU")
-
-    def twin(layer):
-        config = layer.get_config()
-        if layer.name not in head:
-            config["dtype"] = policy
-        if type(layer) is keras.layers.BatchNormalization and config["axis"] in (
-            -1,
-            len(layer.output.shape) - 1,
-        ):
-            if synchronize:
-                return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
-            return FusedBatchNormalization.from_config(config)
-        if type(layer) is keras.layers.Dropout and layer.noise_shape is None:
-            return FastDropout.from_config(config)
-        if type(layer) is keras.layers.Conv2D and cpu:
-            side = (1, 1) if any_size else layer.output.shape[1:3]
-            if FastConv2D.suits(layer, *side):
-                return FastConv2D.from_config(config)
-        if type(layer) is keras.layers.Activation and cpu and not compiled and FastSiLU.suits(layer, policy):
-            return FastSiLU.from_config(config)
-        if type(layer) is keras.layers.MaxPooling2D and compiled and FastMaxPooling2D.suits(layer):
-            return FastMaxPooling2D.from_config(config)
-        if type(layer) is keras.layers.LeakyReLU and layer.negative_slope > 0:
-            return FastLeakyReLU.from_config(config)
-        return layer.__class__.from_config(config)
-
     shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
-    result = keras.models.clone_model(body, input_tensors=keras.Input(shape), clone_function=twin)
+    result = keras.models.clone_model(body, input_tensors=keras.Input(shape), clone_function=clone)
     for old, new in zip(body.layers, result.layers, strict=True):
         new.trainable = old.trainable
     result.set_weights(body.get_weights())
     return result
 
 
+def _training_layer(
+    layer: keras.Layer, policy: str, *, any_size: bool, synchronize: bool, compiled: bool
+) -> keras.Layer:
+    """Returns a new layer, without weights, that stands for `layer` in the training model."""
+    config = layer.get_config()
+    if layer.name not in FLOAT32_LAYERS:
+        config["dtype"] = policy
+    # `type`, not `isinstance`: a subclass may compute something else.
+    kind, cpu = type(layer), not tf.config.list_logical_devices("GPU")
+    if kind is keras.layers.BatchNormalization and config["axis"] in (-1, len(layer.output.shape) - 1):
+        if synchronize:
+            return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
+        return FusedBatchNormalization.from_config(config)
+    if kind is keras.layers.Dropout and layer.noise_shape is None:
+        return FastDropout.from_config(config)
+    if kind is keras.layers.Conv2D and cpu:
+        # Without a fixed size, each step decides, and the smallest maps are those for which it can matter.
+        height, width = (1, 1) if any_size else layer.output.shape[1:3]
+        if FastConv2D.suits(layer, height, width):
+            return FastConv2D.from_config(config)
+    if kind is keras.layers.Activation and cpu and not compiled and FastSiLU.suits(layer, policy):
+        return FastSiLU.from_config(config)
+    if kind is keras.layers.MaxPooling2D and compiled and FastMaxPooling2D.suits(layer):
+        return FastMaxPooling2D.from_config(config)
+    if kind is keras.layers.LeakyReLU and layer.negative_slope > 0:
+        return FastLeakyReLU.from_config(config)
+    return layer.__class__.from_config(config)
+
+
 def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
-    """Raises ConfigError where the weights of `model` do not fit square images of these sides."""
+    """Checks that `model` can train on square images of these sides.
+
+    Args:
+        model: functional.
+        sizes: sides in pixels, at least one.
+
+    Raises:
+        ConfigError: if a layer would receive no pixels, or if the number of weights depends on the size.
+    """
     for side in {min(sizes), max(sizes)}:
-        deep = (
-            f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger ones"
+        too_deep = (
+            f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger sizes"
         )
+        images = keras.Input((side, side, model.input_shape[-1]))
         try:
-            twin = keras.models.clone_model(
-                model, input_tensors=keras.Input((side, side, model.input_shape[-1]))
-            )
+            resized = keras.models.clone_model(model, input_tensors=images)
         except ValueError as error:
-            raise ConfigError(deep) from error
-        if any(0 in layer.output.shape[1:] for layer in twin.layers):  # Keras before 3.13 does not mind
-            raise ConfigError(deep)
-        if [w.shape for w in twin.weights] != [w.shape for w in model.weights]:
+            raise ConfigError(too_deep) from error
+        if any(0 in layer.output.shape[1:] for layer in resized.layers):  # Keras before 3.13 raises nothing
+            raise ConfigError(too_deep)
+        if [w.shape for w in resized.weights] != [w.shape for w in model.weights]:
             raise ConfigError(
-                f"sizes is {sizes}, but {model.name} flattens its maps, so it takes images of one size;"
-                " allowed: () for them as they are"
+                f"sizes is {sizes}, but {model.name} flattens its maps, so it accepts images of one size only;"
+                " allowed: (), which leaves all images as they are"
             )

@@ -1,15 +1,19 @@
-"""Random changes to batches of images, as Keras layers without state.
+"""Random augmentation of image batches, as Keras layers without state.
 
-Every layer is a pure function of a uint8 batch and of uniform numbers in [0, 1), `draws` of them for each image:
-`transform(images, numbers)`. Called as a layer it makes the numbers from a seed of two integers:
-`layer(images, seed=(7, 0))`, or `seed=tf.stack([7, step])` where the step is a tensor. So each image changes by itself, equal seeds give equal images, and the same layer runs eagerly, inside
-`tf.data` and inside a compiled training step.
+Each layer is a pure function of a uint8 batch and of uniform draws from [0, 1), `layer.draws` of them per image:
+`transform(images, numbers)`. When it is called as a layer, it makes the draws from a seed of two integers:
+`layer(images, seed=(7, 0))`, or `seed=tf.stack([7, step])` where the step is a tensor. So each image is augmented
+independently, equal seeds give equal images, and the same layer runs eagerly, inside `tf.data` and inside a compiled
+training step.
 
-Flips and shifts only say which row and column a pixel comes from, and a cutout which pixels are blank. `fetch`
-composes them, so that a whole batch is read from the data set, flipped, shifted and cut out in one gather.
+A flip or a shift only maps each output pixel to a source pixel, and a cutout only selects the pixels to blank.
+`fetch` composes these maps, so that a single gather reads a batch from the data set and augments it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import keras
 import numpy as np
@@ -18,66 +22,112 @@ import tensorflow as tf
 from .config import FILLS, Augmentation
 from .errors import ConfigError, unknown
 
-BLACK, GREY = 0, 127
+BLACK, GREY = 0, 127  # pixel values, 0-255
+
+Matrix: TypeAlias = tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class RandomLayer(keras.layers.Layer):
-    """Base: uint8 images [batch, height, width, channels] in, the same out."""
+    """Base class: maps images [batch, height, width, channels] to images of the same shape and dtype.
 
-    draws = 1  # uniform numbers for each image
-    compilable = True  # by XLA
+    Attributes:
+        draws: how many uniform draws the layer needs per image.
+        compilable: whether XLA can compile the layer.
+    """
 
-    def __init__(self, **kwargs):
-        # Pixels stay uint8 whatever the global policy is.
+    draws: ClassVar[int] = 1
+    compilable: ClassVar[bool] = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Keras must not cast the pixels, whatever the global dtype policy is.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
 
-    def call(self, images, seed):
-        """Transforms with `draws` numbers an image from the stateless `seed`, two integers."""
+    def call(self, images: tf.Tensor, seed: tf.Tensor | Sequence[int]) -> tf.Tensor:
+        """Augments each image with `draws` uniform draws of its own.
+
+        Args:
+            images: uint8 [batch, height, width, channels].
+            seed: two integers, as of TensorFlow's stateless random operations.
+
+        Returns:
+            The augmented images, of the same shape and dtype.
+        """
         numbers = tf.random.stateless_uniform([tf.shape(images)[0], self.draws], tf.cast(seed, tf.int32))
         return self.transform(images, numbers)
 
-    def transform(self, images, numbers):
-        """The pure function: images [batch, h, w, c], numbers float32 [batch, draws] in [0, 1)."""
+    def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """Augments each image as its draws determine.
+
+        Args:
+            images: uint8 [batch, height, width, channels].
+            numbers: float32 [batch, draws], uniform draws from [0, 1).
+
+        Returns:
+            The augmented images, of the same shape and dtype.
+        """
         raise NotImplementedError
 
-    def compute_output_spec(self, images, seed):
+    def compute_output_spec(self, images: keras.KerasTensor, seed: Any) -> keras.KerasTensor:
+        """Returns the shape and dtype of the images: the layer changes neither."""
         return keras.KerasTensor(images.shape, images.dtype)
 
 
 class Reindex(RandomLayer):
-    """A layer that only moves pixels: row r of the result is row rows[r] of the image, and so for columns."""
+    """A layer that only moves pixels: row r of its output is row rows[r] of its input, and so for columns."""
 
-    def reindex(self, rows, columns, height, width, numbers):
-        """Maps int32 rows [batch, h] and columns [batch, w] of the result to those of the image; -1 is black."""
+    def reindex(
+        self, rows: tf.Tensor, columns: tf.Tensor, height: int, width: int, numbers: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Maps rows and columns of the layer's output to those of its input.
+
+        Args:
+            rows: int32 [batch, n], rows of the output; -1 stands for a black row.
+            columns: int32 [batch, m], columns of the output; -1 stands for a black column.
+            height: of the images, in pixels.
+            width: of the images, in pixels.
+            numbers: float32 [batch, draws], uniform draws from [0, 1).
+
+        Returns:
+            Rows and columns of the input, int32, of the same shapes; -1 stands for black.
+        """
         raise NotImplementedError
 
-    def transform(self, images, numbers):
+    def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """See `RandomLayer.transform`."""
         index = tf.range(tf.shape(images)[0])
         return fetch(image_table(images), index, [self], numbers)
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class RandomFlip(Reindex):
-    """Mirrors an image left to right where its number is below one half."""
+    """Mirrors an image left to right if its draw is below one half."""
 
-    def reindex(self, rows, columns, height, width, numbers):
+    def reindex(
+        self, rows: tf.Tensor, columns: tf.Tensor, height: int, width: int, numbers: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """See `Reindex.reindex`."""
         mirrored = tf.where(columns < 0, columns, width - 1 - columns)
         return rows, tf.where(numbers[:, :1] < 0.5, mirrored, columns)
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class RandomShift(Reindex):
-    """Moves an image by -pixels to +pixels along each axis: padding by `pixels` and cropping at random.
+    """Moves an image by -pixels to +pixels along each axis, like padding by `pixels` and cropping at random.
 
-    fill: what enters at the border. "reflect" mirrors without repeating the border (NumPy's `pad` mode of
-    that name), "nearest" repeats it, "constant" is black.
+    Args:
+        pixels: the largest shift, 0 or more.
+        fill: what enters at the border. "reflect" mirrors the image without repeating its border (`mode="reflect"`
+            of `numpy.pad`), "nearest" repeats the border, "constant" is black.
+
+    Raises:
+        ConfigError: if an argument is out of range.
     """
 
     draws = 2
 
-    def __init__(self, pixels, fill="reflect", **kwargs):
+    def __init__(self, pixels: int, fill: str = "reflect", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if fill not in FILLS:
             raise unknown("fill", fill, FILLS)
@@ -86,52 +136,80 @@ class RandomShift(Reindex):
         self.pixels = pixels
         self.fill = fill
 
-    def _moved(self, index, size, number):
+    def _shift(self, index: tf.Tensor, size: int, number: tf.Tensor) -> tf.Tensor:
+        """Maps indices along one axis of `size` pixels to those before the shift; -1 is black, before and after."""
         offset = tf.cast(tf.floor(number * (2 * self.pixels + 1)), tf.int32) - self.pixels
-        moved = index + offset
+        source = index + offset
         if self.fill == "reflect":
-            moved = (size - 1) - tf.abs((size - 1) - tf.abs(moved))
+            source = (size - 1) - tf.abs((size - 1) - tf.abs(source))
         elif self.fill == "nearest":
-            moved = tf.clip_by_value(moved, 0, size - 1)
+            source = tf.clip_by_value(source, 0, size - 1)
         else:
-            moved = tf.where((moved >= 0) & (moved < size), moved, -1)
-        return tf.where(index < 0, index, moved)
+            source = tf.where((source >= 0) & (source < size), source, -1)
+        return tf.where(index < 0, index, source)
 
-    def check(self, height, width):
-        """Raises ConfigError where images of this size have not enough pixels to mirror."""
+    def check(self, height: int, width: int) -> None:
+        """Checks that images of this size have enough pixels to mirror.
+
+        Raises:
+            ConfigError: if they do not.
+        """
         if self.fill == "reflect" and self.pixels >= min(height, width):
-            raise ConfigError(f"shift is {self.pixels} pixels of {height}x{width}; allowed: less than a side")
+            raise ConfigError(
+                f"shift is {self.pixels} pixels of {height}x{width}; allowed: less than the shorter side"
+            )
 
-    def reindex(self, rows, columns, height, width, numbers):
+    def reindex(
+        self, rows: tf.Tensor, columns: tf.Tensor, height: int, width: int, numbers: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """See `Reindex.reindex`."""
         self.check(height, width)
-        return self._moved(rows, height, numbers[:, :1]), self._moved(columns, width, numbers[:, 1:2])
+        return self._shift(rows, height, numbers[:, :1]), self._shift(columns, width, numbers[:, 1:2])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
         return {**super().get_config(), "pixels": self.pixels, "fill": self.fill}
 
 
 class Projective(RandomLayer):
-    """A linear map about the image's centre, bilinear. `fill="reflect"` repeats the border, as SciPy's does."""
+    """A random linear map about the image's centre, with bilinear interpolation.
 
-    compilable = False
+    Args:
+        amount: the strength, in the unit of the subclass.
+        fill: what enters at the border: "reflect" mirrors the image and repeats its border (`mode="reflect"` of
+            `scipy.ndimage`), "nearest" repeats the border, "constant" is black.
 
-    def __init__(self, amount, fill="reflect", **kwargs):
+    Raises:
+        ConfigError: if `fill` is unknown.
+    """
+
+    compilable = False  # XLA has no kernel for ImageProjectiveTransformV3
+
+    def __init__(self, amount: float, fill: str = "reflect", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if fill not in FILLS:
             raise unknown("fill", fill, FILLS)
         self.amount = amount
         self.fill = fill
 
-    def matrix(self, numbers):
-        """The map from a pixel of the result to one of the image: ((a, b), (c, d)), each float32 [batch]."""
+    def matrix(self, numbers: tf.Tensor) -> Matrix:
+        """Returns the map from the output's coordinates (x, y), counted from the centre, to the input's.
+
+        Args:
+            numbers: float32 [batch, draws], uniform draws from [0, 1).
+
+        Returns:
+            ((a, b), (c, d)), each float32 [batch]: x_in = a x + b y, y_in = c x + d y.
+        """
         raise NotImplementedError
 
-    def transform(self, images, numbers):
+    def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """See `RandomLayer.transform`."""
         (a, b), (c, d) = self.matrix(numbers)
         y, x = ((s - 1) / 2 for s in images.shape[1:3])
         zero = tf.zeros_like(a)
         rows = [a, b, x - a * x - b * y, c, d, y - c * x - d * y, zero, zero]
-        moved = tf.raw_ops.ImageProjectiveTransformV3(
+        mapped = tf.raw_ops.ImageProjectiveTransformV3(
             images=tf.cast(images, tf.float32),
             transforms=tf.stack(rows, axis=1),
             output_shape=images.shape[1:3],
@@ -139,17 +217,19 @@ class Projective(RandomLayer):
             fill_mode=self.fill.upper(),
             fill_value=0.0,
         )
-        return tf.cast(tf.round(moved), images.dtype)
+        return tf.cast(tf.round(mapped), images.dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
         return {**super().get_config(), "amount": self.amount, "fill": self.fill}
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class RandomRotation(Projective):
-    """Turns an image by -amount to +amount turns (0.1: 36 degrees) about its centre."""
+    """Rotates an image about its centre, by -amount to +amount turns (0.1 is 36 degrees)."""
 
-    def matrix(self, numbers):
+    def matrix(self, numbers: tf.Tensor) -> Matrix:
+        """See `Projective.matrix`."""
         angle = (2 * numbers[:, 0] - 1) * (2 * np.pi * self.amount)
         cos, sin = tf.cos(angle), tf.sin(angle)
         return (cos, -sin), (sin, cos)
@@ -157,11 +237,12 @@ class RandomRotation(Projective):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class RandomZoom(Projective):
-    """Shows 1 - amount to 1 + amount of an image's height and, independently, of its width."""
+    """Zooms so that 1 - amount to 1 + amount of an image's height is visible and, independently, of its width."""
 
     draws = 2
 
-    def matrix(self, numbers):
+    def matrix(self, numbers: tf.Tensor) -> Matrix:
+        """See `Projective.matrix`."""
         scale = 1 + (2 * numbers - 1) * self.amount
         zero = tf.zeros_like(scale[:, 0])
         return (scale[:, 1], zero), (zero, scale[:, 0])
@@ -169,148 +250,176 @@ class RandomZoom(Projective):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class RandomCutout(RandomLayer):
-    """Blanks a square of `size` pixels a side, centred anywhere in the image, to middle grey.
+    """Blanks a square to middle grey (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    The square may reach over the border. DeVries and Taylor 2017, arXiv:1708.04552.
+    The centre of the square is anywhere in the image, so a part of the square may lie outside.
+
+    Args:
+        size: the side of the square, in pixels.
     """
 
     draws = 2
 
-    def __init__(self, size, **kwargs):
+    def __init__(self, size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.size = size
 
-    def transform(self, images, numbers):
+    def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """See `RandomLayer.transform`."""
         _, height, width, _ = images.shape
-        inside = self.covered(height, width, numbers)[..., None]
-        return tf.where(inside, tf.constant(GREY, images.dtype), images)
+        mask = self.covered(height, width, numbers)[..., None]
+        return tf.where(mask, tf.constant(GREY, images.dtype), images)
 
-    def covered(self, height, width, numbers):
-        """bool [batch, height, width]: the pixels that are blanked."""
+    def covered(self, height: int, width: int, numbers: tf.Tensor) -> tf.Tensor:
+        """Returns the mask of the pixels that are blanked, bool [batch, height, width]."""
 
-        def band(side, number):
+        def interval(side: int, number: tf.Tensor) -> tf.Tensor:
             first = tf.cast(tf.floor(number * side), tf.int32) - self.size // 2
             offset = tf.range(side)[None] - first
             return (offset >= 0) & (offset < self.size)
 
-        return band(height, numbers[:, :1])[:, :, None] & band(width, numbers[:, 1:2])[:, None, :]
+        return interval(height, numbers[:, :1])[:, :, None] & interval(width, numbers[:, 1:2])[:, None, :]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
         return {**super().get_config(), "size": self.size}
 
 
-def image_table(images):
-    """uint8 [n, h, w, c] and one image more, [n + 1, h, w, c], whose first pixel is black and whose last is grey."""
+def image_table(images: tf.Tensor) -> tf.Tensor:
+    """Appends one image that holds the blank pixels: its first pixel is black, all others are grey.
+
+    `fetch` reads black and grey pixels from there, in the same gather as those of the images.
+
+    Args:
+        images: uint8 [n, height, width, channels].
+
+    Returns:
+        uint8 [n + 1, height, width, channels].
+    """
     first = tf.range(tf.size(images[0])) < images.shape[-1]
     blank = tf.where(first, tf.constant(BLACK, images.dtype), tf.constant(GREY, images.dtype))
     return tf.concat([images, tf.reshape(blank, [1, *images.shape[1:]])], axis=0)
 
 
-def fetch(table, index, layers, numbers):
-    """Reads the images at `index` and puts them through `layers`.
+def fetch(table: tf.Tensor, index: tf.Tensor, layers: Sequence[RandomLayer], numbers: tf.Tensor) -> tf.Tensor:
+    """Reads the images at `index` and augments them with `layers`.
+
+    The leading flips and shifts, and a cutout right after them, become a part of the gather that reads the images.
 
     Args:
-        table: image_table of the images, uint8 [n + 1, height, width, channels].
-        index: int32 [batch].
-        layers: RandomLayers.
-        numbers: float32 [batch, draws of all layers], in the order of the layers.
+        table: `image_table` of the images, uint8 [n + 1, height, width, channels].
+        index: int32 [batch], from 0 to n - 1.
+        layers: the layers, in the order in which they act.
+        numbers: float32 [batch, draws of all layers], uniform draws from [0, 1), in the order of the layers.
 
-    Returns: uint8 [batch, height, width, channels].
+    Returns:
+        uint8 [batch, height, width, channels].
     """
     parts = tf.split(numbers, [layer.draws for layer in layers], axis=1) if layers else []
-    moves = next((i for i, layer in enumerate(layers) if not isinstance(layer, Reindex)), len(layers))
-    cutout = moves < len(layers) and isinstance(layers[moves], RandomCutout)
-    if moves or cutout:
-        pixel = _moved_pixels(table, index, layers[:moves], parts[:moves])
+    gathered = next((i for i, layer in enumerate(layers) if not isinstance(layer, Reindex)), len(layers))
+    cutout = gathered < len(layers) and isinstance(layers[gathered], RandomCutout)
+    if gathered or cutout:
+        pixel = _source_pixels(table, index, layers[:gathered], parts[:gathered])
         if cutout:
-            covered = layers[moves].covered(*table.shape[1:3], parts[moves])
-            pixel = tf.where(covered, _pixels(table, pixel.dtype) - 1, pixel)
-            moves += 1
+            mask = layers[gathered].covered(*table.shape[1:3], parts[gathered])
+            grey = _num_pixels(table, pixel.dtype) - 1
+            pixel = tf.where(mask, grey, pixel)
+            gathered += 1
         # gather_nd copies pixels in two thirds of the time that gather takes.
         images = tf.gather_nd(tf.reshape(table, [-1, table.shape[-1]]), pixel[..., None])
     else:
         images = tf.gather(table, index)
-    for layer, part in zip(layers[moves:], parts[moves:], strict=True):
+    for layer, part in zip(layers[gathered:], parts[gathered:], strict=True):
         images = layer.transform(images, part)
     return images
 
 
-def _moved_pixels(table, index, layers, parts):
-    """Which pixel of the table each pixel of the batch is, integers [batch, height, width], after Reindex layers."""
+def _source_pixels(
+    table: tf.Tensor, index: tf.Tensor, layers: Sequence[RandomLayer], parts: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    """Returns the table's pixel that each output pixel of Reindex layers comes from, integers [batch, h, w]."""
     _, height, width, _ = table.shape
-    # Indices of 32 bits make the gather a third faster on a CPU.
-    kind = tf.int32 if table.shape[0] is not None and np.prod(table.shape[:3]) < 2**31 else tf.int64
+    # 32-bit indices make the gather a third faster on a CPU.
+    dtype = tf.int32 if table.shape[0] is not None and np.prod(table.shape[:3]) < 2**31 else tf.int64
     batch = tf.shape(index)[0]
     rows = tf.broadcast_to(tf.range(height), [batch, height])
     columns = tf.broadcast_to(tf.range(width), [batch, width])
-    # The last layer's result is indexed first: its rows lead to rows of what the layer before it made.
+    # From the last layer to the first: a layer's input is the output of the layer before it.
     for layer, part in list(zip(layers, parts, strict=True))[::-1]:
         rows, columns = layer.reindex(rows, columns, height, width, part)
-    rows, columns = tf.cast(rows, kind), tf.cast(columns, kind)
-    starts = (tf.cast(index, kind) * (height * width))[:, None] + rows * width
+    rows, columns = tf.cast(rows, dtype), tf.cast(columns, dtype)
+    starts = (tf.cast(index, dtype) * (height * width))[:, None] + rows * width
     pixel = starts[:, :, None] + columns[:, None, :]
     if any(getattr(layer, "fill", None) == "constant" for layer in layers):
-        black = _pixels(table, kind) - height * width
+        black = _num_pixels(table, dtype) - height * width
         pixel = tf.where((rows < 0)[:, :, None] | (columns < 0)[:, None, :], black, pixel)
     return pixel
 
 
-def _pixels(table, kind):
-    """How many pixels an image_table has."""
-    return tf.cast(tf.reduce_prod(tf.shape(table, tf.int64)[:3]), kind)
+def _num_pixels(table: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Returns the number of pixels in an image_table."""
+    return tf.cast(tf.reduce_prod(tf.shape(table, tf.int64)[:3]), dtype)
 
 
-MIX_DRAWS = 3  # uniform numbers an image that `mix` takes
+MIX_DRAWS = 3  # uniform draws per image that `mix` takes
 
 
-def mix(images, labels, numbers, *, mixup=0.0, cutmix=0.0):
-    """Mixes each image, and its label, with the one before it in the batch.
+def mix(
+    images: tf.Tensor, labels: tf.Tensor, numbers: tf.Tensor, *, mixup: float = 0.0, cutmix: float = 0.0
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mixes each image and its label with those before it in the batch, by mixup or by CutMix.
 
-    mixup: Zhang et al. 2018, arXiv:1710.09412: share of the image ~ Beta(mixup, mixup), all pixels.
-    cutmix: Yun et al. 2019, arXiv:1905.04899: a rectangle of the other image, its area ~ Beta(cutmix, cutmix).
+    Mixup (Zhang et al. 2018, arXiv:1710.09412) averages the two images, with a weight from Beta(mixup, mixup). CutMix
+    (Yun et al. 2019, arXiv:1905.04899) pastes a rectangle of the other image, with a share of the area from
+    Beta(cutmix, cutmix). Under several replicas, each replica mixes within its own part of the batch.
 
     Args:
-        images: uint8 [batch, h, w, c]; labels: float32 [batch, classes], rows that sum to 1.
-        numbers: float32 [batch, MIX_DRAWS] in [0, 1).
+        images: uint8 [batch, height, width, channels].
+        labels: float32 [batch, classes], rows that sum to 1.
+        numbers: float32 [batch, MIX_DRAWS], uniform draws from [0, 1).
+        mixup: alpha of the Beta distribution; 0 for CutMix.
+        cutmix: alpha of the Beta distribution; only used if `mixup` is 0.
 
-    Returns: images as float32 in 0-255, labels. Under several replicas each mixes within its own part.
+    Returns:
+        Images, float32 in 0-255, and labels, both of the shapes they came in.
     """
     alpha = mixup or cutmix
     images = tf.cast(images, tf.float32)
-    others, other_labels = tf.roll(images, 1, 0), tf.roll(labels, 1, 0)
+    partners, partner_labels = tf.roll(images, 1, 0), tf.roll(labels, 1, 0)
     share = _beta_quantile(alpha, numbers[:, 0])
     if mixup:
         weight = share[:, None, None, None]
-        images = weight * images + (1 - weight) * others
+        images = weight * images + (1 - weight) * partners
     else:
         height, width = images.shape[1:3]
 
-        def band(side, centre):
+        def interval(side: int, centre: tf.Tensor) -> tf.Tensor:
             half = tf.sqrt(1 - share)[:, None] * side / 2
             middle = tf.floor(centre[:, None] * side)
-            place = tf.range(side, dtype=tf.float32)[None]
-            return (place >= tf.round(middle - half)) & (place < tf.round(middle + half))
+            position = tf.range(side, dtype=tf.float32)[None]
+            return (position >= tf.round(middle - half)) & (position < tf.round(middle + half))
 
-        inside = band(height, numbers[:, 1])[:, :, None] & band(width, numbers[:, 2])[:, None, :]
-        images = tf.where(inside[..., None], others, images)
-        share = 1 - tf.reduce_mean(tf.cast(inside, tf.float32), [1, 2])
-    return images, share[:, None] * labels + (1 - share[:, None]) * other_labels
+        mask = interval(height, numbers[:, 1])[:, :, None] & interval(width, numbers[:, 2])[:, None, :]
+        images = tf.where(mask[..., None], partners, images)
+        share = 1 - tf.reduce_mean(tf.cast(mask, tf.float32), [1, 2])  # a rectangle may lie partly outside
+    return images, share[:, None] * labels + (1 - share[:, None]) * partner_labels
 
 
-def _beta_quantile(alpha, uniform):
-    """The quantiles of Beta(alpha, alpha): a table, since TensorFlow has no inverse of `betainc`."""
+def _beta_quantile(alpha: float, uniform: tf.Tensor) -> tf.Tensor:
+    """Returns quantiles of Beta(alpha, alpha), from a table, because TensorFlow has no inverse of `betainc`."""
     grid = np.linspace(0.0, 1.0, 2001)
     table = tf.math.betainc(tf.constant(alpha, tf.float64), tf.constant(alpha, tf.float64), grid)
     place = tf.searchsorted(table, tf.cast(uniform, tf.float64))
     place = tf.clip_by_value(place, 1, len(grid) - 1)
     low, high = tf.gather(table, place - 1), tf.gather(table, place)
-    inside = (tf.cast(uniform, tf.float64) - low) / tf.maximum(high - low, 1e-12)
-    return tf.cast((tf.cast(place - 1, tf.float64) + inside) / (len(grid) - 1), tf.float32)
+    fraction = (tf.cast(uniform, tf.float64) - low) / tf.maximum(high - low, 1e-12)
+    return tf.cast((tf.cast(place - 1, tf.float64) + fraction) / (len(grid) - 1), tf.float32)
 
 
 def layers_of(augmentation: Augmentation) -> list[RandomLayer]:
-    """The layers that `augmentation` asks for, in their order. Mixing is `mix`'s, not a layer."""
-    a, layers = augmentation, []
+    """Makes the layers of `augmentation`, in their order. Mixup and CutMix are `mix`, which is not a layer."""
+    a = augmentation
+    layers: list[RandomLayer] = []
     if a.flip != "none":
         layers.append(RandomFlip())
     if a.shift:

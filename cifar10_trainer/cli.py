@@ -1,9 +1,12 @@
-"""How every command of the project starts and ends: flags, one-line errors, exit status 0, 1 or 2."""
+"""What every command has in common: flags, one-line errors, signals, exit status."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import platform
+import select
 import signal
 import sys
 import tempfile
@@ -13,35 +16,49 @@ from typing import Any
 
 from absl import flags
 
+from . import __version__
 from .errors import ConfigError, RunError
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
-    """Defines --help and --debug in a command's own `flag_values`."""
+    """Defines --help, --version and --debug in a command's own `flag_values`."""
+    flags.DEFINE_boolean("version", False, "print the versions and exit", flag_values=flag_values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=flag_values)
     flags.DEFINE_boolean("debug", False, "show the traceback of an error", flag_values=flag_values)
 
 
-# Keras and TensorFlow import these, where they are installed, for wrappers, plots and notebooks that no command uses:
-# a second of start-up.
-SPARED = ("matplotlib", "sklearn", "scipy", "IPython")
+def definer(flag_values: flags.FlagValues, module_name: str) -> Callable[..., None]:
+    """A function that defines a flag in `flag_values`: define(absl's DEFINE function, name, help text, default, ...).
+
+    module_name: the heading of the flags in --help.
+    """
+
+    def define(kind: Callable[..., Any], name: str, text: str, default: Any = None, **more: Any) -> None:
+        kind(name, default, text, flag_values=flag_values, module_name=module_name, **more)
+
+    return define
+
+
+# Keras and TensorFlow import these packages where they are installed, for wrappers, plots and notebooks that no command
+# uses. Without them a command starts a second sooner.
+HIDDEN_PACKAGES = ("matplotlib", "sklearn", "scipy", "IPython")
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow and finds its devices, without the dozen lines its C++ side prints whatever it is told."""
+    """Imports TensorFlow and finds its devices. Hides the dozen lines that its C++ side prints at any log level."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as said, _not_installed(*SPARED):
+    with tempfile.TemporaryFile() as output, _not_installed(*HIDDEN_PACKAGES):
         stderr = os.dup(2)
-        os.dup2(said.fileno(), 2)
+        os.dup2(output.fileno(), 2)
         try:
             import keras  # noqa: F401
             import tensorflow as tf
 
             tf.config.list_physical_devices()
         except Exception:
-            said.seek(0)
-            os.write(stderr, said.read())
+            output.seek(0)
+            os.write(stderr, output.read())
             raise
         finally:
             os.dup2(stderr, 2)
@@ -50,14 +67,21 @@ def import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _not_installed(*names: str) -> Iterator[None]:
-    """Lets the packages `names` look as if they were not installed, unless they are imported already."""
+    """Hides the packages `names` from imports, unless they are imported already."""
     hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: the documented way
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None blocks an import
     try:
         yield
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+def versions() -> str:
+    """The versions of this package, of Python, TensorFlow and Keras, in one line. Imports none of them."""
+    names = {"TensorFlow": "tensorflow", "Keras": "keras"}
+    others = ", ".join(f"{name} {importlib.metadata.version(package)}" for name, package in names.items())
+    return f"cifar10-trainer {__version__} (Python {platform.python_version()}, {others})"
 
 
 def run(
@@ -66,38 +90,43 @@ def run(
     usage: str,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses `argv`, calls `main(positional arguments)`, and gives the exit status.
+    """Parses the flags, calls `main` and turns its errors into one line on stderr.
 
-    0: done; 2: wrong usage; 1: anything else that failed; 130: interrupted before anything could be saved; 141: nobody
-    reads the output any more.
-    An error is one line on stderr; the traceback only with --debug. SIGTERM interrupts as Ctrl-C does.
+    SIGTERM interrupts as Ctrl-C does. --debug prints the traceback of an error as well.
+
+    Args:
+        main: the command; it receives the positional arguments.
+        flag_values: the command's own flags.
+        usage: what --help prints before the flags.
+        argv: the command line, its first element the program; None: `sys.argv`.
+
+    Returns: the exit status. 0: done; 2: wrong usage; 1: anything else failed; 130: interrupted before anything could be
+        saved; 141: whatever read the output has closed it.
     """
     argv = list(sys.argv if argv is None else argv)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
             signal.signal(signal.SIGTERM, _interrupt)
         try:
             positional = flag_values(argv)[1:]
         except flags.Error as error:
             raise ConfigError(f"{str(error).strip()} (--help shows every flag)") from error
         if flag_values["help"].value:
-            print(usage + "\n")
-            print(flag_values.get_help())
-            return 0
-        for name in flag_values:
-            if flag_values[name].value == "":  # as from a shell's variable that is not set
-                raise ConfigError(f"--{name} is empty; allowed: a value, or no such flag")
-        main(positional)
+            print(f"{usage}\n\n{flag_values.get_help()}")
+        elif flag_values["version"].value:
+            print(versions())
+        else:
+            _check_not_empty(flag_values)
+            main(positional)
+        sys.stdout.flush()  # here, so that an error of it is handled as any other
         return 0
     except BrokenPipeError as error:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read the output has had enough (`| head`): nothing to tell, and no second try at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
-        return _failed(error, flag_values)
+        if not _reader_has_gone():
+            return _failed(error, flag_values)
+        # The reader of the output has gone, as in `| head`. Python would write again at exit: to nowhere, then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -108,8 +137,28 @@ def run(
             signal.signal(signal.SIGTERM, before)
 
 
+def _check_not_empty(flag_values: flags.FlagValues) -> None:
+    """Raises ConfigError on a flag without a value, as from an unset variable of the shell."""
+    for name in flag_values:
+        if flag_values[name].value == "":
+            raise ConfigError(f"--{name} is empty; allowed: a value; to use the default, leave the flag out")
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that nothing reads any more."""
+    try:
+        sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+        return bool(poll.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, AttributeError):  # no file behind it; Windows has no poll
+        return False
+
+
 def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
-    """Tells of `error` in one line, and gives the exit status."""
+    """Prints `error` as one line, and returns the exit status."""
     if flag_values["debug"].value:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
@@ -120,5 +169,5 @@ def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second one does not wait for anything
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
     raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 """What a training run is: frozen, validated dataclasses, to and from JSON.
 
-Importing this module costs nothing: it knows names and ranges, not TensorFlow.
-A value out of range raises `ConfigError`, whose text says what was received and what is allowed.
+A value out of range raises `ConfigError`, whose text says what was received and what is allowed. This module does not
+import TensorFlow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPLITS = ("stratified", "last")
 FLIPS = ("none", "random", "alternating")
 FILLS = ("reflect", "nearest", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
-RECORDED = (  # beside a Config in config.json
+RECORDED = (  # what config.json holds besides the Config
     "class_names",
     "data_dir",
     "data_source",
@@ -37,7 +37,7 @@ RECORDED = (  # beside a Config in config.json
 )
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
 
-_UNUSED = {  # settings that would change nothing
+_UNUSED = {  # optimizer -> settings that it ignores, so that setting one is an error
     "adam": ("momentum", "nesterov", "weight_decay", "bias_multiplier"),
     "adamw": ("momentum", "nesterov", "bias_multiplier"),
 }
@@ -68,7 +68,7 @@ class _Section:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it: lists become tuples and whole numbers floats; anything else raises."""
+    """`value` with the type `hint`: a list becomes a tuple and a whole number a float. Any other type raises ConfigError."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None:
             return None
@@ -107,22 +107,20 @@ def _section_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation(_Section):
-    """Random changes to training images; each image draws for itself, from (seed, step) alone.
+    """Random changes to the training images, a new draw for each image and epoch, determined by the seed.
 
-    They are applied in the order of the fields. Lengths are in pixels, angles in turns (0.1 is
-    36 degrees), zoom is a fraction of the image's side.
+    They are applied in the order of the fields. Lengths are in pixels and rotation in turns (0.1 is 36 degrees); zoom is a
+    fraction of the image's side.
     """
 
-    flip: str = (
-        "none"  # horizontal: "random", or "alternating": once at random, then mirrored every other epoch
-    )
-    shift: int = 0  # up to this many pixels both ways, up, down, left and right
+    flip: str = "none"  # horizontal: "random", or "alternating": at random in epoch 1, then the opposite of the epoch before
+    shift: int = 0  # at most this many pixels along each axis, in either direction
     rotation: float = 0.0
     zoom: float = 0.0
-    fill: str = "reflect"  # what shift, rotation and zoom find outside the image; "constant" is black
-    cutout: int = 0  # side of the square that is blanked
-    mixup: float = 0.0  # alpha of the Beta distribution of the mixing share; 0: off
-    cutmix: float = 0.0
+    fill: str = "reflect"  # what shift, rotation and zoom show outside the image; "constant" is black
+    cutout: int = 0  # side of the grey square
+    mixup: float = 0.0  # alpha of the Beta distribution that the mixing weight is drawn from; 0: off
+    cutmix: float = 0.0  # alpha, as for mixup
 
     def _check(self) -> None:
         self._one_of("flip", FLIPS)
@@ -145,9 +143,9 @@ class Optimizer(_Section):
     learning_rate: float = 0.1  # the peak; the schedule scales it
     momentum: float = 0.0  # sgd and muon
     nesterov: bool = False  # sgd
-    weight_decay: float = 0.0  # sgd, muon's non-matrix weights: added to the gradient; adamw: decoupled
-    bias_multiplier: float = 1.0  # on the learning rate of batch-norm offsets; sgd and muon
-    clip_norm: float | None = None  # of the whole gradient of one replica
+    weight_decay: float = 0.0  # sgd, and what muon leaves to sgd: L2, in the gradient; adamw: decoupled
+    bias_multiplier: float = 1.0  # sgd, muon: times the learning rate, for batch-norm offsets (beta)
+    clip_norm: float | None = None  # the largest global norm of the gradient of one replica
 
     def _check(self) -> None:
         self._one_of("name", OPTIMIZERS)
@@ -167,19 +165,19 @@ class Optimizer(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(_Section):
-    """The learning rate's course over the whole run, as a multiple of the optimizer's peak.
+    """The learning rate over the whole run, as a multiple of the optimizer's peak rate.
 
-    All lengths are fractions of the run, so that a recipe anneals completely over any number of epochs.
+    All lengths are fractions of the run, so a recipe anneals to its end over any number of epochs.
     """
 
     name: str = "constant"
-    warmup: float = 0.0  # fraction of the run spent rising linearly from `start` to 1
+    warmup: float = 0.0  # the fraction of the run in which the rate rises linearly from `start` to 1
     start: float = 0.0
-    end: float = 0.0  # linear, cosine: the last value; cyclic, plateau: the lowest
-    drop: float = 0.1  # step, plateau: the factor of each drop
-    drops: tuple[float, ...] = (0.5, 0.75)  # step: where in the run
+    end: float = 0.0  # linear, cosine: the last value; cyclic, plateau: the lowest value
+    drop: float = 0.1  # step, plateau: the rate is multiplied by this at each drop
+    drops: tuple[float, ...] = (0.5, 0.75)  # step: the drops, as fractions of the run
     cycles: int = 4  # cyclic: triangles in the run
-    patience: int = 5  # plateau: epochs without a better val_loss
+    patience: int = 5  # plateau: epochs without a better val_loss before a drop
 
     def _check(self) -> None:
         self._one_of("name", SCHEDULES)
@@ -197,9 +195,11 @@ class Schedule(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging(_Section):
-    """Lookahead: every `every` steps the weights move to their running average, ever less of the way.
+    """Lookahead: every `every` steps the running average of the weights replaces the weights.
 
-    average = a * average + (1 - a) * weights with a = decay**every * (step / steps)**3, then weights = average.
+    average = a * average + (1 - a) * weights with a = decay**every * (step / steps)**3, then weights = average. As a grows
+    with the step, the average reaches further back towards the end of the run. Zhang et al. 2019, arXiv:1907.08610, with
+    airbench's schedule of a.
     """
 
     every: int = 0  # steps; 0: off
@@ -212,52 +212,56 @@ class Averaging(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin(_Section):
-    """Where a recipe comes from and what it is said to reach there."""
+    """Where a recipe comes from, and what its source claims."""
 
     source: str = ""
-    claim: float | None = None  # accuracy, 0-1, on the test images unless `source` says otherwise
+    claim: float | None = None  # test accuracy, 0-1, unless the comment at the recipe says otherwise
     parameters: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(_Section):
-    """One training run. `RECIPES` holds named ones; `dataclasses.replace` derives from them."""
+    """Everything that determines a training run. `RECIPES` holds named ones, and `override` derives others from them."""
 
     recipe: str = "custom"
     origin: Origin = field(default_factory=Origin)
 
     # data
     dataset: str = "cifar10"
-    image_size: int = 32  # side that the images of a folder are resized to
+    image_size: int = 32  # the side, in pixels, to which the images of a folder are resized
     validation_fraction: float | None = (
-        0.1  # of the training images; None: train on all, keep the last weights
+        0.1  # of the training images; None: train on all of them, and keep the last weights
     )
-    validation_split: str = "stratified"  # "last": the last ones, as tutorials do
-    validation_fold: int = 0  # stratified: which of the equal parts of that size, from 0
+    validation_split: str = (
+        "stratified"  # the same share of each class; "last": the last images, as tutorials do
+    )
+    validation_fold: int = 0  # stratified: which of the 1 / validation_fraction parts is held out, from 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     # model
     architecture: str = "fast"
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the architecture's build function
+    options: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # keyword arguments of the architecture's build function
     pixels: str = (
-        "standardised"  # "unit": 0-1; "centred": minus the mean; "standardised": and by the deviation
+        "standardised"  # minus the channel mean, over the deviation; "centred": minus the mean; "unit": 0-1
     )
-    whitening: bool = False  # set the layer "whitening" to the data's patch whitening, and freeze it
+    whitening: bool = False  # set the layer "whitening" to the patch whitening of the images, and freeze it
 
     # optimisation
     epochs: float = 40.0
-    batch_size: int = 512  # over all replicas
-    # Sides of the training images, each for an equal share of the steps; the last stands for the images as they are,
-    # the others are in proportion. Empty: as they are.
+    batch_size: int = 512  # the global one, over all replicas
+    # Progressive resizing: the sides of the training images, each for an equal share of the steps, so that training
+    # starts on small images. The last one stands for the full size and the others are in proportion to it. Empty: off.
     sizes: tuple[int, ...] = ()
     label_smoothing: float = 0.0
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     averaging: Averaging = field(default_factory=Averaging)
-    early_stopping: int | None = None  # epochs without a better val_loss
+    early_stopping: int | None = None  # stop after so many epochs without a better val_loss
     validation_interval: int = 1  # epochs between validations; the last epoch always has one
-    views: int = 1  # test-time averaging: 1 plain, 2 with the mirror image, 6 with diagonal shifts too
-    target: float = 0.85  # validation accuracy whose time is reported
+    views: int = 1  # test-time augmentation (TTA), the mean over views: 2 adds the mirror image, 6 also diagonal shifts
+    target: float = 0.85  # the validation accuracy, 0-1, at which the time is reported
     seed: int = 0
 
     # where it runs
@@ -266,7 +270,7 @@ class Config(_Section):
     synchronize_batch_norm: bool = False
 
     def _check(self) -> None:
-        if not re.fullmatch(r"[\w.+-]*\w", self.recipe, re.ASCII):  # it names the run folder
+        if not re.fullmatch(r"[\w.+-]*\w", self.recipe, re.ASCII):  # a part of the run folder's name
             raise ConfigError(f"recipe is {self.recipe!r}; allowed: letters, digits and . + - _")
         self._one_of("dataset", DATASETS)
         self._one_of("validation_split", SPLITS)
@@ -314,6 +318,7 @@ class Config(_Section):
             )
 
     def to_dict(self) -> dict[str, Any]:
+        """The Config as JSON values; `from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
@@ -323,13 +328,16 @@ class Config(_Section):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Config:
-        """The Config in a run's config.json, which also records what the run found."""
+        """The Config in a run's config.json, which holds the keys RECORDED as well. Raises ConfigError."""
         return cls.from_dict({k: v for k, v in record.items() if k not in RECORDED})
 
     def override(self, **values: Any) -> Config:
-        """A copy with `values` set; `optimizer__learning_rate=0.1` reaches into a section.
+        """A copy with other values.
 
-        Raises ConfigError on an unknown name or a value out of range.
+        Args:
+            values: field=value. A double underscore reaches into a section: `optimizer__learning_rate=0.1`.
+
+        Raises: ConfigError on an unknown name or a value out of range.
         """
         changes: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}
@@ -341,7 +349,7 @@ class Config(_Section):
                 parts.setdefault(section, {})[key] = value
             else:
                 changes[section] = value
-        # All of a section's at once: two values may only be right together.
+        # All changes of a section at once, because two values may be valid only together.
         for section, new in parts.items():
             current = changes.get(section, getattr(self, section))
             if isinstance(current, Mapping):

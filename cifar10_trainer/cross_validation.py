@@ -1,6 +1,6 @@
 """k-fold cross-validation: one Config -> k runs, each validated on another part -> mean and spread.
 
-Every training image is validated exactly once, by a model that has not seen it. The test images stay out of it.
+Each training image is a validation image of exactly one run. The test images are not used.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def cross_validate(
     data_dir: str | None = None,
     dataset: Dataset | None = None,
     overwrite: bool = False,
-    verbose: int = 1,
+    verbose: int | str = "auto",
     since: float | None = None,
 ) -> dict[str, Any]:
-    """Trains `config` once for each of `folds` stratified parts of the training images, validated on that part.
+    """Splits the training images into stratified parts, and trains once for each part, validated on it.
 
-    A run is an ordinary one, in `workdir`/fold-<i>-of-<folds>; what is finished is not run again, what is not is
-    resumed. Its accuracy is that of the kept weights, which are the best epoch's on that part: a little too high
-    for a recipe whose accuracy still goes up and down at its end.
+    Each run is an ordinary one, in `workdir`/fold-<i>-of-<folds>. A finished run is kept, an unfinished one is resumed.
+    The accuracy of a run is that of its best epoch on its part, which is a little too high where the accuracy still
+    varies from epoch to epoch at the end.
 
     Args:
-        config: what to do; its own split does not matter.
-        folds: 2 to the number of images of the smallest class.
-        workdir: a folder for all of it; None: runs/<recipe>-folds-<time>.
+        config: what to train; its own validation split is replaced.
+        folds: the number of parts, 2 to the number of images of the smallest class.
+        workdir: the folder of all runs; None: runs/<recipe>-folds-<time>.
         data_dir, dataset, overwrite, verbose, since: as for `train_and_evaluate`.
 
     Returns: the contents of folds.json: recipe, dataset, folds, seed, n_train (all training images), the list
@@ -55,7 +55,7 @@ def cross_validate(
     and val_accuracy_std (of the sample), 0-1.
     Raises: as `train_and_evaluate`.
     """
-    log = print if verbose else (lambda *_: None)
+    log = print if runtime.verbosity(verbose) else (lambda *_: None)
     since = time.time() if since is None else since
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
     if (workdir / FOLDS_FILE).exists() and not overwrite:
@@ -64,7 +64,7 @@ def cross_validate(
         )
     strategy, _ = runtime.choose_strategy(config.strategy)
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise ConfigError("folds on a cluster of workers; allowed: one machine")
+        raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
     data = _without_test_images(dataset or datasets.load(config.dataset, data_dir, config.image_size), folds)
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
@@ -72,7 +72,7 @@ def cross_validate(
     runs = []
     with runtime.Signals() as signals:
         for i in range(folds):
-            if signals.caught:  # too late for the fold before
+            if signals.caught:  # after the last step of the fold before
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             log(f"-- fold {i + 1} of {folds}")
             one = config.override(
@@ -85,15 +85,12 @@ def cross_validate(
             since = time.time()
     summary = _summary(config, data, runs)
     write_json(workdir / FOLDS_FILE, summary)
-    mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
-    each = ", ".join(f"{100 * run['val_accuracy']:.2f}" for run in runs)
-    log(f"{folds} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})")
-    log(f"  files  {workdir}/  (folds.json)")
+    log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
 
 
 def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:
-    """The metrics of one fold: those of the finished run in its folder, or of one that is trained, or resumed, now."""
+    """The metrics of one fold: of the finished run in its folder, or of a run that is trained or resumed now."""
     metrics = None if overwrite else _finished(folder, config, more["dataset"])
     if metrics is not None:
         return metrics
@@ -102,7 +99,7 @@ def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[
     except RunInterrupted as error:
         raise interrupted(f"stopped in {folder.name}", folder.parent, overwrite) from error
     finally:
-        keras.utils.clear_session()  # k models are more than one
+        keras.utils.clear_session()  # otherwise memory would hold the models of all folds
 
 
 def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,8 +117,14 @@ def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[
     }
 
 
+def _in_words(summary: dict[str, Any]) -> str:
+    mean, deviation = 100 * summary["val_accuracy_mean"], 100 * summary["val_accuracy_std"]
+    each = ", ".join(f"{100 * run['val_accuracy']:.2f}" for run in summary["runs"])
+    return f"{summary['folds']} folds: validation accuracy {mean:.2f}% ± {deviation:.2f} ({each})"
+
+
 def _without_test_images(data: Dataset, folds: int) -> Dataset:
-    """The training images alone. Raises ConfigError where they cannot be parted into `folds`."""
+    """`data` without its test images. Raises ConfigError where `folds` is out of range."""
     smallest = int(np.bincount(data.train_labels).min())
     if not 2 <= folds <= smallest:
         raise ConfigError(f"folds is {folds}; allowed: from 2 to the {smallest} images of the smallest class")
@@ -135,9 +138,9 @@ def _without_test_images(data: Dataset, folds: int) -> Dataset:
 
 
 def _finished(folder: Path, config: Config, data: Dataset) -> dict[str, Any] | None:
-    """The metrics of a finished run of `config` on `data` in the folder; None where there is none.
+    """The metrics of the finished run of `config` on `data` in the folder; None where no run is finished.
 
-    Raises ConfigError where the run is another, RunError where it cannot be read.
+    Raises ConfigError where the run had another config or other images, RunError where its files are damaged.
     """
     run = RunFolder(folder)
     if not run.is_finished():
@@ -146,7 +149,7 @@ def _finished(folder: Path, config: Config, data: Dataset) -> dict[str, Any] | N
         there, metrics = run.read_config(), run.read_metrics()
         same = Config.from_record(there) == config
     except (RunError, ValueError, TypeError) as error:
-        raise RunError(f"{folder} is damaged ({error}); delete it, and this fold is run again") from error
+        raise RunError(f"{folder} is damaged ({error}); delete it to run this fold again") from error
     if not same or there.get("fingerprint") != datasets.fingerprint(data):
         other = "on other images" if same else "of another configuration"
         raise ConfigError(

@@ -1,11 +1,12 @@
-"""The one training step and loop, the same for every strategy, precision and device.
+"""The training step and its loop, the same for every strategy, precision and device.
 
-`Engine` trains the accelerated twin (`twin.py`) of a plain Keras model. Gradients are a pure function of variables'
-values (`stateless_call`), so that XLA can compile it on a GPU; several steps run in one loop inside the graph. Where
-one GPU does everything, XLA compiles that whole loop. `Model.fit` does none of this under every strategy.
+`Engine` trains the training model (`accelerate.py`) of a plain Keras model. The gradients are a pure function of the
+variables' values (`stateless_call`), so XLA can compile that function on a GPU. Several steps run in one loop inside
+the graph. On a single GPU, XLA compiles that whole loop. `Model.fit` does not work with all of this under every
+strategy.
 
-The engine's whole state is a dictionary of arrays: `state()` and `restore()`. With the data's order being a
-function of (seed, step), a run restored at step n goes on exactly as if it had never stopped.
+The whole state of the engine is a dict of arrays: `state()` and `restore()`. The order of the data is a function of
+(seed, epoch). So a run that is restored at step n continues exactly as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -27,36 +29,57 @@ from .errors import ConfigError, RunError
 from .models.initial import initial_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
 
-EVALUATION_BATCH = 500  # divides CIFAR-10's 10,000 and 5,000: little is padded
+EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding
+
+PerReplica: TypeAlias = Any  # a tensor, or under a strategy of several replicas one tensor for each
+Loop: TypeAlias = Callable[[Any, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 @dataclass
 class RunningMetrics:
-    """What the steps since it was made add up to."""
+    """Sums over the steps since this object was made."""
 
-    loss: float = 0.0
-    correct: float = 0.0
-    images: int = 0
+    loss_sum: float = 0.0
+    num_correct: float = 0.0
+    num_images: int = 0
 
     def logs(self) -> dict[str, float]:
-        n = max(self.images, 1)
-        return {"loss": self.loss / n, "accuracy": self.correct / n}
+        """Returns the mean loss and the accuracy, 0-1; zeros before the first step."""
+        n = max(self.num_images, 1)
+        return {"loss": self.loss_sum / n, "accuracy": self.num_correct / n}
 
 
 class Engine:
     """Trains `model` on arrays in memory.
 
     Args:
-        model: plain, functional, uncompiled; ends in layers "logits" and "probabilities".
+        model: plain, functional, uncompiled; its last layers are "logits" and "probabilities".
         config: batch size, seed, augmentation, optimizer, schedule and so on.
-        images, labels: uint8 [n, height, width, channels], integers [n]: the training set.
+        images: the training images, uint8 [n, height, width, channels].
+        labels: the training labels, integers [n] from 0 to num_classes - 1.
         strategy: a tf.distribute strategy.
         policy: a Keras dtype policy's name.
-        num_classes: classes of the labels.
-        on_device: whether images live, and are augmented, where the step runs. None: on GPUs.
-        compiled: whether XLA compiles the gradient function or, where one replica makes its images itself and XLA
-            knows how, the loop of whole steps. None: on GPUs.
+        num_classes: the number of classes.
+        on_device: whether images live and are augmented on the device that runs the step. None: on GPUs.
+        compiled: whether XLA compiles the loop of whole steps or, where it cannot, the gradient function. It can
+            compile the loop if there is one replica, which makes its own batches, and if XLA supports all augmentation
+            layers. None: on GPUs.
+
+    Attributes:
+        sizes: the sides of the images in pixels, each for an equal share of the steps. This is progressive resizing:
+            training on small images first, because they cost less. Empty: the images as they are.
+        step: how many steps the engine has taken, of `steps`.
+        running: sums over the steps since the caller last replaced it.
+
+    Raises:
+        ConfigError: if the model or the augmentation does not fit the size of the images.
     """
+
+    averages: list[tf.Variable]  # slow weights of lookahead, see `_lookahead`; empty without it
+    table: PerReplica  # augment.image_table of the images
+    labels: PerReplica  # int32 [n]
+    compile_loop: bool  # whether XLA compiles the loop of whole steps
+    _gradients_of: Callable[..., Any]  # `_gradients`, compiled by XLA or not
 
     def __init__(
         self,
@@ -70,30 +93,20 @@ class Engine:
         num_classes: int,
         on_device: bool | None = None,
         compiled: bool | None = None,
-    ):
+    ) -> None:
         gpu = bool(tf.config.list_logical_devices("GPU"))
-        side = images.shape[1]
-        self.sizes = tuple(round(side * size / config.sizes[-1]) for size in config.sizes)
-        if self.sizes:
-            if side != images.shape[2]:
-                raise ConfigError(
-                    f"sizes is {config.sizes}, but images are {side}x{images.shape[2]}; allowed: () for them as they are"
-                )
-            check_sizes(model, self.sizes)
-        layers = augment.layers_of(config.augmentation)
-        for layer in layers:
-            if isinstance(layer, augment.RandomShift):
-                layer.check(*images.shape[1:3])
         self.model = model
         self.config = config
         self.strategy = strategy
-        self.replicas = strategy.num_replicas_in_sync
-        ids = strategy.experimental_distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
-        self._replica_ids = strategy.experimental_local_results(ids)  # of this worker
         self.policy = policy
         self.num_classes = num_classes
         self.on_device = gpu if on_device is None else on_device
         self.compiled = gpu and not config.synchronize_batch_norm if compiled is None else compiled
+        self.replicas: int = strategy.num_replicas_in_sync
+        ids = strategy.experimental_distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+        self._replica_ids: tuple[int, ...] = strategy.experimental_local_results(ids)  # of this worker
+
+        self.sizes = self._check_images(*images.shape[1:3])
         self.sampler = EpochSampler(
             len(images), config.batch_size, config.seed, config.augmentation, self.replicas
         )
@@ -101,71 +114,117 @@ class Engine:
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.step = 0
         self.running = RunningMetrics()
-
         with strategy.scope():
-            self.training_model = make_training_model(
-                model,
-                policy,
-                any_size=bool(self.sizes),
-                synchronize=config.synchronize_batch_norm and self.replicas > 1,
-                compiled=self.compiled,
-            )
-            self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
-            if policy == "mixed_float16":
-                self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
-            self.optimizer.build(self.training_model.trainable_variables)
-            self.averages = []
-            if config.averaging.every:
-                values = [*self.training_model.trainable_variables, *self._statistics()]
-                self.averages = [tf.Variable(v.numpy(), trainable=False) for v in values]
+            self._make_variables()
+        self._place_data(images, labels)
+        self._choose_compilation()
 
+        self._loops: dict[int | None, Loop] = {}  # by image size
+        self._iterator: tuple[tuple[int, int | None], Iterator] | None = None
+        self._sampled_epochs: dict[int, Future] = {}
+        self._executor = ThreadPoolExecutor(1)
+
+    def _check_images(self, height: int, width: int) -> tuple[int, ...]:
+        """Returns the sides of progressive resizing for these images. Raises ConfigError if something does not fit."""
+        config = self.config
+        # The last size of the config stands for the images as they are.
+        sizes = tuple(round(height * size / config.sizes[-1]) for size in config.sizes)
+        if sizes:
+            if height != width:
+                raise ConfigError(
+                    f"sizes is {config.sizes}, but images are {height}x{width};"
+                    " allowed: (), which leaves all images as they are"
+                )
+            check_sizes(self.model, sizes)
+        for layer in augment.layers_of(config.augmentation):
+            if isinstance(layer, augment.RandomShift):
+                layer.check(height, width)
+        return sizes
+
+    def _make_variables(self) -> None:
+        """Makes the training model, its optimizer and the averages of lookahead."""
+        config = self.config
+        self.training_model = make_training_model(
+            self.model,
+            self.policy,
+            any_size=bool(self.sizes),
+            synchronize=config.synchronize_batch_norm and self.replicas > 1,
+            compiled=self.compiled,
+        )
+        self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
+        if self.policy == "mixed_float16":
+            self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+        self.optimizer.build(self.training_model.trainable_variables)
+        self.averages = []
+        if config.averaging.every:
+            values = [*self.training_model.trainable_variables, *self._norm_statistics()]
+            self.averages = [tf.Variable(v.numpy(), trainable=False) for v in values]
+
+    def _place_data(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """Puts the training set where the batches are made: on each device, or in the host's memory."""
         self.table = augment.image_table(tf.constant(images))
         self.labels = tf.constant(labels, tf.int32)
         if self.on_device:
             self.table, self.labels = (
-                strategy.experimental_distribute_values_from_function(lambda _, x=x: tf.identity(x))
+                self.strategy.experimental_distribute_values_from_function(lambda _, x=x: tf.identity(x))
                 for x in (self.table, self.labels)
             )
-        # Reductions over replicas, and what tf.data does, must stay outside of what XLA compiles.
-        cluster = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+    def _choose_compilation(self) -> None:
+        """Decides what XLA compiles: the loop of whole steps, the gradient function, or nothing."""
+        # XLA must compile neither reductions over replicas nor what tf.data does.
+        cluster = isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy)
         single_replica = self.on_device and self.replicas == 1 and not cluster
+        layers = augment.layers_of(self.config.augmentation)
         self.compile_loop = self.compiled and single_replica and all(layer.compilable for layer in layers)
         compile_gradients = self.compiled and not self.compile_loop
         self._gradients_of = (
             tf.function(self._gradients, jit_compile=True) if compile_gradients else self._gradients
         )
-        self._graphs: dict[int | None, Callable] = {}
-        self._iterator: tuple[tuple[int, int | None], Iterator] | None = None
-        self._epochs: dict[int, Future] = {}
-        self._background = ThreadPoolExecutor(1)
 
     @property
     def images(self) -> np.ndarray:
-        """The training images, uint8 [n, height, width, channels], not copied where they lie in the host's memory."""
+        """The training images, uint8 [n, height, width, channels], not copied if they lie in the host's memory."""
         table = self.strategy.experimental_local_results(self.table)[0]
         return np.asarray(table)[:-1]
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def _statistics(self) -> list:
-        """The float variables that training changes without a gradient: batch-norm statistics."""
+    def _norm_statistics(self) -> list[keras.Variable]:
+        """Returns the float variables that training changes without a gradient: those of batch norm."""
         return [
             v
             for v in self.training_model.non_trainable_variables
             if v.dtype.startswith("float") and v.path.endswith(("moving_mean", "moving_variance"))
         ]
 
-    def _gradients(self, weights, non_trainable, images, targets):
-        """The pure heart of a step: loss of this replica's part, gradients, and what changes without one."""
+    def _gradients(
+        self,
+        weights: list[tf.Tensor],
+        non_trainable: list[tf.Tensor],
+        images: tf.Tensor,
+        targets: tf.Tensor,
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """Computes one replica's part of a step, as a pure function.
+
+        Args:
+            weights: values of the trainable variables.
+            non_trainable: values of the other variables.
+            images: uint8 or float32 in 0-255, [part of the batch, height, width, channels].
+            targets: float32 [part of the batch, classes], rows that sum to 1.
+
+        Returns:
+            Gradients, new values of the other variables, sum of the losses, number of correct predictions.
+        """
         with tf.GradientTape() as tape:
             tape.watch(weights)
             logits, non_trainable, penalties = self.training_model.stateless_call(
                 weights, non_trainable, images, training=True, return_losses=True
             )
             smoothing = self.config.label_smoothing
-            soft = targets * (1 - smoothing) + smoothing / self.num_classes
-            losses = tf.nn.softmax_cross_entropy_with_logits(soft, logits)
-            # Keras optimizers sum over replicas: each gives its share of the mean over the global batch.
+            smoothed = targets * (1 - smoothing) + smoothing / self.num_classes
+            losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)
+            # Keras optimizers sum over replicas, so each replica adds its share of the mean over the global batch.
             loss = tf.reduce_sum(losses) / self.config.batch_size
             objective = loss + tf.add_n(penalties) / self.replicas if penalties else loss
             if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
@@ -175,28 +234,32 @@ class Engine:
         return gradients, non_trainable, tf.reduce_sum(losses), num_correct
 
     @no_autograph
-    def _replica_step(self, batch, data, batch_maker):
+    def _replica_step(
+        self, batch: tuple[tf.Tensor, ...], data: tuple[tf.Tensor, ...], batch_maker: BatchMaker
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """Takes one replica's part of a step. See `_step` for the arguments, `_gradients` for what it returns."""
         images, targets = batch_maker(*data, *batch) if self.on_device else batch
         weights = [v.value for v in self.training_model.trainable_variables]
         non_trainable = [v.value for v in self.training_model.non_trainable_variables]
-        gradients, non_trainable, loss, num_correct = self._gradients_of(
+        gradients, non_trainable, loss_sum, num_correct = self._gradients_of(
             [tf.convert_to_tensor(w) for w in weights],
-            [tf.convert_to_tensor(o) for o in non_trainable],
+            [tf.convert_to_tensor(v) for v in non_trainable],
             images,
             targets,
         )
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer) and self.replicas > 1:
-            # Keras looks for an overflow in the first replica's gradients only, before it adds up those of all.
+            # Keras looks for an overflow in the gradients of the first replica only, before it sums all of them. A NaN
+            # that is added on every replica makes Keras skip the step on all of them.
             finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
-            lost = tf.where(finite, 0.0, math.nan)
-            lost = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, lost)
-            gradients = [g + tf.cast(lost, g.dtype) for g in gradients]
+            poison = tf.where(finite, 0.0, math.nan)
+            poison = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, poison)
+            gradients = [g + tf.cast(poison, g.dtype) for g in gradients]
         self.optimizer.apply(gradients, self.training_model.trainable_variables)
-        return non_trainable, loss, num_correct
+        return non_trainable, loss_sum, num_correct
 
     @no_autograph
-    def _apply_non_trainable(self, non_trainable) -> None:
-        """Writes what a step changed without a gradient: the mean over replicas; counters are equal on all."""
+    def _apply_non_trainable(self, non_trainable: list[PerReplica]) -> None:
+        """Assigns the non-trainable variables: the mean over replicas; counters are equal on all replicas."""
         for variable, new in zip(self.training_model.non_trainable_variables, non_trainable, strict=True):
             if not variable.dtype.startswith("float"):
                 new = self.strategy.experimental_local_results(new)[0]
@@ -205,68 +268,93 @@ class Engine:
             self.strategy.extended.update(variable.value, lambda v, n: v.assign(n), args=(new,))
 
     @no_autograph
-    def _average(self) -> None:
-        """Lookahead: moves the averages towards the weights, and the weights onto the averages."""
+    def _lookahead(self) -> None:
+        """Moves the averages towards the weights, and sets the weights to the averages.
+
+        Lookahead (Zhang et al. 2019, arXiv:1907.08610) does this every k steps. Here the averages move less and less as
+        the run progresses, as in airbench (Jordan 2024, arXiv:2404.00498).
+        """
         rule = self.config.averaging
-        done = tf.cast(self.optimizer.iterations, tf.float32) / self.steps
-        keep = rule.decay**rule.every * done**3
+        progress = tf.cast(self.optimizer.iterations, tf.float32) / self.steps
+        keep = rule.decay**rule.every * progress**3
         for variable, average in zip(
-            [*self.training_model.trainable_variables, *self._statistics()], self.averages, strict=True
+            [*self.training_model.trainable_variables, *self._norm_statistics()], self.averages, strict=True
         ):
             new = keep * average + (1 - keep) * variable.value
             for v in (average, variable.value):
                 self.strategy.extended.update(v, lambda v, n: v.assign(n), args=(new,))
 
     @no_autograph
-    def _step(self, batch, data, batch_maker):
-        """One step on all replicas, but for the averaging: the sums of loss and of right answers."""
-        non_trainable, loss, num_correct = self.strategy.run(
+    def _step(
+        self, batch: PerReplica, data: PerReplica, batch_maker: BatchMaker
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Takes one step on all replicas, without lookahead.
+
+        Args:
+            batch: (images, targets) of each replica or, if `on_device`, (index, numbers) for `batch_maker`.
+            data: (table, labels) of each replica if `on_device`, otherwise ().
+            batch_maker: makes the batch if `on_device`.
+
+        Returns:
+            The sum of the losses and the number of correct predictions, float64 [], over the global batch.
+        """
+        non_trainable, loss_sum, num_correct = self.strategy.run(
             lambda batch, data: self._replica_step(batch, data, batch_maker), args=(batch, data)
         )
         self._apply_non_trainable(non_trainable)
-        # In float64 their sums are exact, so they do not depend on how many steps a call takes.
-        return tuple(
+        # Sums in float64 are exact, so they do not depend on the number of steps per call.
+        loss_sum, num_correct = (
             tf.cast(self.strategy.reduce(tf.distribute.ReduceOp.SUM, x, axis=None), tf.float64)
-            for x in (loss, num_correct)
+            for x in (loss_sum, num_correct)
         )
+        return loss_sum, num_correct
 
-    def _graph(self, size: int | None) -> Callable:
-        """The compiled loop: (batches, first, count) -> sums of loss and of right answers of `count` steps.
+    def _graph(self, size: int | None) -> Loop:
+        """Returns the loop of several steps, as a function that TensorFlow traces once.
 
-        batches: an iterator or, where XLA compiles the loop, `_epoch_of` an epoch, of which `first` is the first step.
+        If batches are made on the device, there is one loop per image size; otherwise one loop serves all sizes.
 
-        On the device there is one for each size of the images, since it makes them; else one for all sizes.
+        Args:
+            size: the side of the images in pixels; None: the images as they are.
+
+        Returns:
+            A function (batches, first, count) -> (sum of losses, number of correct predictions) of `count` steps.
+            `batches` is an iterator or, if XLA compiles the loop, the arrays of `_prefetched_epoch`; `first` is the
+            first step's index into these arrays.
         """
         size = size if self.on_device else None
-        if size in self._graphs:
-            return self._graphs[size]
+        if size in self._loops:
+            return self._loops[size]
         batch_maker = self._batch_maker(size)
         every = self.config.averaging.every
         data = (self.table, self.labels) if self.on_device else ()
 
-        def loop(batches, first, count, data):
-            loss = num_correct = tf.constant(0.0, tf.float64)
+        def loop(
+            batches: Any, first: tf.Tensor, count: tf.Tensor, data: PerReplica
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            loss_sum = num_correct = tf.constant(0.0, tf.float64)
             i, end = first, first + count
-            while i < end:  # XLA would compile again for each new value of a `tf.range`
+            while i < end:  # XLA would compile again for each new length of a `tf.range`
                 batch = [tf.gather(x, i) for x in batches] if self.compile_loop else self._next(batches)
-                part, right = self._step(batch, data, batch_maker)
-                loss, num_correct = loss + part, num_correct + right
+                step_loss, step_correct = self._step(batch, data, batch_maker)
+                loss_sum, num_correct = loss_sum + step_loss, num_correct + step_correct
                 if every and self.optimizer.iterations % every == 0:
-                    self._average()
+                    self._lookahead()
                 i += 1
-            return loss, num_correct
+            return loss_sum, num_correct
 
         graph = tf.function(loop, reduce_retracing=True, jit_compile=self.compile_loop or None)
-        self._graphs[size] = lambda batches, first, count: graph(batches, first, count, data)
-        return self._graphs[size]
+        self._loops[size] = lambda batches, first, count: graph(batches, first, count, data)
+        return self._loops[size]
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def _batch_maker(self, size: int | None) -> BatchMaker:
+        """Returns the function that makes batches of images of this size."""
         return BatchMaker(self.config.augmentation, self.num_classes, size)
 
     def _phase(self, step: int) -> tuple[int, int, int | None]:
-        """(first step, end, image size) of the part of the run that `step` is in."""
+        """Returns (first step, end, image size) of the phase of progressive resizing that contains `step`."""
         sizes = self.sizes
         if not sizes:
             return 0, self.steps, None
@@ -274,23 +362,21 @@ class Engine:
         i = next(i for i, end in enumerate(ends) if step < end)
         return (ends[i - 1] if i else 0), ends[i], sizes[i]
 
-    def _epoch_of(self, epoch: int) -> tuple:
-        """(index int32 [steps, batch], numbers float32 [steps, batch, draws]) of an epoch.
-
-        The next is made meanwhile, in a thread.
-        """
+    def _prefetched_epoch(self, epoch: int) -> tuple[tf.Tensor, ...]:
+        """Returns `_sample_epoch` of an epoch, and starts to sample the next one in a thread."""
         wanted = range(epoch, min(epoch + 2, -(-self.steps // self.steps_per_epoch)))
-        self._epochs = {
-            e: self._epochs.get(e) or self._background.submit(self._make_epoch, e) for e in wanted
+        self._sampled_epochs = {
+            e: self._sampled_epochs.get(e) or self._executor.submit(self._sample_epoch, e) for e in wanted
         }
-        return self._epochs[epoch].result()
+        return self._sampled_epochs[epoch].result()
 
-    def _make_epoch(self, epoch: int) -> tuple:
+    def _sample_epoch(self, epoch: int) -> tuple[tf.Tensor, ...]:
+        """Returns (index int32 [steps, batch], numbers float32 [steps, batch, draws]) of an epoch."""
         with tf.device("CPU"):  # as tf.data does it
             return tuple(x[:, 0] for x in self.sampler.batches(epoch))
 
     def _batches(self, end: int, size: int | None) -> Iterator:
-        """Batches from the present step to `end`; made once for a stretch of steps without a break."""
+        """Returns the iterator over the batches from the current step to `end`, the same one until they end."""
         key = (end, size)
         if self._iterator is None or self._iterator[0] != key:
             context = self._context()
@@ -311,10 +397,10 @@ class Engine:
         return self._iterator[1]
 
     def _context(self) -> tf.distribute.InputContext:
-        """This worker's part of the data.
+        """Returns this worker's part of the data.
 
-        Its iterators are plain ones. TensorFlow's distributed ones tune themselves in threads of their own,
-        and the end of such a thread takes up to a minute.
+        Each worker has a plain iterator. TensorFlow's distributed iterators tune themselves in threads of their own,
+        and such a thread takes up to a minute to end.
         """
         local = len(self._replica_ids)
         return tf.distribute.InputContext(
@@ -322,46 +408,59 @@ class Engine:
         )
 
     @no_autograph
-    def _next(self, iterator):
-        """A batch for each replica of this worker, from the next elements of its iterator."""
+    def _next(self, iterator: Iterator) -> PerReplica:
+        """Returns a batch for each replica of this worker, from the next elements of its iterator."""
         batches = {replica: next(iterator) for replica in self._replica_ids}
         return self.strategy.experimental_distribute_values_from_function(
             lambda context: batches[context.replica_id_in_sync_group]
         )
 
     def train(self, count: int) -> dict[str, float]:
-        """Takes up to `count` steps, and returns the mean loss and accuracy since `running` was cleared.
+        """Takes up to `count` steps.
 
-        Stops before where the size of the images changes and, where XLA compiles the loop, at the end of an epoch.
-        After the last step it takes none. Raises RunError where the loss is no number, and where memory runs out.
+        It takes fewer steps if the image size changes before or, if XLA compiles the loop, if the epoch ends before.
+        After the last step of the run it takes none.
+
+        Args:
+            count: steps, 1 or more.
+
+        Returns:
+            "loss" and "accuracy" (0-1): means over all steps since `running` was replaced.
+
+        Raises:
+            RunError: if the loss is not finite, or if memory runs out.
         """
         if self.step >= self.steps:
             return self.running.logs()
         _, end, size = self._phase(self.step)
-        batches: Iterator | tuple
+        batches: Iterator | tuple[tf.Tensor, ...]
         try:
             if self.compile_loop:
                 epoch, first = divmod(self.step, self.steps_per_epoch)
                 end = min(end, self.step - first + self.steps_per_epoch)
-                batches = self._epoch_of(epoch)
+                batches = self._prefetched_epoch(epoch)
             else:
                 first, batches = self.step, self._batches(end, size)
             count = min(count, end - self.step)
-            loss, num_correct = self._graph(size)(batches, tf.constant(first), tf.constant(count))
+            loss_sum, num_correct = self._graph(size)(batches, tf.constant(first), tf.constant(count))
         except tf.errors.ResourceExhaustedError as error:
             raise runtime.out_of_memory(error) from error
         self.step += count
-        self.running.loss += float(loss)
-        self.running.correct += float(num_correct)
-        self.running.images += count * self.config.batch_size
-        if not np.isfinite(self.running.loss):
+        self.running.loss_sum += float(loss_sum)
+        self.running.num_correct += float(num_correct)
+        self.running.num_images += count * self.config.batch_size
+        if not np.isfinite(self.running.loss_sum):
             raise RunError(
-                f"the loss is {self.running.loss} at step {self.step}: training diverged; use a lower --learning_rate"
+                f"the loss is {self.running.loss_sum} at step {self.step}: training diverged;"
+                " use a lower --learning_rate"
             )
         return self.running.logs()
 
     def pflop(self) -> float:
-        """Arithmetic of the steps so far, in PFLOP: three forward passes an image, as the speed records count it."""
+        """Returns the FLOPs (floating-point operations) of the steps so far, in units of 10**15.
+
+        They are counted as three forward passes per image, as the speed records count them.
+        """
         total, step = 0, 0
         while step < self.step:
             _, end, size = self._phase(step)
@@ -373,42 +472,57 @@ class Engine:
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Mean loss and accuracy over all of the images, computed by the twin on all replicas, plain (one view)."""
-        part = EVALUATION_BATCH
-        rounds = -(-len(images) // (part * self.replicas))
-        starts = [(r * self.replicas + i) * part for r in range(rounds) for i in self._replica_ids]
-        images_t, labels_t = tf.constant(images), tf.constant(labels, tf.int32)
+        """Computes the loss and accuracy of the training model, on all replicas.
+
+        There is no test-time augmentation (TTA), which averages the predictions for several versions of an image.
+
+        Args:
+            images: uint8 [n, height, width, channels].
+            labels: integers [n].
+
+        Returns:
+            "loss" and "accuracy" (0-1): means over all n images.
+        """
+        size = EVALUATION_BATCH
+        rounds = -(-len(images) // (size * self.replicas))
+        starts = [(r * self.replicas + i) * size for r in range(rounds) for i in self._replica_ids]
+        all_images, all_labels = tf.constant(images), tf.constant(labels, tf.int32)
         data = tf.data.Dataset.from_tensor_slices(tf.constant(starts))
-        data = data.map(no_autograph(lambda s: padded_slice(images_t, labels_t, s, part))).prefetch(2)
-        loss, num_correct = self._evaluation(iter(data.with_options(tuned_by_hand())), tf.constant(rounds))
-        return {"loss": float(loss) / len(images), "accuracy": float(num_correct) / len(images)}
+        data = data.map(no_autograph(lambda start: padded_slice(all_images, all_labels, start, size)))
+        data = data.prefetch(2).with_options(tuned_by_hand())
+        loss_sum, num_correct = self._evaluation(iter(data), tf.constant(rounds))
+        return {"loss": float(loss_sum) / len(images), "accuracy": float(num_correct) / len(images)}
 
     @functools.cached_property
-    def _evaluation(self) -> Callable:
-        """The compiled loop of an evaluation: (iterator, count) -> sums of loss and of right answers."""
+    def _evaluation(self) -> Callable[[Iterator, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+        """The loop of an evaluation: (iterator, count) -> (sum of losses, number of correct predictions)."""
 
         @tf.function(reduce_retracing=True)
-        def loop(iterator, count):
-            loss = num_correct = tf.constant(0.0)
+        def loop(iterator: Iterator, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            loss_sum = num_correct = tf.constant(0.0)
             for _ in tf.range(count):
-                part, right = self.strategy.run(self._replica_evaluation, args=(self._next(iterator),))
-                loss += self.strategy.reduce(tf.distribute.ReduceOp.SUM, part, axis=None)
-                num_correct += self.strategy.reduce(tf.distribute.ReduceOp.SUM, right, axis=None)
-            return loss, num_correct
+                loss, correct = self.strategy.run(self._replica_evaluation, args=(self._next(iterator),))
+                loss_sum += self.strategy.reduce(tf.distribute.ReduceOp.SUM, loss, axis=None)
+                num_correct += self.strategy.reduce(tf.distribute.ReduceOp.SUM, correct, axis=None)
+            return loss_sum, num_correct
 
         return loop
 
     @no_autograph
-    def _replica_evaluation(self, batch):
+    def _replica_evaluation(
+        self, batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the sum of losses and the number of correct predictions of one `padded_slice`."""
         images, labels, weight = batch
         logits = self.training_model(images, training=False)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        num_correct = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
-        return tf.reduce_sum(losses * weight), tf.reduce_sum(num_correct * weight)
+        correct = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
+        return tf.reduce_sum(losses * weight), tf.reduce_sum(correct * weight)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def _variables(self) -> dict[str, list]:
+    def _variables(self) -> dict[str, list[Any]]:
+        """Returns the variables of the state, by the first part of their names there."""
         return {
             "weights": self.training_model.trainable_variables,
             "non_trainable": self.training_model.non_trainable_variables,
@@ -417,33 +531,55 @@ class Engine:
         }
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that a step reads and changes, as arrays by name."""
+        """Returns everything that a step reads and changes, as copies: name -> array."""
         arrays = {
             f"{kind}/{i}": np.array(v)
             for kind, variables in self._variables().items()
             for i, v in enumerate(variables)
         }
-        p = self.running
-        arrays["engine"] = np.array([self.step, p.loss, p.correct, p.images], np.float64)
+        running = self.running
+        sums = [self.step, running.loss_sum, running.num_correct, running.num_images]
+        arrays["engine"] = np.array(sums, np.float64)
         return arrays
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes up a state that `state` of an engine of the same model and config gave."""
+        """Sets the engine to a state.
+
+        Args:
+            arrays: what `state` returned, of an engine with the same model and config.
+
+        Raises:
+            KeyError: if an array is missing.
+            ValueError: if an array has the wrong shape.
+        """
         for kind, variables in self._variables().items():
             for i, v in enumerate(variables):
                 v.assign(arrays[f"{kind}/{i}"])
-        step, loss, correct, images = arrays["engine"]
-        self.step, self.running = int(step), RunningMetrics(float(loss), float(correct), int(images))
-        self._iterator, self._epochs = None, {}
+        step, loss_sum, num_correct, num_images = arrays["engine"]
+        self.step = int(step)
+        self.running = RunningMetrics(float(loss_sum), float(num_correct), int(num_images))
+        self._iterator, self._sampled_epochs = None, {}
 
     def export(self) -> keras.Model:
-        """The plain model with the weights trained so far."""
+        """Copies the weights trained so far into the plain model, and returns it."""
         self.model.set_weights(self.training_model.get_weights())
         return self.model
 
 
-def padded_slice(images, labels, start, length):
-    """images[start:start + length] and labels, filled up to `length` with weight 0 where they end."""
+def padded_slice(
+    images: tf.Tensor, labels: tf.Tensor, start: tf.Tensor, length: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns images[start : start + length] and their labels, padded to `length`.
+
+    Args:
+        images: [n, height, width, channels].
+        labels: [n].
+        start: an integer, which may be n or more.
+        length: of the result.
+
+    Returns:
+        Images and labels of that length, and weights, float32 [length]: 1 for an image, 0 for padding.
+    """
     index = start + tf.range(length)
     weight = tf.cast(index < tf.shape(labels)[0], tf.float32)
     index = tf.minimum(index, tf.shape(labels)[0] - 1)
@@ -459,9 +595,9 @@ def make_engine(
     strategy: tf.distribute.Strategy,
     policy: str,
 ) -> Engine:
-    """An Engine at the start of a run: the model of `config`, drawn from its seed, with what it knows of the images.
+    """Makes the engine at the start of a run; its model is `initial_model` of the config and the images.
 
-    Arguments as of `Engine`.
+    The arguments are those of `Engine`.
     """
     model = initial_model(config, images, num_classes)
     return Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes)

@@ -1,4 +1,4 @@
-"""The two errors that users meet. Their texts are one line: what was received, what is allowed, what to do."""
+"""The errors that users meet. Each text is one line: what was received, what is allowed, what to do."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ from collections.abc import Collection
 
 
 class ConfigError(ValueError):
-    """Wrong usage: a flag, a name or a configuration that cannot be. Exit status 2."""
+    """Wrong usage: a flag, a name or a setting that is not allowed. Exit status 2."""
 
 
 class RunError(RuntimeError):
-    """Right usage that could not be carried out: data, files, network, divergence. Exit status 1."""
+    """Right usage that failed: data, files, network, a diverged training. Exit status 1."""
 
 
 class FolderBusyError(RunError):
-    """Another process is at work in the folder."""
+    """Another process uses the folder."""
 
 
 class RunInterrupted(RunError):
-    """A signal ended the run, with everything saved: the same command goes on from there."""
+    """A signal stopped the run after it saved everything: the same command resumes it."""
 
 
 def interrupted(how: str, workdir: object, overwrite: bool) -> RunInterrupted:
-    """The error for what a signal ended, with everything saved in `workdir`.
+    """The error after a signal, when everything is saved in `workdir`.
 
-    how: what happened, as in "stopped by SIGINT at step 3"; overwrite: whether the command said --overwrite.
+    Args:
+        how: what happened, as in "stopped by SIGINT at step 3".
+        workdir: the folder to resume from.
+        overwrite: whether the command had --overwrite, which must go before it is repeated.
     """
     return RunInterrupted(
-        f"{how}; everything is saved in {workdir}; the same command with --workdir={workdir}"
-        f"{' and without --overwrite' if overwrite else ''} goes on from there"
+        f"{how}; everything is saved in {workdir}; to resume, repeat the command with --workdir={workdir}"
+        f"{' and without --overwrite' if overwrite else ''}"
     )
 
 
 def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigError:
-    """The error for a name that is not one of `allowed`, with the nearest name where there is one."""
+    """The error for a name that is not in `allowed`. It suggests the nearest name, if one is near."""
     near = difflib.get_close_matches(str(received), list(allowed), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"unknown {what} {received!r}; allowed: {', '.join(allowed)}.{hint}")

@@ -3,7 +3,7 @@
     python -m cifar10_trainer.evaluate --workdir RUN --show 4
     python -m cifar10_trainer.evaluate --model FILE --dataset folder --data_dir PICTURES --views 6
 
-The model is a plain Keras file; TensorFlow is imported when there is something to compute.
+The model is a plain Keras file. TensorFlow is imported only after all arguments have been checked.
 """
 
 from __future__ import annotations
@@ -31,17 +31,27 @@ SPLITS = ("test", "validation", "train")
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-flags.DEFINE_string("workdir", None, "a run folder: its model, data set and settings", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "a run folder: scores its model on its data set", flag_values=FLAGS)
 flags.DEFINE_string("model", None, "a .keras or .h5 file, instead of --workdir", flag_values=FLAGS)
 flags.DEFINE_enum("dataset", None, DATASETS, "default: the run's, else cifar10", flag_values=FLAGS)
 flags.DEFINE_string("data_dir", None, "where the data set is; default: the run's", flag_values=FLAGS)
-flags.DEFINE_enum("split", "test", SPLITS, "the images to score", flag_values=FLAGS)
 flags.DEFINE_enum(
-    "views", None, ("1", "2", "6"), "views to average over; default: the run's, else 1", flag_values=FLAGS
+    "split",
+    None,
+    SPLITS,
+    "the images to score; default: test, or validation without test images",
+    flag_values=FLAGS,
 )
-flags.DEFINE_integer("batch_size", BATCH_SIZE, "images at once", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_enum(
+    "views",
+    None,
+    ("1", "2", "6"),
+    "views for test-time augmentation; default: the run's, else 1",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("batch_size", BATCH_SIZE, "images in a batch", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
-    "show", 0, "show what the model says to the first so many images", lower_bound=0, flag_values=FLAGS
+    "show", 0, "show the predictions for the first so many images", lower_bound=0, flag_values=FLAGS
 )
 flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=FLAGS)
 
@@ -52,21 +62,21 @@ USAGE = (
 
 
 def load_model(path: str | Path) -> keras.Model:
-    """Opens a saved classifier of images, uncompiled, with Keras's safe mode on.
+    """Opens a saved image classifier, uncompiled, with Keras's safe mode on.
 
-    Its input is [batch, height, width, 3] with a fixed height and width, its output [batch, classes].
-    Raises ConfigError when there is no such file or the model is of another kind, RunError when the file does
-    not open as a model.
+    Returns: a model that maps [batch, height, width, 3], with a fixed height and width, to [batch, classes].
+    Raises: ConfigError where there is no such file, or the model has other shapes; RunError where the file does not open
+        as a model.
     """
     path = check_model_file(path)
     import keras
 
     try:
         if path.suffix.lower() == ".keras" and not zipfile.is_zipfile(path):
-            raise ValueError("it is damaged, or no such file: a .keras file is a zip archive")
+            raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
         model = keras.models.load_model(path, compile=False)
     except Exception as error:
-        # Keras raises whatever the reader of the day raises.
+        # Each of Keras's readers raises errors of its own.
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{path} does not open as a Keras model ({reason}); train it again") from error
     received: Any = getattr(model, "input_shape", None)
@@ -79,8 +89,39 @@ def load_model(path: str | Path) -> keras.Model:
     return model
 
 
+def evaluate_model(
+    model: keras.Model,
+    data: datasets.Dataset | tuple[np.ndarray, np.ndarray],
+    *,
+    views: int = 1,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Any]:
+    """Scores a model, with test-time augmentation where `views` is above 1; see `scoring.predict_probabilities`.
+
+    Args:
+        model: maps raw pixels [batch, height, width, 3] to probabilities [batch, classes].
+        data: a data set, whose test images are scored, or (images uint8 [n, height, width, 3], labels integers [n]).
+        views: 1, 2 or 6.
+        batch_size: images in a batch.
+
+    Returns: {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
+    Raises: ConfigError where the images do not fit the model or there are none; RunError where the outputs are not
+        probabilities.
+    """
+    if isinstance(data, datasets.Dataset):
+        check_fit(model, data)
+        data = select(data, "test", {})
+    images, labels = (np.asarray(x) for x in data)
+    expected = tuple(model.input_shape[1:])
+    if len(images) != len(labels) or len(images) == 0 or images.shape[1:] != expected:
+        raise ConfigError(
+            f"images has shape {images.shape} and labels {labels.shape}; allowed: {('n', *expected)} and ('n',), n above 0"
+        )
+    return score(labels, predict_probabilities(model, images, batch_size, views))
+
+
 def check_model_file(path: str | Path) -> Path:
-    """`path`, without importing TensorFlow. Raises ConfigError when no model can be there."""
+    """`path`, if its name and a file there fit a saved model. Imports no TensorFlow. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
@@ -94,13 +135,13 @@ def _is_shape(shape: Any, rank: int) -> bool:
 
 
 def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:
-    """Raises ConfigError when the model is made for other images or another number of classes."""
+    """Raises ConfigError where the model takes other images, or has another number of classes."""
     needs = tuple(model.input_shape[1:]), model.output_shape[-1]
     has = tuple(dataset.input_shape), dataset.num_classes
     if needs != has:
         raise ConfigError(
             f"the model takes images {needs[0]} of {needs[1]} classes, but data set {dataset.name!r} has"
-            f" images {has[0]} of {has[1]} classes; name the data it was trained on (--dataset, --data_dir)"
+            f" images {has[0]} of {has[1]} classes; allowed: the data set it was trained on (--dataset, --data_dir)"
         )
 
 
@@ -111,15 +152,20 @@ def read_run(workdir: str | Path) -> dict[str, Any]:
         raise ConfigError(f"no run folder at {folder}; allowed: one written by python -m cifar10_trainer")
     for file in (folder.config_file, folder.model_file):
         if not file.is_file():
-            raise RunError(f"{folder} has no {file.name}; finish the run by the command that began it")
+            raise RunError(f"{folder} has no {file.name}; finish the run with the command that began it")
     return folder.read_config()
 
 
 def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of split `name`; training and validation images are parted as `settings` say.
+    """The images and labels of the split `name`.
 
-    settings: validation_fraction, _split and _fold, seed and fingerprint of the run; without them all training images
-    are for training. Raises ConfigError when the split is empty, or the images that the run parted were others.
+    Args:
+        dataset: what to select from.
+        name: "test", "validation" or "train".
+        settings: validation_fraction, validation_split, validation_fold, seed and fingerprint of the run, which determine
+            its training and validation images. Empty: all training images are "train".
+
+    Raises: ConfigError where the split is empty, or `dataset` does not hold the images of the run.
     """
     if name == "test":
         images, labels = dataset.test_images, dataset.test_labels
@@ -127,14 +173,14 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
     else:
         if "fingerprint" in settings and settings["fingerprint"] != datasets.fingerprint(dataset):
             raise ConfigError(
-                f"split is {name!r}, but {dataset.source} does not hold the images that the run parted; allowed: test,"
-                " its own images (--data_dir), or --model with its model.keras"
+                f"split is {name!r}, but {dataset.source} does not hold the images of the run; allowed: test,"
+                " the run's own images (--data_dir), or --model with its model.keras"
             )
         fraction, kind = settings.get("validation_fraction"), settings.get("validation_split", "stratified")
         fold = settings.get("validation_fold", 0)
         parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0), fold)
         images, labels = parts[:2] if name == "train" else parts[2:]
-        others = "test, train; or --workdir with the run that parted the training images"
+        others = "test, train; or --workdir with a run that held images out"
     if len(labels) == 0:
         raise ConfigError(
             f"split is {name!r}, but there are no such images in {dataset.name!r}; allowed: {others}"
@@ -142,12 +188,31 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
     return images, labels
 
 
-def first_answers(
+def default_split(dataset: datasets.Dataset, settings: dict[str, Any]) -> str:
+    """ "test" or, where there are no test images but the run held others out, "validation", which is said on stderr."""
+    held_out = dataset.validation is not None or settings.get("validation_fraction") is not None
+    if len(dataset.test_labels) or not held_out:
+        return "test"
+    print(
+        f"{dataset.source} has no test images: these are the validation images, on which the run chose its weights",
+        file=sys.stderr,
+    )
+    return "validation"
+
+
+def first_predictions(
     labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
-    """For each of the first `count` images {"image": its number, "true", "predicted": class names, "probability"}.
+    """The predictions for the first `count` images.
 
-    labels: whole numbers [n]; probabilities: [n, classes]; probability: 0-1, of the predicted class.
+    Args:
+        labels: integers [n].
+        probabilities: float [n, classes].
+        class_names: one for each class.
+        count: how many.
+
+    Returns: for each image {"image": its number from 0, "true": class name, "predicted": class name, "probability": that of
+        the predicted class, 0-1}.
     """
     return [
         {
@@ -164,7 +229,7 @@ def main(argv: list[str]) -> None:
     if argv:
         raise ConfigError(f"unexpected argument {argv[0]!r}; allowed: flags only (--help shows them)")
     if (FLAGS.workdir is None) == (FLAGS.model is None):
-        raise ConfigError("allowed: exactly one of --workdir RUN and --model FILE")
+        raise ConfigError("name the model; allowed: exactly one of --workdir RUN and --model FILE")
 
     # ---- what to evaluate
     settings: dict[str, Any] = {} if FLAGS.workdir is None else read_run(FLAGS.workdir)
@@ -183,27 +248,36 @@ def main(argv: list[str]) -> None:
     if trained_on is not None and list(dataset.class_names) != list(trained_on):
         raise ConfigError(
             f"data set {name!r} has classes {', '.join(dataset.class_names)}, but the model was trained on"
-            f" {', '.join(trained_on)}; choose the data set it was trained on (--dataset, --data_dir)"
+            f" {', '.join(trained_on)}; allowed: the data set it was trained on (--dataset, --data_dir)"
         )
-    images, labels = select(dataset, FLAGS.split, settings)
+    split = FLAGS.split or default_split(dataset, settings)
+    images, labels = select(dataset, split, settings)
 
-    # ---- the numbers
+    # ---- the scores
     probabilities = predict_probabilities(model, images, FLAGS.batch_size, views)
     numbers = score(labels, probabilities)
-    answers = first_answers(labels, probabilities, dataset.class_names, FLAGS.show)
+    predictions = first_predictions(labels, probabilities, dataset.class_names, FLAGS.show)
     if FLAGS.json:
-        about = {"model": str(path), "dataset": name, "source": dataset.source, "split": FLAGS.split}
-        print(json.dumps({**about, "views": views, **numbers, **({"first": answers} if answers else {})}))
+        about = {"model": str(path), "dataset": name, "source": dataset.source, "split": split}
+        print(
+            json.dumps(
+                {**about, "views": views, **numbers, **({"first": predictions} if predictions else {})}
+            )
+        )
         return
-    print(f"{path} on {numbers['n']:,} {FLAGS.split} images of {name} ({dataset.source}), views: {views}")
+    print(f"{path} on {numbers['n']:,} {split} images of {name} ({dataset.source}), views: {views}")
     print(f"accuracy {numbers['accuracy']:.4f}   loss {numbers['loss']:.4f}\n")
-    for a in answers:
+    for a in predictions:
         print(f"image {a['image']}: {a['true']}, predicted {a['predicted']} ({a['probability']:.4f})")
     print(
-        ("\n" if answers else "")
+        ("\n" if predictions else "")
         + report.classification_report(labels, probabilities.argmax(axis=1), dataset.class_names)
     )
 
 
+def command() -> int:
+    return cli.run(main, FLAGS, USAGE)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, USAGE))
+    sys.exit(command())

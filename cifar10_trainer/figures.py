@@ -28,7 +28,7 @@ MAX_CLASSES_SHOWN = 100  # in sample_images; more would be too small to see
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A white figure of so many inches, apart from pyplot and its state."""
+    """A white figure of `width` by `height` inches, independent of pyplot and its state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
@@ -39,11 +39,11 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, facecolor="white")
     write_atomic(path, png.getvalue())
-    figure.clear()  # its parts refer to one another: their memory would stay until the garbage collector comes by
+    figure.clear()  # its parts refer to one another, so their memory would wait for the garbage collector
 
 
 def style_axes(axes: Axes, title: str = "", grid: Literal["x", "both"] | None = None) -> None:
-    """The house's look. title: at the top left; grid: the lines behind the data; None: neither lines nor frame."""
+    """The style of all figures. title: at the top left; grid: the lines behind the data, None for no lines and no frame."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold", pad=8, parse_math=False)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
     axes.set_axisbelow(True)
@@ -89,10 +89,10 @@ def _show(axes: Axes, mosaic: np.ndarray, height: int) -> None:
 
 
 def _cells(axes: Axes, values: np.ndarray, **style: Any) -> Any:
-    """Draws numbers [h, w] or pixels [h, w, 3], a square each, whose centres are whole numbers; y goes down.
+    """Draws numbers [h, w] or pixels [h, w, 3] as squares with their centres at integers; y points down.
 
-    The same picture as `imshow` without interpolation, for CIFAR-10's images in half its time, and without its
-    floating-point copies of the whole figure.
+    This is the picture of `imshow` without interpolation. For CIFAR-10's images it takes half the time, and no
+    floating-point copy of the whole figure.
     """
     edges = (np.arange(n + 1) - 0.5 for n in values.shape[1::-1])
     drawn = axes.pcolormesh(*edges, values, antialiased=False, **style)
@@ -129,10 +129,17 @@ def sample_images(
     path: str | os.PathLike[str],
     per_class: int = 10,
 ) -> None:
-    """Draws the first `per_class` images of each class, a row a class, to the PNG file `path`.
+    """Draws the first images of each class, one row for each class, to the PNG file `path`.
 
-    images: uint8 [n, height, width, 3]; labels: whole numbers [n]. More than 25 classes stand in several
-    columns with fewer images each; more than MAX_CLASSES_SHOWN are not all shown, and the title says so.
+    More than 25 classes stand in several columns with fewer images each. Of more than MAX_CLASSES_SHOWN classes the first
+    ones are shown, and the title says so.
+
+    Args:
+        images: uint8 [n, height, width, 3].
+        labels: integers [n].
+        class_names: one for each class.
+        path: the file to write.
+        per_class: images in a row, at most.
     """
     shown = min(len(class_names), MAX_CLASSES_SHOWN)
     blocks = math.ceil(shown / 25)
@@ -167,7 +174,7 @@ def random_samples(
     count: int = 25,
     seed: int = 0,
 ) -> None:
-    """Draws `count` images, chosen by `seed` alone, in a labelled grid. Arguments as in `sample_images`."""
+    """Draws `count` images, chosen at random by `seed`, in a labelled grid. Arguments as in `sample_images`."""
     chosen = np.random.default_rng(seed).permutation(len(images))[:count]
     captions = [_shorten(class_names[c]) for c in labels[chosen]]
     _captioned(images[chosen], captions, "Training images, chosen at random", path)
@@ -207,8 +214,11 @@ def training_curves(
 ) -> None:
     """Draws loss and accuracy over the epochs, training and validation, with the best epoch and the target.
 
-    history: rows as in history.csv; values may be None. target: a validation accuracy, 0-1.
-    best_epoch: the epoch to mark; None: the first one with the highest val_accuracy, where there is any.
+    Args:
+        history: rows as in history.csv; values may be None.
+        path: the PNG file to write.
+        target: a validation accuracy, 0-1.
+        best_epoch: the epoch to mark; None: the first one with the highest val_accuracy.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -255,10 +265,15 @@ def confusion_matrix(
     path: str | os.PathLike[str],
     split: str = "test",
 ) -> None:
-    """Draws the confusion matrix: a row a true class, a column a predicted one; numbers are images.
+    """Draws the confusion matrix: rows are true classes, columns predicted ones, and a number counts images.
 
-    The colour is the share of the row, on a square-root scale so that rare errors show.
-    labels, predicted: whole numbers [n]; split: what the images are called in the title.
+    The colour is the share of the row, on a square-root scale, so that rare errors are visible.
+
+    Args:
+        labels, predicted: integers [n].
+        class_names: one for each class.
+        path: the PNG file to write.
+        split: what the title calls the images.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import PercentFormatter
@@ -302,9 +317,16 @@ def misclassified_examples(
     count: int = 20,
     split: str = "test",
 ) -> None:
-    """Draws the first `count` images that are wrong: true class, predicted class and its probability.
+    """Draws the first misclassified images: true class, predicted class and its probability.
 
-    images: uint8 [n, height, width, 3]; labels: [n]; probabilities: [n, classes].
+    Args:
+        images: uint8 [n, height, width, 3].
+        labels: integers [n].
+        probabilities: float [n, classes].
+        class_names: one for each class.
+        path: the PNG file to write.
+        count: images to draw, at most.
+        split: what the title calls the images.
     """
     predicted = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predicted != labels)

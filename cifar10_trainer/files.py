@@ -16,9 +16,10 @@ from .errors import RunError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside `path` to write to; in the end it becomes `path`, whole or not at all. Makes the folder.
+    """Gives a temporary file beside `path` to write to, and renames it to `path` at the end. Makes the folder.
 
-    It ends as `path` does, since formats are told by that. Raises RunError where it cannot be written.
+    So `path` has the old content or all of the new one, never a part. The temporary name has the suffix of `path`, because
+    writers determine the format from it. Raises RunError where nothing can be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
@@ -42,10 +43,16 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
-    """Makes `folder`, and keeps other processes out; where one is in, calls `busy` and then waits for its end.
+    """Makes `folder` and locks it against other processes. Where it is locked, calls `busy` and then waits.
 
-    The lock is the system's: it ends with the process, however that ends, and leaves no file. Folders that were made
-    here and are still empty at the end are removed. Raises OSError where the folder cannot be made.
+    The lock is the operating system's: it ends with the process, and leaves no file. Folders that this call made and that
+    are still empty at its end are removed.
+
+    Args:
+        folder: the folder to lock.
+        busy: called before waiting; an exception from it ends the attempt.
+
+    Raises: OSError where the folder cannot be made.
     """
     made, descriptor = _lock(folder, busy)
     try:
@@ -55,11 +62,11 @@ def folder_lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
             for path in made:
                 path.rmdir()
         if descriptor is not None:
-            os.close(descriptor)  # last: whoever waits must find the folders gone or staying
+            os.close(descriptor)  # last, so that a process that waits finds the folders removed or staying
 
 
 def _lock(folder: Path, busy: Callable[[], None]) -> tuple[list[Path], int | None]:
-    """The folders made, the innermost first, and the descriptor that locks `folder`; None where there are no locks."""
+    """The folders made, the innermost first, and the descriptor that locks `folder`; None where no locks exist."""
     made: list[Path] = []
     while True:
         made += [path for path in _make_folders(folder) if path not in made]
@@ -76,10 +83,10 @@ def _lock(folder: Path, busy: Callable[[], None]) -> tuple[list[Path], int | Non
             if os.path.samestat(os.fstat(descriptor), folder.stat()):
                 return made, descriptor
         except FileNotFoundError:
-            pass  # who held it left it empty, and took it away: again
+            pass  # the process that held it left it empty and removed it: try again
         except (ImportError, OSError):  # no locks on Windows and some network file systems
             return made, descriptor
-        except BaseException:  # `busy` will not wait, or the user
+        except BaseException:  # `busy` raises rather than waits, or a signal arrived
             if descriptor is not None:
                 os.close(descriptor)
             raise
@@ -88,7 +95,7 @@ def _lock(folder: Path, busy: Callable[[], None]) -> tuple[list[Path], int | Non
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Makes `folder`. Gives what was not there before, the innermost first."""
+    """Makes `folder`. Returns the folders that did not exist before, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -125,5 +132,5 @@ def remove_files(folder: Path, marker: str, names: Iterable[str]) -> None:
 
 
 def cannot_write(folder: Path, error: OSError) -> RunError:
-    """The one-line error for a folder in which nothing can be written."""
+    """The one-line error for a folder that cannot be written to."""
     return RunError(f"cannot write to {folder}: {error.strerror}; choose another folder with --workdir")

@@ -1,24 +1,41 @@
-"""Keras's layers again, faster to train: the same variables and, within rounding, the same function.
+"""Replacements for Keras layers that train faster: the same variables and, within rounding, the same function.
 
-`accelerate.py` puts them into the training model; a saved model never holds one of them.
+`accelerate.py` puts them into the training model; a saved model never contains one of them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
+Gradient: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
+
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FusedBatchNormalization(keras.layers.BatchNormalization):
-    """Keras's batch norm over the last axis, in one kernel forward and one backward: bfloat16 in, float32 statistics.
+    """Keras's batch norm over the last axis, as one kernel forward and one backward.
 
-    Same weights, same results within rounding; epsilon is at least 1.001e-5, as the kernel wants it.
+    The input may be bfloat16; the statistics are float32. An epsilon below 1.001e-5 acts as 1.001e-5, because the
+    kernel requires it.
     """
 
-    def call(self, inputs, training=None, mask=None):
+    def call(
+        self, inputs: tf.Tensor, training: bool | None = None, mask: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Normalizes `inputs`, and in training updates the moving statistics.
+
+        Args:
+            inputs: float [batch, channels] or [batch, height, width, channels].
+            training: whether to normalize with the statistics of the batch.
+            mask: accepted for Keras, and ignored.
+
+        Returns:
+            A tensor of the same shape and dtype.
+        """
         channels = inputs.shape[-1]
         flat = tf.reshape(inputs, [-1, 1, 1, channels]) if len(inputs.shape) == 2 else inputs
         ones, zeros = tf.ones([channels]), tf.zeros([channels])
@@ -35,7 +52,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             )
             return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
         output, mean, variance = tf.compat.v1.nn.fused_batch_norm(flat, scale, offset, epsilon=epsilon)
-        # The kernel's variance is the unbiased one; Keras keeps the biased.
+        # The kernel returns the unbiased variance; Keras averages the biased one.
         count = tf.cast(tf.size(flat) // channels, tf.float32)
         variance = variance * ((count - 1) / count)
         for average, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
@@ -46,35 +63,38 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastDropout(keras.layers.Dropout):
-    """Keras's dropout of single numbers, from half as many random bits, and kept as a factor, not as a choice.
+    """Keras's dropout with 16 random bits per element, half of Keras's, and a product in place of a selection.
 
-    The rate is the nearest multiple of 2**-16. On a CPU in bfloat16 it takes two fifths of Keras's time.
+    The effective rate is the nearest multiple of 2**-16. On a CPU in bfloat16 it takes two fifths of Keras's time.
     """
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Sets elements to zero at random and scales the others; returns `inputs` outside training."""
         if not training or self.rate == 0:
             return inputs
         count = tf.size(inputs)
         seed = tf.cast(tf.convert_to_tensor(self.seed_generator.next()), tf.int32)
         bits = tf.random.stateless_uniform([(count + 1) // 2], seed, None, None, tf.int32)
-        numbers = tf.reshape(tf.bitcast(bits, tf.int16), [-1])[:count]
-        dropped = round(self.rate * 2**16)
-        kept = tf.reshape(numbers >= dropped - 2**15, tf.shape(inputs))
-        return inputs * (tf.cast(kept, inputs.dtype) * (2**16 / (2**16 - dropped)))
+        draws = tf.reshape(tf.bitcast(bits, tf.int16), [-1])[:count]
+        dropped = round(self.rate * 2**16)  # of the 2**16 values of a draw
+        keep = tf.reshape(draws >= dropped - 2**15, tf.shape(inputs))
+        return inputs * (tf.cast(keep, inputs.dtype) * (2**16 / (2**16 - dropped)))
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastLeakyReLU(keras.layers.LeakyReLU):
-    """Keras's leaky ReLU, whose gradient is told by the sign of what comes out: what goes in need not be kept.
+    """Keras's leaky ReLU, whose gradient is determined from the sign of its output, so its input need not be kept.
 
-    So it becomes a part of the convolution before it, which no one else asks for its result. Its slope is above 0.
+    Nothing else then reads the output of the convolution before it, so TensorFlow fuses the two. The slope must be
+    above 0.
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Applies the activation to each element."""
         slope = self.negative_slope
 
         @tf.custom_gradient
-        def activate(x):
+        def activate(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
             y = tf.nn.leaky_relu(x, slope)
             return y, lambda dy: tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
 
@@ -83,19 +103,22 @@ class FastLeakyReLU(keras.layers.LeakyReLU):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastSiLU(keras.layers.Activation):
-    """Keras's SiLU, whose gradient takes the sigmoid from what came out: y / x, where y = x sigmoid(x).
+    """Keras's SiLU, whose gradient computes the sigmoid from the output: it is y / x, because y = x sigmoid(x).
 
-    On a CPU in bfloat16 a division takes a quarter of a sigmoid's time, and the whole gradient six tenths. XLA makes one
-    pass of Keras's own.
+    On a CPU in bfloat16, a division takes a quarter of a sigmoid's time, and the whole gradient six tenths of Keras's.
+    Under XLA, Keras's own SiLU is as good, because XLA fuses its gradient into one pass.
     """
 
-    def call(self, inputs):
-        @tf.custom_gradient
-        def activate(x):
-            y = x * tf.sigmoid(x)  # one kernel of oneDNN's
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Applies the activation to each element."""
 
-            def gradient(dy):
-                with tf.control_dependencies([dy]):  # not before it is needed: it is as large as the maps
+        @tf.custom_gradient
+        def activate(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+            y = x * tf.sigmoid(x)  # oneDNN fuses both into one kernel
+
+            def gradient(dy: tf.Tensor) -> tf.Tensor:
+                # The sigmoid is as large as the maps, so it must not exist before it is needed.
+                with tf.control_dependencies([dy]):
                     sigmoid = tf.where(x == 0, tf.constant(0.5, x.dtype), y / x)
                     return dy * (sigmoid * (1 + (x - y)))
 
@@ -105,36 +128,51 @@ class FastSiLU(keras.layers.Activation):
 
     @staticmethod
     def suits(layer: keras.layers.Activation, policy: str) -> bool:
-        """Whether `layer` may be one of these. In float16, y / x is wrong where y is subnormal."""
+        """Returns whether this class can replace `layer`. In float16, y / x is wrong if y is subnormal."""
         return layer.activation is keras.activations.silu and policy != "mixed_float16"
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastConv2D(keras.layers.Conv2D):
-    """Keras's 3x3 convolution whose gradient to the kernel is nine matrix products where the maps are small.
+    """Keras's 3x3 convolution, whose gradient with respect to the kernel is nine matrix products if the maps are small.
 
-    On a CPU that takes 0.1 to 0.9 of the time of oneDNN's own. Maps without a fixed size are small or not in each step.
+    On a CPU that takes 0.1 to 0.9 of the time of oneDNN's kernel. If the maps have no fixed size, each step decides
+    whether they are small.
     """
 
-    def convolution_op(self, inputs, kernel):
+    def convolution_op(self, inputs: tf.Tensor, kernel: keras.Variable) -> tf.Tensor:
+        """Computes the convolution without bias and activation.
+
+        Args:
+            inputs: float [batch, height, width, in].
+            kernel: float [3, 3, in, out].
+
+        Returns:
+            float [batch, height, width, out].
+        """
         channels = min(kernel.shape[2:])
         height, width = inputs.shape[1:3]
 
         @tf.custom_gradient
-        def convolve(x, w):
-            def gradient(dy):
+        def convolve(
+            x: tf.Tensor, w: tf.Tensor
+        ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]]:
+            def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 if height and width:
                     dw = kernel_gradient(x, dy)
                 else:
-                    own = tf.raw_ops.Conv2DBackpropFilter
-                    dw = tf.cond(
-                        self.small(tf.shape(x)[1], tf.shape(x)[2], channels),
-                        lambda: kernel_gradient(x, dy),
-                        lambda: own(
-                            input=x, filter_sizes=w.shape, out_backprop=dy, strides=[1] * 4, padding="SAME"
-                        ),
+                    onednn_gradient = functools.partial(
+                        tf.raw_ops.Conv2DBackpropFilter,
+                        input=x,
+                        filter_sizes=w.shape,
+                        out_backprop=dy,
+                        strides=[1] * 4,
+                        padding="SAME",
                     )
-                with tf.control_dependencies([dw]):  # else many layers' x and dy would wait in memory for it
+                    small = self.small(tf.shape(x)[1], tf.shape(x)[2], channels)
+                    dw = tf.cond(small, lambda: kernel_gradient(x, dy), onednn_gradient)
+                # Otherwise TensorFlow computes every dx first, and x and dy of many layers wait in memory for their dw.
+                with tf.control_dependencies([dw]):
                     dx = tf.raw_ops.Conv2DBackpropInput(
                         input_sizes=tf.shape(x), filter=w, out_backprop=dy, strides=[1] * 4, padding="SAME"
                     )
@@ -145,13 +183,21 @@ class FastConv2D(keras.layers.Conv2D):
         return convolve(inputs, tf.convert_to_tensor(kernel))
 
     @staticmethod
-    def small(height, width, channels):
-        """Whether maps of `channels` channels, the fewer of both sides, are small. BUILD_NOTES.md has the timings."""
+    def small(height: int | tf.Tensor, width: int | tf.Tensor, channels: int) -> bool | tf.Tensor:
+        """Returns whether maps are so small that the matrix products are faster.
+
+        docs/measurements.md, "Gradients to the kernels of small maps", has the timings behind this rule.
+
+        Args:
+            height: of the maps, in pixels.
+            width: of the maps, in pixels.
+            channels: the smaller one of the numbers of input and output channels.
+        """
         return 3 * height * width <= channels
 
     @classmethod
     def suits(cls, layer: keras.layers.Conv2D, height: int, width: int) -> bool:
-        """Whether `layer` may be one of these where its maps are of this size."""
+        """Returns whether this class can replace `layer`, and is faster if its maps have this size."""
         return (
             (layer.kernel_size, layer.strides, layer.dilation_rate) == ((3, 3), (1, 1), (1, 1))
             and (layer.padding, layer.groups, layer.data_format) == ("same", 1, "channels_last")
@@ -162,29 +208,30 @@ class FastConv2D(keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastMaxPooling2D(keras.layers.MaxPooling2D):
-    """Keras's pooling of 2x2 pixels, whose gradient is told by which of the four was the first to be the largest.
+    """Keras's 2x2 max pooling, whose gradient is determined from the position of the first maximum of each window.
 
-    XLA makes one pass over the maps of it, each way; of Keras's own gradient it makes scattered additions, which took an
-    eighth of a step. Without XLA it is slower than Keras's own.
+    XLA compiles it to one pass over the maps forward and one backward. It compiles the gradient of Keras's layer to
+    scattered additions, which took an eighth of a step. Without XLA, Keras's layer is faster.
     """
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Takes the maximum of each 2x2 window: float [batch, h, w, channels] to [batch, h // 2, w // 2, channels]."""
         shape = tf.shape(inputs)
         height, width = (n or shape[i] for i, n in ((1, inputs.shape[1]), (2, inputs.shape[2])))
 
         @tf.custom_gradient
-        def pool(x):
-            places = [x[:, i : height // 2 * 2 : 2, j : width // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
-            y = functools.reduce(tf.maximum, places)
-            first = tf.constant(3, tf.uint8)
+        def pool(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+            corners = [x[:, i : height // 2 * 2 : 2, j : width // 2 * 2 : 2] for i in (0, 1) for j in (0, 1)]
+            y = functools.reduce(tf.maximum, corners)
+            argmax = tf.constant(3, tf.uint8)
             for k in (2, 1, 0):
-                first = tf.where(places[k] == y, tf.constant(k, tf.uint8), first)
+                argmax = tf.where(corners[k] == y, tf.constant(k, tf.uint8), argmax)
 
-            def gradient(dy):
-                # [n, h, 2, w, 2, channels]: the four pixels of each result, as they lie in memory.
-                spread = first[:, :, None, :, None], dy[:, :, None, :, None]
-                place = tf.constant([[0, 1], [2, 3]], tf.uint8)[None, None, :, None, :, None]
-                dx = tf.where(spread[0] == place, spread[1], tf.zeros([], dy.dtype))
+            def gradient(dy: tf.Tensor) -> tf.Tensor:
+                # [n, h, 2, w, 2, channels] is the order of the windows' pixels in memory.
+                argmax_of_pixel, dy_of_pixel = argmax[:, :, None, :, None], dy[:, :, None, :, None]
+                position = tf.constant([[0, 1], [2, 3]], tf.uint8)[None, None, :, None, :, None]
+                dx = tf.where(argmax_of_pixel == position, dy_of_pixel, tf.zeros([], dy.dtype))
                 dx = tf.reshape(dx, [-1, height // 2 * 2, width // 2 * 2, x.shape[-1]])
                 return tf.pad(dx, [[0, 0], [0, height % 2], [0, width % 2], [0, 0]])
 
@@ -194,7 +241,7 @@ class FastMaxPooling2D(keras.layers.MaxPooling2D):
 
     @staticmethod
     def suits(layer: keras.layers.MaxPooling2D) -> bool:
-        """Whether `layer` may be one of these."""
+        """Returns whether this class can replace `layer`."""
         return (layer.pool_size, layer.strides, layer.padding, layer.data_format) == (
             (2, 2),
             (2, 2),
@@ -203,21 +250,28 @@ class FastMaxPooling2D(keras.layers.MaxPooling2D):
         )
 
 
-def kernel_gradient(x, dy):
-    """The gradient [3, 3, in, out] to the kernel of y = conv2d(x, kernel, 1, "SAME").
+def kernel_gradient(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+    """Computes the gradient of y = conv2d(x, kernel, 1, "SAME") with respect to a 3x3 kernel.
 
-    Place (i, j) of the kernel has the pixels of x [n, h, w, in] that lie (i, j) from those of dy [n, h, w, out].
+    Entry (i, j) of the kernel, i and j from -1 to 1, multiplies each pixel of x that lies (i, j) away from a pixel of
+    y. Its gradient is therefore one matrix product over all such pairs of pixels.
+
+    Args:
+        x: float [n, h, w, in], the input.
+        dy: float [n, h, w, out], the gradient with respect to y.
+
+    Returns:
+        float [3, 3, in, out].
     """
     height, width = tf.shape(x)[1], tf.shape(x)[2]
 
-    def pixels(maps, i, j):
+    def pixels(maps: tf.Tensor, i: int, j: int) -> tf.Tensor:
         part = maps[:, max(i, 0) : height + min(i, 0), max(j, 0) : width + min(j, 0)]
         return tf.reshape(part, [-1, maps.shape[-1]])
 
-    products: list = []
+    products: list[tf.Tensor] = []
     for i, j in [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
-        with tf.control_dependencies(
-            products[-1:]
-        ):  # one after another: the copies of all would be in memory
+        # One after another, because each product copies its pixels, and all copies together would need much memory.
+        with tf.control_dependencies(products[-1:]):
             products.append(tf.matmul(pixels(x, i, j), pixels(dy, -i, -j), transpose_a=True))
     return tf.reshape(tf.stack(products), [3, 3, x.shape[-1], dy.shape[-1]])

@@ -22,6 +22,23 @@ SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one s
 CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
 
 
+class EpochLines(keras.callbacks.Callback):
+    """Prints one plain line per epoch: what a log file or a pipe should get instead of a progress bar."""
+
+    def __init__(self, epochs: int):
+        super().__init__()
+        self._epochs, self._began = epochs, 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._began = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        values = "  ".join(f"{name} {value:.4f}" for name, value in sorted((logs or {}).items()))
+        print(
+            f"epoch {epoch + 1}/{self._epochs}  {values}  {time.monotonic() - self._began:.1f} s", flush=True
+        )
+
+
 class TrainingLoop:
     """Trains an engine from where it stands to its end, and keeps the run folder up to date.
 
@@ -31,7 +48,7 @@ class TrainingLoop:
         fingerprint: of the data set; see `datasets.fingerprint`.
         chief: whether this process writes the run's files.
         callbacks: further Keras callbacks.
-        verbose: 1: a progress bar; 0: nothing.
+        verbose: 0: nothing; 1: a progress bar; 2: one line per epoch.
         full_report: whether to write TensorBoard logs.
         since: when this process's part of the run began, as from `time.time()`.
         overwrite: whether the command asked to replace an earlier run; only for the message of an interruption.
@@ -69,9 +86,13 @@ class TrainingLoop:
         self._callback_model.stop_training = False
         self._recipe_callbacks = self._make_callbacks()
         self.callbacks = keras.callbacks.CallbackList(
-            [*self._recipe_callbacks, *callbacks],
+            [
+                *self._recipe_callbacks,
+                *callbacks,
+                *([EpochLines(self.epochs)] if chief and verbose == 2 else []),
+            ],
             add_history=False,
-            add_progbar=chief and bool(verbose),
+            add_progbar=chief and verbose == 1,
             model=self._callback_model,
             epochs=self.epochs,
             steps=engine.steps_per_epoch,
@@ -156,6 +177,10 @@ class TrainingLoop:
                 if caught:
                     self._stop(signals.caught or "a signal to another worker")
                 count = self._train_steps(min(int(wanted), end - engine.step), int(wanted), epoch)
+                if (
+                    self._callback_model.stop_training
+                ):  # as in `Model.fit`, the epoch still ends with a validation
+                    break
             self._end_epoch(epoch, validation)
         self.callbacks.on_train_end()
         if self.best_epoch is None:
@@ -182,7 +207,7 @@ class TrainingLoop:
 
     def _end_epoch(self, epoch: int, validation: Sequence[np.ndarray]) -> None:
         engine, logs = self.engine, dict(self.engine.running.logs())
-        last = engine.step >= engine.steps
+        last = engine.step >= engine.steps or self._callback_model.stop_training
         rate = float(np.asarray(engine.optimizer.learning_rate))
         if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
             self.callbacks.on_test_begin()
@@ -244,7 +269,7 @@ class TrainingLoop:
             "seconds": self.seconds(),
             "elapsed": self.elapsed(),
             "epoch_seconds": time.time() - self._epoch_began if in_epoch else 0.0,
-            "stopped": self._callback_model.stop_training and not in_epoch,
+            "stopped": self._callback_model.stop_training,
             "callbacks": [
                 {k: v for k, v in vars(c).items() if k in CALLBACK_STATE} for c in self._recipe_callbacks
             ],

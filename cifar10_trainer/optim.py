@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from .config import Optimizer, Schedule
 
+LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
+
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """A learning rate over a whole run of `steps` steps: `peak` times what `Schedule` says at step / steps.
+    """The learning rate over a whole run: `peak` times the factor of a `Schedule` at step / steps.
 
-    The last step is `steps - 1`; a linear or cosine course would reach `end` one step later.
+    The last step is `steps - 1`; a linear or cosine schedule would reach its `end` one step later. "cyclic" is the
+    triangular policy of Smith 2017 (arXiv:1506.01186).
+
+    Args:
+        peak: the highest learning rate.
+        steps: the length of the run.
+        schedule: the factor over the run, from 0 to 1; a mapping of a `Schedule`'s fields after deserialization.
     """
 
-    def __init__(self, peak: float, steps: int, schedule: Schedule | dict):
+    def __init__(self, peak: float, steps: int, schedule: Schedule | Mapping[str, Any]) -> None:
         self.peak = peak
         self.steps = steps
         self.schedule = schedule if isinstance(schedule, Schedule) else Schedule(**schedule)
 
-    def __call__(self, step):
+    def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
+        """Returns the learning rate, float32 [], at `step`, from 0."""
         s = self.schedule
         step = tf.cast(step, tf.float32)
         after = tf.clip_by_value((step / self.steps - s.warmup) / (1 - s.warmup), 0.0, 1.0)
@@ -31,11 +42,11 @@ class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
         elif s.name == "cosine":
             value = s.end + (1 - s.end) * 0.5 * (1 + tf.cos(3.14159265 * after))
         elif s.name == "step":
-            # In whole steps: as fractions they would round differently inside a graph.
+            # In whole steps, because fractions of the run would be rounded differently inside a graph.
             drops = tf.constant([drop * self.steps for drop in s.drops], tf.float32)
             value = s.drop ** tf.reduce_sum(tf.cast(step >= drops, tf.float32))
         elif s.name == "cyclic":
-            # Triangles from `end` up to 1 and back: Smith 2017, arXiv:1506.01186.
+            # Triangles from `end` up to 1 and back.
             phase = tf.math.floormod(after * s.cycles, 1.0)
             value = s.end + (1 - s.end) * (1 - tf.abs(2 * phase - 1))
         else:
@@ -45,15 +56,17 @@ class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
             value = tf.where(step < end, s.start + (1 - s.start) * step / end, value)
         return self.peak * value
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
         return {"peak": self.peak, "steps": self.steps, "schedule": dataclasses.asdict(self.schedule)}
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class Adam(keras.optimizers.Adam):
-    """Keras's Adam, each variable in one kernel: a step reads and writes it once, not once an operation."""
+    """Keras's Adam with one kernel per variable: a step reads and writes each variable once, not once per operation."""
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
+        """Updates one variable in place."""
         index = self._get_variable_index(variable)
         dtype = variable.dtype
         step = tf.cast(self.iterations + 1, dtype)
@@ -73,20 +86,34 @@ class Adam(keras.optimizers.Adam):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class SGD(keras.optimizers.SGD):
-    """Keras's SGD with L2 in the gradient, and a learning rate of their own for batch-norm offsets.
+    """Keras's SGD with L2 in the gradient, and a separate learning rate for the offsets of batch norm.
 
-    The gradient becomes multiplier * gradient + l2 * variable: the multiplier is 1 but for the offsets, whose
-    decay thus stays that of the other weights. (airbench's rule; Jordan 2024, arXiv:2404.00498.)
+    The gradient becomes multiplier * gradient + l2 * variable. The multiplier is 1, except for the offsets (beta);
+    their weight decay therefore equals that of the other weights. airbench uses this rule (Jordan 2024,
+    arXiv:2404.00498).
+
+    Args:
+        learning_rate: a number or a schedule.
+        l2: the factor of weight decay, 0 or more.
+        bias_multiplier: the multiplier of the offsets.
+        **kwargs: further arguments of `keras.optimizers.SGD`, such as `momentum` and `nesterov`.
     """
 
-    def __init__(self, learning_rate=0.01, l2=0.0, bias_multiplier=1.0, **kwargs):
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.01,
+        l2: float = 0.0,
+        bias_multiplier: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(learning_rate, **kwargs)
         self.l2 = l2
         self.bias_multiplier = bias_multiplier
 
-    def update_step(self, gradient, variable, learning_rate):
-        place = self._trainable_variables[self._get_variable_index(variable)]
-        if self.bias_multiplier != 1 and place.path.endswith("/beta"):
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
+        """Updates one variable in place."""
+        keras_variable = self._trainable_variables[self._get_variable_index(variable)]
+        if self.bias_multiplier != 1 and keras_variable.path.endswith("/beta"):
             gradient = gradient * self.bias_multiplier
         if self.l2:
             gradient = gradient + self.l2 * tf.convert_to_tensor(variable)
@@ -102,47 +129,75 @@ class SGD(keras.optimizers.SGD):
             use_nesterov=self.nesterov,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
         return {**super().get_config(), "l2": self.l2, "bias_multiplier": self.bias_multiplier}
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class Muon(SGD):
-    """Momentum whose update of each convolution kernel is made orthogonal; SGD for everything else.
+    """Muon for convolution kernels, `SGD` for all other variables.
 
-    A kernel [h, w, in, out] is taken as a matrix [h * w * in, out]; before each update its norm is set to the
-    square root of `out`. Keras's own `Muon` leaves convolutions to AdamW. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is Nesterov momentum whose update is
+    orthogonalized. It treats a kernel [h, w, in, out] as a matrix [h * w * in, out], and sets the norm of the kernel to
+    the square root of `out` before each update. Keras's own `Muon` leaves convolutions to AdamW.
+
+    Args:
+        learning_rate: of the kernels; a number or a schedule.
+        kernel_momentum: the momentum of the kernels, from 0 to less than 1.
+        sgd_ratio: the learning rate of all other variables, as a multiple of `learning_rate`.
+        **kwargs: further arguments of `SGD`; they act on all other variables.
     """
 
     momentums: list[keras.Variable]
 
-    def __init__(self, learning_rate=0.24, kernel_momentum=0.6, sgd_ratio=6.0, **kwargs):
+    def __init__(
+        self,
+        learning_rate: LearningRate = 0.24,
+        kernel_momentum: float = 0.6,
+        sgd_ratio: float = 6.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(learning_rate, **kwargs)
         self.kernel_momentum = kernel_momentum
         self.sgd_ratio = sgd_ratio
 
-    def build(self, variables):
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Makes the momentum of each variable."""
         super().build(variables)
-        if not self.momentums:  # SGD has none where its own momentum is 0
+        if not self.momentums:  # Keras's SGD makes none if its own momentum is 0
             self.momentums = self.add_optimizer_variables(variables, "momentum")
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
+        """Updates one variable in place."""
         if len(variable.shape) == 4:
             self._update_kernels(variable, [gradient], [variable], learning_rate)
         else:
             super().update_step(gradient, variable, learning_rate * self.sgd_ratio)
 
-    def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
-        """Keras's own, which takes variables one by one, but for the kernels: those it takes together."""
+    def _distributed_tf_update_step(
+        self,
+        distribution: tf.distribute.Strategy,
+        grads_and_vars: Sequence[tuple[tf.Tensor, keras.Variable]],
+        learning_rate: tf.Tensor,
+    ) -> None:
+        """Updates all kernels in one call; Keras's own method updates the other variables one by one."""
         kernels = [pair for pair in grads_and_vars if len(pair[1].shape) == 4]
-        others = [pair for pair in grads_and_vars if len(pair[1].shape) != 4]
-        super()._distributed_tf_update_step(distribution, others, learning_rate)
+        rest = [pair for pair in grads_and_vars if len(pair[1].shape) != 4]
+        super()._distributed_tf_update_step(distribution, rest, learning_rate)
         if kernels:
             gradients, variables = zip(*kernels, strict=True)
             arguments = gradients, variables, learning_rate
             distribution.extended.update(variables[0], self._update_kernels, arguments, group=False)
 
-    def _update_kernels(self, _, gradients, variables, learning_rate):
+    def _update_kernels(
+        self,
+        _: keras.Variable,
+        gradients: Sequence[tf.Tensor],
+        variables: Sequence[keras.Variable],
+        learning_rate: tf.Tensor,
+    ) -> None:
+        """Updates kernels in place. `extended.update` requires the first argument, a variable."""
         matrices = []
         for gradient, variable in zip(gradients, variables, strict=True):
             momentum = self.momentums[self._get_variable_index(variable)].value
@@ -156,47 +211,75 @@ class Muon(SGD):
             rate = tf.cast(learning_rate, variable.dtype)
             variable.assign(weights - rate * tf.reshape(update, variable.shape))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
         return {**super().get_config(), "kernel_momentum": self.kernel_momentum, "sgd_ratio": self.sgd_ratio}
 
 
-def orthogonalize(matrices):
-    """Roughly the nearest matrices with singular values of one, of float32 matrices [m, n].
+def orthogonalize(matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns, approximately, the nearest matrices whose singular values are all one.
 
-    On a GPU all are one batch, in bfloat16 whatever the policy: small products take it longer to start than to
-    compute. They are padded with zeros, which stay zeros.
+    On a GPU, all matrices become one batch in bfloat16, whatever the dtype policy is, because a GPU needs more time to
+    start a small product than to compute it. Zeros pad the matrices to one shape, and stay zeros.
+
+    Args:
+        matrices: float32, each [m, n] with m and n of its own.
+
+    Returns:
+        float32 matrices of the same shapes.
     """
     if not tf.config.list_logical_devices("GPU"):
         return [newton_schulz(normalize(x)) for x in matrices]
     tall = [x if x.shape[0] >= x.shape[1] else tf.transpose(x) for x in matrices]
     rows, columns = (max(x.shape[i] for x in tall) for i in (0, 1))
     padded = [tf.pad(normalize(x), [[0, rows - x.shape[0]], [0, columns - x.shape[1]]]) for x in tall]
-    found = tf.cast(newton_schulz(tf.cast(tf.stack(padded), tf.bfloat16)), tf.float32)
-    parts = [part[: x.shape[0], : x.shape[1]] for part, x in zip(tf.unstack(found), tall, strict=True)]
+    batch = tf.cast(newton_schulz(tf.cast(tf.stack(padded), tf.bfloat16)), tf.float32)
+    parts = [part[: x.shape[0], : x.shape[1]] for part, x in zip(tf.unstack(batch), tall, strict=True)]
     return [
         part if part.shape == x.shape else tf.transpose(part) for part, x in zip(parts, matrices, strict=True)
     ]
 
 
-def normalize(matrix):
-    """A matrix over its norm."""
+def normalize(matrix: tf.Tensor) -> tf.Tensor:
+    """Divides a matrix by its Frobenius norm."""
     return matrix / (tf.norm(matrix) + 1e-7)
 
 
-def newton_schulz(x, steps: int = 3):
-    """The quintic iteration that moves the singular values of matrices [..., m, n], at most one, towards one."""
+def newton_schulz(x: tf.Tensor, steps: int = 3) -> tf.Tensor:
+    """Moves the singular values of matrices towards one, by a quintic Newton-Schulz iteration.
+
+    The coefficients are those of Muon (Jordan et al. 2024): singular values settle between about 0.7 and 1.2.
+
+    Args:
+        x: float [..., m, n], with singular values of at most one.
+        steps: of the iteration.
+
+    Returns:
+        Matrices of the same shape and dtype.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     identity = tf.eye(min(x.shape[-2:]), dtype=x.dtype)
-    for _ in range(steps):  # a x + b (x x') x + c (x x')^2 x, from the side where x x' is the smaller
+    for _ in range(
+        steps
+    ):  # a x + b (x x') x + c (x x')^2 x, with x' x instead if it is the smaller of the two
         square = tf.matmul(x, x, transpose_a=tall, transpose_b=not tall)
-        change = a * identity + b * square + c * tf.matmul(square, square)
-        x = tf.matmul(x, change) if tall else tf.matmul(change, x)
+        polynomial = a * identity + b * square + c * tf.matmul(square, square)
+        x = tf.matmul(x, polynomial) if tall else tf.matmul(polynomial, x)
     return x
 
 
 def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> keras.optimizers.Optimizer:
-    """The Keras optimizer of a run of `steps` steps. The plateau schedule leaves its rate to a callback."""
+    """Makes the Keras optimizer of a run.
+
+    Args:
+        optimizer: its settings.
+        schedule: of the learning rate. With "plateau" the rate is constant here, and a callback changes it.
+        steps: the length of the run.
+
+    Returns:
+        The optimizer, not built yet.
+    """
     o = optimizer
     constant = schedule.name in ("constant", "plateau") and not schedule.warmup
     rate = o.learning_rate if constant else RunSchedule(o.learning_rate, steps, schedule)

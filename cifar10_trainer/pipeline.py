@@ -1,14 +1,15 @@
 """From uint8 arrays in memory to batches for the training step.
 
-Two pieces, so that the same batch can be made on either side:
+It has two pieces, so that the same batch can be made on the host and on the device:
 
-- `EpochSampler` says which images, in which order, with which random numbers: a tf.data pipeline of a few bytes an image.
-- `BatchMaker` turns that into the images and labels of a batch: a pure function, mapped by tf.data on a CPU
-  (with prefetch) or called inside the training step on a GPU, where the images then live.
+- `EpochSampler` determines which images come in which order with which random draws: a tf.data pipeline of a few
+  bytes per image.
+- `BatchMaker` turns these into the images and labels of a batch. It is a pure function. On a CPU, tf.data maps it
+  and prefetches; on a GPU, where the images then live, the training step calls it.
 
-The order of epoch e and its random numbers are a function of (seed, e) alone. So a run started at step n sees
-what an uninterrupted one sees, and what an image becomes does not depend on batch size or replicas (but for mixup and cutmix, whose
-partner is a neighbour in the replica's part of the batch).
+The order of epoch e and its draws are a function of (seed, e) alone. So a run that starts at step n sees what an
+uninterrupted run sees, and neither the batch size nor the number of replicas changes how an image is augmented. The
+exceptions are mixup and CutMix, which mix an image with its neighbour in the replica's part of the batch.
 """
 
 from __future__ import annotations
@@ -22,47 +23,73 @@ import tensorflow as tf
 from . import augment
 from .config import Augmentation
 
-# For functions without tensors in their `if`s and `for`s: AutoGraph would read their sources, for half a second in all.
+# Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
+# a second in total.
 no_autograph = tf.autograph.experimental.do_not_convert
 
 
 @dataclass(frozen=True)
 class EpochSampler:
-    """The steps of a run: batches of (index int32 [batch], numbers float32 [batch, draws])."""
+    """Samples the steps of a run.
 
-    n: int  # images
-    batch_size: int  # over all replicas
+    Attributes:
+        n: the number of training images.
+        batch_size: over all replicas; a multiple of `replicas`.
+        seed: of the order and of the draws, from 0.
+        augmentation: determines how many draws an image needs.
+        replicas: the number of replicas.
+    """
+
+    n: int
+    batch_size: int
     seed: int
     augmentation: Augmentation
     replicas: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: the images left over differ from epoch to epoch."""
+        """The number of whole batches; other images are left over in each epoch."""
         return self.n // self.batch_size
 
     @property
     def draws(self) -> int:
+        """The number of uniform draws per image and epoch."""
         mixing = self.augmentation.mixup or self.augmentation.cutmix
         layers = augment.layers_of(self.augmentation)
         return sum(layer.draws for layer in layers) + (augment.MIX_DRAWS if mixing else 0)
 
-    def epoch(self, epoch):
-        """(index int32 [n], numbers float32 [n, draws]) of one epoch; image i has row i of numbers in every order."""
+    def epoch(self, epoch: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Samples the order and the draws of one epoch.
+
+        Args:
+            epoch: from 0.
+
+        Returns:
+            The indices of all images in their order, int32 [n], and the draws of these images, float32 [n, draws], in
+            [0, 1). The draws of an image do not depend on its place in the order.
+        """
         epoch = tf.cast(epoch, tf.int32)
         index = tf.random.experimental.stateless_shuffle(
             tf.range(self.n), seed=tf.stack([self.seed, 2 * epoch])
         )
         numbers = tf.random.stateless_uniform([self.n, self.draws], seed=tf.stack([self.seed, 2 * epoch + 1]))
         if self.augmentation.flip == "alternating":
-            # One draw for the whole run, mirrored in every other epoch: adding a half changes sides.
+            # One draw per image serves the whole run. Adding a half moves it across 0.5, the threshold of the flip, so
+            # every other epoch shows the mirror image.
             once = tf.random.stateless_uniform([self.n, 1], seed=[self.seed, -1])
             once = tf.math.floormod(once + 0.5 * tf.cast(epoch % 2, tf.float32), 1.0)
             numbers = tf.concat([once, numbers[:, 1:]], axis=1)
         return index, tf.gather(numbers, index)
 
-    def batches(self, epoch):
-        """What `epoch` gives, cut: (index [steps, replicas, part of a batch], numbers [..., draws])."""
+    def batches(self, epoch: tf.Tensor | int) -> tuple[tf.Tensor, ...]:
+        """Splits an epoch into steps and replicas.
+
+        Args:
+            epoch: from 0.
+
+        Returns:
+            (index int32 [steps, replicas, part of a batch], numbers float32 [steps, replicas, part, draws]).
+        """
         steps, part = self.steps_per_epoch, self.batch_size // self.replicas
         shape = [steps, self.replicas, part]
         return tuple(tf.reshape(x[: steps * self.batch_size], shape + x.shape[1:]) for x in self.epoch(epoch))
@@ -70,57 +97,93 @@ class EpochSampler:
     def dataset(
         self, start: int, stop: int, first_replica: int = 0, replicas: int | None = None
     ) -> tf.data.Dataset:
-        """Steps start to stop, for the replicas from `first_replica` on: one element a replica, in turn."""
+        """Returns the steps from `start` to `stop`, for a worker's replicas.
+
+        Args:
+            start: the first step of the run, from 0.
+            stop: the step after the last one.
+            first_replica: the worker's first replica.
+            replicas: how many replicas the worker has; None: all.
+
+        Returns:
+            (index int32 [part of a batch], numbers float32 [part, draws]), one element per replica, interleaved: all
+            replicas of the first step, then all of the second.
+        """
         replicas = self.replicas if replicas is None else replicas
 
         @no_autograph
-        def one_epoch(epoch):
-            mine = (x[:, first_replica : first_replica + replicas] for x in self.batches(epoch))
-            return tf.data.Dataset.from_tensor_slices(tuple(tf.reshape(x, [-1, *x.shape[2:]]) for x in mine))
+        def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+            local = (x[:, first_replica : first_replica + replicas] for x in self.batches(epoch))
+            return tf.data.Dataset.from_tensor_slices(tuple(tf.reshape(x, [-1, *x.shape[2:]]) for x in local))
 
         steps = self.steps_per_epoch
-        first = start // steps
-        data = tf.data.Dataset.range(first, -(-stop // steps)).flat_map(one_epoch)
-        return data.skip((start - first * steps) * replicas).take((stop - start) * replicas)
+        first_epoch = start // steps
+        data = tf.data.Dataset.range(first_epoch, -(-stop // steps)).flat_map(one_epoch)
+        return data.skip((start - first_epoch * steps) * replicas).take((stop - start) * replicas)
 
 
 @dataclass(frozen=True, eq=False)
 class BatchMaker:
-    """index, numbers -> images [batch, size, size, 3], labels float32 [batch, classes]."""
+    """Makes the images and labels of a batch from what `EpochSampler` samples.
+
+    Attributes:
+        augmentation: of the images.
+        num_classes: the number of classes.
+        size: the side in pixels that square images are resized to after augmentation; None: the images as they are.
+    """
 
     augmentation: Augmentation
     num_classes: int
-    size: int | None = None  # side that the images are resized to after augmentation; None: as they are
+    size: int | None = None
 
-    def __call__(self, table, labels, index, numbers):
-        """table (`augment.image_table` of the images) and labels int32 [n] are the whole data set.
+    def __call__(
+        self, table: tf.Tensor, labels: tf.Tensor, index: tf.Tensor, numbers: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Reads, augments, mixes and resizes the images of a batch.
 
-        Returns uint8 images, or float32 in 0-255 where they were mixed or resized.
+        Args:
+            table: `augment.image_table` of the whole training set.
+            labels: of the whole training set, int32 [n].
+            index: int32 [batch].
+            numbers: float32 [batch, draws], uniform draws from [0, 1).
+
+        Returns:
+            Images [batch, height, width, channels], uint8, or float32 in 0-255 if they are mixed or resized, and
+            targets, float32 [batch, classes], rows that sum to 1.
         """
         a = self.augmentation
         layers = augment.layers_of(a)
-        drawn = sum(layer.draws for layer in layers)
-        batch = augment.fetch(table, index, layers, numbers[:, :drawn])
+        layer_draws = sum(layer.draws for layer in layers)
+        batch = augment.fetch(table, index, layers, numbers[:, :layer_draws])
         targets = tf.one_hot(tf.gather(labels, index), self.num_classes)
         if a.mixup or a.cutmix:
-            batch, targets = augment.mix(batch, targets, numbers[:, drawn:], mixup=a.mixup, cutmix=a.cutmix)
+            batch, targets = augment.mix(
+                batch, targets, numbers[:, layer_draws:], mixup=a.mixup, cutmix=a.cutmix
+            )
         if self.size and self.size != table.shape[1]:
             batch = resize(batch, self.size)
         return batch, targets
 
 
-def resize(images, size: int):
-    """Square images made smaller, antialiased: two matrix products, so it is fast on every device and under XLA.
+def resize(images: tf.Tensor, size: int) -> tf.Tensor:
+    """Resizes square images with antialiasing, as `tf.image.resize(..., antialias=True)` does.
 
-    The weights are a triangle as wide as two output pixels (`tf.image.resize` with antialias=True computes
-    the same). Returns float32 in 0-255.
+    It is two matrix products, so it is fast on every device, and XLA can compile it. To shrink images,
+    the weights are a triangle as wide as two output pixels.
+
+    Args:
+        images: uint8 or float32 in 0-255, [batch, side, side, channels].
+        size: the new side, in pixels.
+
+    Returns:
+        float32 in 0-255, [batch, size, size, channels].
     """
     side, channels = images.shape[1], images.shape[3]
     scale = side / size
     centre = (np.arange(size) + 0.5) * scale - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(side)[None] - centre[:, None]) / max(scale, 1.0))
     weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    # Nothing is transposed: the columns' matrix takes a whole row of pixels, its channels side by side.
+    # This matrix acts on a whole row of pixels with their channels side by side, so nothing has to be transposed.
     columns = np.kron(weights.T, np.eye(channels, dtype=np.float32))
     rows = tf.matmul(weights, tf.reshape(tf.cast(images, tf.float32), [-1, side, side * channels]))
     return tf.reshape(tf.matmul(tf.reshape(rows, [-1, side * channels]), columns), [-1, size, size, channels])
@@ -131,20 +194,31 @@ def training_data(
     start: int,
     stop: int,
     *,
-    table,
-    labels,
+    table: tf.Tensor,
+    labels: tf.Tensor,
     batch_maker: BatchMaker,
-    any_size=False,
-    context=None,
-):
-    """A prefetched tf.data pipeline of finished batches: the CPU's way.
+    any_size: bool = False,
+    context: tf.distribute.InputContext | None = None,
+) -> tf.data.Dataset:
+    """Makes a prefetched tf.data pipeline of finished batches, for steps on a CPU.
 
-    any_size: whether the images are float32 whose height and width are not part of their type, so that a step traced
-    for one size of images takes them all.
+    Args:
+        sampler: of the run.
+        start: the first step.
+        stop: the step after the last one.
+        table: `augment.image_table` of the training images.
+        labels: of the training images, int32 [n].
+        batch_maker: makes the batches.
+        any_size: whether to return float32 images without a static height and width, so that a step that is traced
+            once accepts images of all sizes.
+        context: the worker's part of the data; None: all of it.
+
+    Returns:
+        (images, targets) as `batch_maker` returns them, one element per replica of the worker, interleaved.
     """
 
     @no_autograph
-    def finished(index, numbers):
+    def make_batch(index: tf.Tensor, numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         images, targets = batch_maker(table, labels, index, numbers)
         if any_size:
             shape = [images.shape[0], None, None, images.shape[-1]]
@@ -152,27 +226,40 @@ def training_data(
         return images, targets
 
     data = index_data(sampler, start, stop, context)
-    data = data.map(finished, num_parallel_calls=os.cpu_count()).prefetch(4)
+    data = data.map(make_batch, num_parallel_calls=os.cpu_count()).prefetch(4)
     if any_size:
-        # Resizing is half of the work, and steps are short: they share their work out evenly, and all cores would wait
-        # for the one that is busy with a batch. With all cores for each batch they wait half as long.
+        # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so
+        # it waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
         options = tf.data.Options()
         options.threading.max_intra_op_parallelism = os.cpu_count() or 1
         data = data.with_options(options)
     return data
 
 
-def index_data(sampler: EpochSampler, start: int, stop: int, context=None) -> tf.data.Dataset:
-    """A prefetched tf.data pipeline of `sampler` alone, for a step that fetches by itself."""
-    here, workers = (context.input_pipeline_id, context.num_input_pipelines) if context else (0, 1)
+def index_data(
+    sampler: EpochSampler, start: int, stop: int, context: tf.distribute.InputContext | None = None
+) -> tf.data.Dataset:
+    """Makes a prefetched tf.data pipeline of what `sampler` samples, for steps that make their batches.
+
+    Args:
+        sampler: of the run.
+        start: the first step.
+        stop: the step after the last one.
+        context: the worker's part of the data; None: all of it.
+
+    Returns:
+        The elements of `EpochSampler.dataset`.
+    """
+    worker, workers = (context.input_pipeline_id, context.num_input_pipelines) if context else (0, 1)
     local = sampler.replicas // workers
-    return sampler.dataset(start, stop, here * local, local).prefetch(2).with_options(tuned_by_hand())
+    return sampler.dataset(start, stop, worker * local, local).prefetch(2).with_options(tuned_by_hand())
 
 
 def tuned_by_hand() -> tf.data.Options:
-    """No autotuning: the end of an iterator waits, for up to a minute, for the thread that does it.
+    """Returns tf.data options without autotuning.
 
-    Batches are made side by side, each in one thread: up to a sixth faster than many threads for each.
+    The autotuner runs in a thread, and an iterator that ends waits for this thread for up to a minute. Each batch is
+    made by one thread, several batches at a time: that is up to a sixth faster than several threads per batch.
     """
     options = tf.data.Options()
     options.deterministic = True

@@ -3,7 +3,7 @@
     python -m cifar10_trainer.predict --model RUN/model.keras cat.jpg holiday/
     python -m cifar10_trainer.predict --model RUN/model.keras --json cat.jpg
 
-Files of any size and common format are brought to the model's size; the model does all other preprocessing.
+Images of any size and common format are resized to the model's input; the model does all other preprocessing.
 """
 
 from __future__ import annotations
@@ -28,23 +28,29 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-flags.DEFINE_string("model", None, "a .keras or .h5 file, such as RUN/model.keras", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "a run folder: its model", flag_values=FLAGS)
+flags.DEFINE_string(
+    "model", None, "a .keras or .h5 file, or a run folder, instead of --workdir", flag_values=FLAGS
+)
 flags.DEFINE_list(
-    "class_names", None, "names of the classes, in order; default: the run's, else numbers", flag_values=FLAGS
+    "class_names",
+    None,
+    "names of the classes, in order; default: those in the run folder, else numbers",
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer("top_k", 3, "how many labels to show for each image", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_boolean("json", False, "print one JSON object a line", flag_values=FLAGS)
 
 USAGE = (
-    "python -m cifar10_trainer.predict --model RUN/model.keras IMAGE... [flags]\n\n"
+    "python -m cifar10_trainer.predict --workdir RUN | --model FILE IMAGE... [flags]\n\n"
     "Labels image files; a folder stands for the images in it."
 )
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The files meant: each argument, or the images directly in it, by name, where it is a folder.
+    """The image files: each argument or, where it is a folder, the images directly in it, sorted by name.
 
-    Raises ConfigError for what is not there and for a folder without images.
+    Raises ConfigError where an argument does not exist, and where a folder holds no images.
     """
     paths: list[Path] = []
     for argument in map(Path, arguments):
@@ -63,20 +69,25 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 
 
 def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
-    """The `class_names` in config.json beside the model; without that file or key, numbers from 0."""
+    """The class names in the config.json beside the model; where there are none, numbers from 0."""
     folder = RunFolder(Path(model_path).parent)
     names = folder.read_config().get("class_names") if folder.config_file.is_file() else None
     return tuple(names) if names else tuple(map(str, range(classes)))
 
 
-def predict(
-    model: keras.Model, paths: Sequence[str | Path], class_names: Sequence[str] | None = None
+def predict_images(
+    model: keras.Model, images: Sequence[str | Path] | np.ndarray, class_names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """For each image file its {"file", "label", "probability", "probabilities": {class name: 0-1}}.
+    """Labels images. Files are all read before the first is predicted.
 
-    The likeliest class comes first in "probabilities". model: as from `evaluate.load_model`; class_names: one
-    for each of its outputs, None for numbers. All files are read before any is predicted. Raises RunError for
-    a file that is no image, ConfigError for class names that do not fit the model.
+    Args:
+        model: as from `evaluate.load_model`.
+        images: image files, or raw pixels uint8 [n, height, width, 3] in the model's size.
+        class_names: one for each output of the model; None: numbers from 0.
+
+    Returns: for each image {"file": its name, or its number from 0, "label", "probability", "probabilities": {class name:
+        0-1}}, the most probable class first.
+    Raises: RunError where a file is not an image; ConfigError where the class names do not fit the model.
     """
     height, width, _ = model.input_shape[1:]
     classes = model.output_shape[-1]
@@ -86,21 +97,29 @@ def predict(
             f"{len(names)} class names ({', '.join(names)}) for a model of {classes} classes;"
             f" allowed: {classes} different ones (--class_names=a,b,...)"
         )
-    images = np.zeros((len(paths), height, width, 3), np.uint8)
-    for image, path in zip(images, paths, strict=True):
-        image[:] = datasets.read_image(path, (height, width))
+    if isinstance(images, np.ndarray):
+        pixels, files = images, [str(i) for i in range(len(images))]
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
+            raise ConfigError(
+                f"images is {pixels.dtype} {pixels.shape}; allowed: uint8 {('n', height, width, 3)}, raw pixels 0-255"
+            )
+    else:
+        files = [str(path) for path in images]
+        pixels = np.zeros((len(files), height, width, 3), np.uint8)
+        for image, path in zip(pixels, files, strict=True):
+            image[:] = datasets.read_image(path, (height, width))
     results = []
-    for path, row in zip(paths, evaluate.predict_probabilities(model, images), strict=True):
+    for file, row in zip(files, evaluate.predict_probabilities(model, pixels), strict=True):
         ranked = [(names[c], float(f"{row[c]:.6g}")) for c in np.argsort(-row, kind="stable")]
         label, probability = ranked[0]
         results.append(
-            {"file": str(path), "label": label, "probability": probability, "probabilities": dict(ranked)}
+            {"file": file, "label": label, "probability": probability, "probabilities": dict(ranked)}
         )
     return results
 
 
 def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
-    """`results` as aligned text: file, label, probability, and the next labels up to `top_k` in all."""
+    """`results` as aligned text: file, label, probability, then further labels, `top_k` in all."""
     rows = [("file", "label", "probability", "then" if top_k > 1 else "")]
     for result in results:
         following = list(result["probabilities"].items())[1:top_k]
@@ -112,15 +131,17 @@ def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if FLAGS.model is None:
-        raise ConfigError("no --model; allowed: a .keras or .h5 file, such as --model RUN/model.keras")
+    if (FLAGS.workdir is None) == (FLAGS.model is None):
+        raise ConfigError("name the model; allowed: exactly one of --workdir RUN and --model FILE")
     if not argv:
         raise ConfigError("no IMAGE; allowed: image files and folders of them")
-    path, paths = evaluate.check_model_file(FLAGS.model), find_images(argv)
+    folder = FLAGS.workdir or FLAGS.model
+    file = RunFolder(folder).model_file if FLAGS.workdir or Path(folder).is_dir() else folder
+    path, paths = evaluate.check_model_file(file), find_images(argv)
     cli.import_tensorflow()
     model = evaluate.load_model(path)
     names = FLAGS.class_names or find_class_names(path, model.output_shape[-1])
-    results = predict(model, paths, names)
+    results = predict_images(model, paths, names)
     if FLAGS.json:
         for result in results:
             print(json.dumps(result))
@@ -128,5 +149,9 @@ def main(argv: list[str]) -> None:
         print(table(results, FLAGS.top_k))
 
 
+def command() -> int:
+    return cli.run(main, FLAGS, USAGE)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, FLAGS, USAGE))
+    sys.exit(command())

@@ -32,6 +32,8 @@ NO_TEST_IMAGES = (
     " weights, so expect a little less on new images."
 )
 
+NOT_SCORED = "its images were not scored"
+NOTHING_TO_SCORE = "there are neither test nor validation images"
 FIGURES = {
     "training_curves": "Training",
     "confusion_matrix": "Confusion matrix",
@@ -64,10 +66,13 @@ def write_report(
 ) -> None:
     """Writes classification_report.txt, figures/*.png and, last, report.html into the run folder.
 
-    config, metrics: as in config.json and metrics.json; history: rows as in history.csv; dataset: parted,
-    its training images are those trained on, its `validation` those held out. test_probabilities:
-    [n, classes] of `dataset.test_images`, or of the validation images where the data set has no test images;
-    the report then says so. Empty where there are neither: what needs them is left out.
+    Args:
+        folder: the run folder.
+        config, metrics: the contents of config.json and metrics.json.
+        history: rows as in history.csv.
+        dataset: as the run split it: the images it trained on, and in `validation` those it held out.
+        test_probabilities: float [n, classes] of `dataset.test_images`; of the validation images where the data set has no
+            test images, and the report says so; empty where it has neither, and the report leaves the scores out.
     """
     names = dataset.class_names
     train_images, train_labels = dataset.train_images, dataset.train_labels
@@ -87,11 +92,11 @@ def write_report(
     if len(labels) == 0:
         scored, note, images, labels = "validation", NO_TEST_IMAGES, val_images, val_labels
     n = len(test_probabilities)
-    assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
     if n == 0:
-        note = "This run has no test score: there are neither test nor validation images."
+        note = f"This run has no test score: {NOT_SCORED if len(labels) else NOTHING_TO_SCORE}."
         drawn = {name: path for name, path in drawn.items() if name not in SCORED_FIGURES}
     else:
+        assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
         predicted = test_probabilities.argmax(axis=1)
         accuracy = float((predicted == labels).mean())
         text = classification_report(labels, predicted, names)
@@ -111,18 +116,22 @@ Tile = tuple[str, str, str]  # value, what it is, detail
 
 
 def _tiles(metrics: Mapping[str, Any], scored: str, n: int, accuracy: float | None) -> list[Tile]:
-    """The key numbers; those that the run does not have are left out."""
+    """The key figures at the head of the page, without those that the run lacks."""
     get = metrics.get
     tiles: list[Tile] = []
     if accuracy is not None:
         averaged = get("views") not in (None, 1)
-        views = f", {get('views')} views" if averaged else ""
-        tiles.append((f"{accuracy:.2%}", f"{scored} accuracy", f"{n:,} images{views}"))
+        tta = f", TTA of {get('views')} views" if averaged else ""
+        tiles.append((f"{accuracy:.2%}", f"{scored} accuracy", f"{n:,} images{tta}"))
         if averaged and get("test_accuracy") is not None:
-            tiles.append((f"{get('test_accuracy'):.2%}", "test accuracy", "one view"))
+            tiles.append((f"{get('test_accuracy'):.2%}", "test accuracy", "without TTA"))
     best, target, seconds = get("best_val_accuracy"), get("target"), get("seconds_to_target")
     if best is not None:
-        tiles.append((f"{best:.2%}", "best validation accuracy", f"epoch {_text(get('best_epoch'))}"))
+        # With TTA, a score on the same images stands beside it, and differs.
+        without = ", without TTA" if scored == "validation" and get("views") not in (None, 1) else ""
+        tiles.append(
+            (f"{best:.2%}", "best validation accuracy", f"epoch {_text(get('best_epoch'))}{without}")
+        )
     if best is not None and target is not None:
         what = f"to {100 * target:.4g}% on validation"
         if seconds is None:
@@ -204,7 +213,7 @@ def _page(
     metrics: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
 ) -> str:
-    """report.html: one file, which needs nothing else and opens offline."""
+    """report.html: one file that opens offline, without any other."""
     recipe, dataset = (html.escape(_text(metrics.get(key))) for key in ("recipe", "dataset"))
     cards = "".join(
         f"<div><b>{html.escape(a)}</b><small>{html.escape(b)}</small><small>{html.escape(c)}</small></div>"
@@ -222,8 +231,8 @@ def _page(
     parts += [
         f"<h2>Classification report</h2>\n<pre>{html.escape(text)}</pre>",
         "<h2>History</h2>\n" + _table(rows, HISTORY_COLUMNS),
-        "<h2>Numbers</h2>\n" + _table(_flat(metrics), ("metrics.json", "")),
-        "<h2>Configuration</h2>\n" + _table(_flat(config), ("config.json", "")),
+        "<h2>Numbers</h2>\n" + _table(_flat(metrics), ("metric", "value")),
+        "<h2>Configuration</h2>\n" + _table(_flat(config), ("setting", "value")),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

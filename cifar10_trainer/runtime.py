@@ -1,4 +1,4 @@
-"""Where a run computes: devices, strategy, precision, seed. Each choice comes with its reason, for people."""
+"""Where and how a run computes: devices, strategy, precision. Each choice comes with its reason, to be printed."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import json
 import os
 import platform
 import signal
-import time
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from . import machine
 from .errors import ConfigError, RunError
-
-_IMPORTED = time.time()
 
 
 def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
-    """The strategy for "auto", "none", "mirrored" or "multi_worker", and why.
+    """The strategy, and the reason for it.
 
-    mirrored takes every visible GPU, or every logical CPU device where there is no GPU (one, unless configured
-    otherwise). multi_worker reads the cluster from TF_CONFIG. Raises ConfigError where that is missing.
+    Args:
+        requested: "none"; "mirrored": every visible GPU, or every logical CPU device where there is no GPU; "multi_worker":
+            the cluster in TF_CONFIG; "auto": multi_worker with a cluster, mirrored with several GPUs, else none.
+
+    Raises: ConfigError where multi_worker finds no cluster.
     """
     if requested == "multi_worker" or (requested == "auto" and _cluster()):
-        return _multi_worker()  # before anything else wakes the devices, which TensorFlow would not forgive
+        return _multi_worker()  # TensorFlow allows this only before anything else initializes the devices
     gpus = tf.config.list_logical_devices("GPU")
     cpus = tf.config.list_logical_devices("CPU")
     if requested == "auto":
@@ -39,7 +40,26 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
     return _mirrored(devices), f"{len(devices)} replica(s): {', '.join(devices)}"
 
 
-@functools.cache  # the reductions of two such strategies in one process would get in each other's way
+def strategy_name(strategy: tf.distribute.Strategy) -> str:
+    """What --strategy calls it: "none", "mirrored" or "multi_worker"."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return "multi_worker"
+    return "mirrored" if isinstance(strategy, tf.distribute.MirroredStrategy) else "none"
+
+
+def verbosity(verbose: int | str) -> int:
+    """0: print nothing; 1: a progress bar; 2: one line per epoch. "auto" is 1 on a terminal, else 2.
+
+    Raises ConfigError on any other value.
+    """
+    if verbose not in ("auto", 0, 1, 2):
+        raise ConfigError(f"verbose is {verbose!r}; allowed: 'auto', 0, 1, 2")
+    if verbose == "auto":
+        return 1 if sys.stdout.isatty() else 2
+    return int(verbose)
+
+
+@functools.cache  # two such strategies in one process disturb each other's reductions
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(list(devices))
 
@@ -57,7 +77,7 @@ def _multi_worker() -> tuple[tf.distribute.Strategy, str]:
 
 
 def _cluster() -> dict[str, list[str]]:
-    """The addresses in TF_CONFIG, by kind of task; empty where there are none. Raises ConfigError on what is no JSON."""
+    """The addresses in TF_CONFIG by task type; empty where it has none. Raises ConfigError where it is not JSON."""
     text = os.environ.get("TF_CONFIG") or "{}"
     try:
         return dict(json.loads(text).get("cluster") or {})
@@ -68,7 +88,7 @@ def _cluster() -> dict[str, list[str]]:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process writes the run's files: true but for the further workers of a cluster."""
+    """Whether this process writes the run's files. Of the workers of a cluster only one does."""
     resolver = strategy.cluster_resolver
     if resolver is None or resolver.task_type in (None, "", "chief"):
         return True
@@ -76,9 +96,9 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 
 def mean_over_workers(strategy: tf.distribute.Strategy, *values: float) -> tuple[float, ...]:
-    """The mean of each number over the workers of a cluster, which wait here for one another.
+    """The mean of each value over the workers of a cluster. They wait here for one another.
 
-    Without a cluster, the numbers themselves.
+    Without a cluster: the values themselves.
     """
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return values
@@ -87,7 +107,7 @@ def mean_over_workers(strategy: tf.distribute.Strategy, *values: float) -> tuple
 
 @functools.cache
 def _mean_function(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf.Tensor]:
-    def mean(values):
+    def mean(values: tf.Tensor) -> tf.Tensor:
         mine = strategy.run(tf.identity, args=(values,))
         return strategy.reduce(tf.distribute.ReduceOp.MEAN, mine, axis=None)
 
@@ -110,49 +130,17 @@ def choose_precision(requested: str) -> tuple[str, str]:
         if capability >= (7, 0):
             return "mixed_float16", f"the GPU's compute capability {text} has float16, not bfloat16"
         return "float32", f"the GPU's compute capability {text} has no fast 16-bit arithmetic"
-    native = cpu_flags() & {"avx512_bf16", "amx_bf16"}
+    native = machine.cpu_flags() & {"avx512_bf16", "amx_bf16"}
     if native:
         return "mixed_bfloat16", f"the processor has {', '.join(sorted(native))}"
     return "float32", "the processor has no native bfloat16"
-
-
-def cpu_flags() -> set[str]:
-    """The processor's feature flags, as Linux tells them; empty elsewhere."""
-    return set(_cpu().get("flags", "").split())
-
-
-def _cpu() -> dict[str, str]:
-    """What Linux tells of the first processor, by the names it has there; empty elsewhere."""
-    found: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    return found
-
-
-def process_start() -> float:
-    """When this process began, in seconds since the epoch, so that imports count; a moment ago where unknown."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
-        return _IMPORTED
 
 
 def describe() -> dict[str, str]:
     """Versions and hardware, for a run's record."""
     import numpy as np
 
-    cpu = _cpu()
-    processor = cpu.get("model name") or platform.processor() or platform.machine()
-    if {"cpu family", "model"} <= set(cpu):  # a virtual machine's name for it tells the maker only
-        processor += f" (family {cpu['cpu family']}, model {cpu['model']})"
-    # Of this process: `taskset` may leave it fewer than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = machine.cpu_count()
     gpus = tf.config.list_physical_devices("GPU")
     names = [tf.config.experimental.get_device_details(g).get("device_name", "GPU") for g in gpus]
     return {
@@ -161,15 +149,16 @@ def describe() -> dict[str, str]:
         "keras": keras.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "processor": f"{processor}, {cores} core{'' if cores == 1 else 's'}",
+        "processor": f"{machine.processor()}, {cores} core{'' if cores == 1 else 's'}",
         "gpus": ", ".join(names) or "none",
     }
 
 
 class Signals:
-    """Catches SIGINT and SIGTERM within: `caught` is the first one's name; a second SIGINT interrupts at once.
+    """Catches SIGINT and SIGTERM in a `with` block. A second SIGINT raises KeyboardInterrupt at once.
 
-    One within another begins with what that has caught, and leaves to it what came too late for itself.
+    `caught` is the name of the first signal, or empty. Blocks may be nested: the inner one starts with what the outer one
+    has caught, and hands over what it has caught at its end.
     """
 
     caught = ""
@@ -181,7 +170,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self)
         for enclosing in self._enclosing():
@@ -199,7 +188,7 @@ class Signals:
 
 
 def check_batch(batch_size: int, n: int, replicas: int) -> None:
-    """Raises ConfigError where a global batch cannot be cut from n images or shared by the replicas."""
+    """Raises ConfigError where the global batch is larger than n images, or the replicas cannot share it equally."""
     if batch_size > n:
         raise ConfigError(f"batch_size is {batch_size}; allowed: at most the {n} training images")
     if batch_size % replicas:
@@ -212,8 +201,8 @@ def out_of_memory(error: Exception) -> RunError:
 
 
 def lost_worker(error: Exception) -> RunError:
-    """The one-line error for what TensorFlow raises when a process of the cluster has gone."""
+    """The one-line error for what TensorFlow raises when another process of the cluster has ended."""
     return RunError(
-        "another worker of the cluster has gone; start all of them again with the same --workdir, to go on from"
-        f" what was saved last ({' '.join(str(error).split())[-200:]})"
+        "another worker of the cluster has ended; to resume from the last saved state, start all workers again with the"
+        f" same --workdir ({' '.join(str(error).split())[-200:]})"
     )

@@ -1,4 +1,4 @@
-"""A plain model and images -> probabilities and scores: what training and `evaluate` both report."""
+"""A plain model and images -> probabilities and scores, the same for training and `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH_SIZE = 500
 
 
 def _logits(model: keras.Model) -> Any:
-    """A function from images to logits [batch, classes], float32, up to a constant for each image."""
+    """A function: images -> logits float32 [batch, classes], up to a constant for each image."""
     import keras
     import tensorflow as tf
 
@@ -26,14 +26,14 @@ def _logits(model: keras.Model) -> Any:
 
     def log_outputs(images: Any) -> Any:
         outputs = tf.cast(model(images, training=False), tf.float32)
-        # Negative outputs are no probabilities: not a number, which predict_probabilities reports.
+        # A negative output is not a probability: it becomes NaN, which predict_probabilities reports.
         return tf.where(outputs < 0, float("nan"), tf.math.log(tf.maximum(outputs, 1e-30)))
 
     return log_outputs
 
 
 def _views(images: np.ndarray, views: int) -> list[tuple[float, np.ndarray]]:
-    """The weighted views of images [n, height, width, 3]; the weights add up to 1."""
+    """(weight, images) of each view of images [n, height, width, 3]; the weights sum to 1."""
     mirrored = images[:, :, ::-1]
     if views == 1:
         return [(1.0, images)]
@@ -48,19 +48,27 @@ def _views(images: np.ndarray, views: int) -> list[tuple[float, np.ndarray]]:
 def predict_probabilities(
     model: keras.Model, images: np.ndarray, batch_size: int = BATCH_SIZE, views: int = 1
 ) -> np.ndarray:
-    """The model's class probabilities of every image: float32 [n, classes].
+    """The class probabilities of every image, with test-time augmentation (TTA) where `views` is above 1.
 
-    images: [n, height, width, 3], raw pixels 0-255, uint8 or float. views: 1; 2: the mean of the logits of
-    image and mirror image; 6: a quarter of each of those and an eighth of each of two diagonal shifts by a
-    pixel and their mirror images, as airbench does. Logits are the output of the layer "logits" where the
-    model has one, else the logarithm of its outputs. Raises RunError when they are not numbers.
+    TTA averages the logits over several views of each image. Logits are the output of the layer "logits" where the model
+    has one, else the logarithm of its outputs.
+
+    Args:
+        model: maps [batch, height, width, 3] to probabilities [batch, classes].
+        images: uint8 or float [n, height, width, 3], raw pixels 0-255.
+        batch_size: images in a batch.
+        views: 1: the image alone. 2: the image and its mirror image, half each. 6: these with a quarter each, and an
+            eighth each for two diagonal shifts by one pixel and their mirror images (Jordan 2024, arXiv:2404.00498).
+
+    Returns: float32 [n, classes].
+    Raises: ConfigError on another number of views; RunError where the outputs are not probabilities.
     """
     import tensorflow as tf
 
     if views not in (1, 2, 6):
         raise ConfigError(f"views is {views}; allowed: 1, 2, 6")
     n, size = len(images), max(1, min(batch_size, len(images)))
-    # One shape, so one trace: the last batch is filled up, and the filling cut off.
+    # One shape, so one trace: the last batch is padded, and the padding is cut off.
     spec = tf.TensorSpec([size, *images.shape[1:]], images.dtype)
     logits = tf.function(_logits(model), input_signature=[spec])
     found = []
@@ -75,22 +83,26 @@ def predict_probabilities(
     assert probabilities.shape == (n, classes), f"{probabilities.shape} for {n} images of {classes} classes"
     if not np.isfinite(probabilities).all():
         raise RunError(
-            "the model's outputs are not probabilities (negative or not a number);"
-            " it has diverged, or lacks a softmax at its end"
+            "the model's outputs are not probabilities (negative or NaN);"
+            " its training diverged, or it has no softmax at its end"
         )
     return probabilities
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
-    """{"accuracy": 0-1, "loss": mean cross-entropy in nats, "n": images}, in float64.
+    """Accuracy and loss, computed in float64.
 
-    labels: whole numbers [n]; probabilities: [n, classes], clipped to at least 1e-7, as in Keras's loss.
+    Args:
+        labels: integers [n].
+        probabilities: float [n, classes]; clipped to at least 1e-7, as in Keras's loss.
+
+    Returns: {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
     """
     n = len(labels)
     assert n == len(probabilities) > 0, f"{n} labels for {len(probabilities)} rows of probabilities"
-    of_truth = probabilities[np.arange(n), labels].astype(np.float64)
+    true_class = probabilities[np.arange(n), labels].astype(np.float64)
     return {
         "accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
-        "loss": float(np.mean(-np.log(np.clip(of_truth, 1e-7, 1.0)))),
+        "loss": float(np.mean(-np.log(np.clip(true_class, 1e-7, 1.0)))),
         "n": n,
     }

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +37,7 @@ def train_and_evaluate(
     dataset: Dataset | None = None,
     overwrite: bool = False,
     callbacks: Iterable[keras.callbacks.Callback] = (),
-    verbose: int = 1,
+    verbose: int | str = "auto",
     full_report: bool = True,
     score_test: bool = True,
     hdf5: bool = False,
@@ -55,7 +56,8 @@ def train_and_evaluate(
         dataset: images already loaded, instead.
         overwrite: whether an earlier run in `workdir` may be replaced.
         callbacks: further Keras callbacks. Their `model` is the plain model, with its weights as of the last epoch.
-        verbose: 1: messages and a progress bar; 0: nothing.
+        verbose: 0: nothing is printed; 1: messages and a progress bar; 2: messages and one line per epoch; "auto": 1 on a
+            terminal, else 2.
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
         score_test: whether to score the test images; a search does not.
         hdf5: whether to write the model in the older format as well, as model.h5.
@@ -65,6 +67,7 @@ def train_and_evaluate(
     Raises: ConfigError for a wrong argument; RunError for what failed, and for an interrupted run.
     """
     since = time.time() if since is None else since
+    verbose = runtime.verbosity(verbose)
     log: Log = print if verbose else (lambda text: None)
 
     # ---- strategy, precision, folder
@@ -108,7 +111,7 @@ def train_and_evaluate(
 
         # ---- evaluate
         if not folder.model_file.exists():  # only the chief writes
-            log(f"no scores here: {folder} is not the folder of the chief; give all workers the same")
+            log(f"no scores here: {folder} is not the chief's folder; give all workers the same --workdir")
         elif hdf5 and chief:
             folder.save_model(keras.models.load_model(folder.model_file, compile=False), folder.hdf5_file)
         probabilities, scores = _score(folder.model_file, data, validation, config.views, score_test)
@@ -123,7 +126,7 @@ def train_and_evaluate(
             **scores,
             "views": config.views,
             "pflop": engine.pflop(),
-            "strategy": type(strategy).__name__,
+            "strategy": runtime.strategy_name(strategy),
             "replicas": engine.replicas,
             "precision": policy,
             "seed": config.seed,
@@ -197,11 +200,11 @@ def _record(
     return {
         **config.to_dict(),
         "class_names": list(data.class_names),
-        "data_dir": data_dir and str(data_dir),
+        "data_dir": data_dir and str(Path(data_dir).expanduser().absolute()),
         "data_source": data.source,
         "fingerprint": fingerprint,
         "parameters": parameters,
-        "command": "python " + " ".join(sys.orig_argv[1:]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "environment": runtime.describe(),
     }
 
@@ -240,15 +243,22 @@ def _new_folder(config: Config, strategy: tf.distribute.Strategy) -> str:
 
 
 def _summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
-    def percent(x: float | None) -> str:
-        return "-" if x is None else f"{100 * x:.2f}%"
-
+    best = metrics["best_val_accuracy"]
+    validation = "no images held out" if best is None else f"{best:.2%} (epoch {metrics['best_epoch']})"
     log(f"\n{metrics['recipe']}, {metrics['epochs']} epochs, {metrics['train_seconds']:,.1f} s")
-    log(f"  validation accuracy  {percent(metrics['best_val_accuracy'])} (epoch {metrics['best_epoch']})")
-    views = metrics["views"]
-    more = f", {percent(metrics['test_accuracy_views'])} averaged over {views} views" if views > 1 else ""
-    log(f"  test accuracy        {percent(metrics['test_accuracy'])}{more}")
-    goal, at = percent(metrics["target"]), metrics["seconds_to_target"]
+    log(f"  validation accuracy  {validation}")
+    log(f"  test accuracy        {_test_in_words(metrics)}")
+    goal, at = f"{metrics['target']:.2%}", metrics["seconds_to_target"]
     reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
     log(f"  target {goal:<13} {reached}")
     log(f"  files                {folder}/  (report.html, model.keras, metrics.json)")
+
+
+def _test_in_words(metrics: dict[str, Any]) -> str:
+    """The test accuracy for people, or why there is none."""
+    if metrics["test_accuracy"] is None:
+        return "not scored" if metrics["n_test"] else "no test images"
+    text = f"{metrics['test_accuracy']:.2%}"
+    if metrics["views"] > 1:
+        text += f", {metrics['test_accuracy_views']:.2%} with TTA of {metrics['views']} views"
+    return text

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from cifar10_trainer import figures
+from cifar10_trainer import figures, machine
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +30,17 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(figures, "save_figure", keep)
     return found
+
+
+@pytest.fixture
+def proc(monkeypatch, tmp_path):
+    """A /proc of the test's own: proc({"cpuinfo": text}); what is not given does not exist."""
+
+    def pretend(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        monkeypatch.setattr(machine, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
+
+    return pretend

@@ -1,4 +1,4 @@
-"""Every layer against an independent twin: NumPy's `pad`, SciPy's `affine_transform`, loops over pixels."""
+"""Every layer against an independent reference: NumPy's `pad`, SciPy's `affine_transform`, loops over pixels."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def some_numbers(n=12, draws=1, seed=1):
     return np.random.default_rng(seed).random((n, draws), np.float32)
 
 
-# ---- twins: image [h, w, c], numbers [draws] -> image
+# ---- references: image [h, w, c], numbers [draws] -> image
 
 
-def twin_flip(image, numbers):
+def reference_flip(image, numbers):
     return image[:, ::-1] if numbers[0] < 0.5 else image
 
 
-def twin_shift(image, numbers, pixels, fill):
+def reference_shift(image, numbers, pixels, fill):
     mode = {"reflect": "reflect", "nearest": "edge", "constant": "constant"}[fill]
     padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode)
     top, left = (int(number * (2 * pixels + 1)) for number in numbers)
     return padded[top : top + image.shape[0], left : left + image.shape[1]]
 
 
-def twin_affine(image, matrix, fill):
+def reference_affine(image, matrix, fill):
     """Bilinear, about the centre: pixel p of the result is at centre + matrix (p - centre), all as (row, column)."""
     # SciPy's "constant" drops a pixel that is partly outside; "grid-constant" blends it, as we do.
     mode = {"reflect": "reflect", "nearest": "nearest", "constant": "grid-constant"}[fill]
@@ -53,18 +53,18 @@ def twin_affine(image, matrix, fill):
     return np.stack(channels, axis=-1)
 
 
-def twin_rotation(image, numbers, turns, fill):
+def reference_rotation(image, numbers, turns, fill):
     angle = (2 * float(numbers[0]) - 1) * turns * 2 * np.pi
     cos, sin = np.cos(angle), np.sin(angle)
-    return twin_affine(image, np.array([[cos, sin], [-sin, cos]]), fill)
+    return reference_affine(image, np.array([[cos, sin], [-sin, cos]]), fill)
 
 
-def twin_zoom(image, numbers, amount, fill):
+def reference_zoom(image, numbers, amount, fill):
     height, width = (1 + (2 * float(number) - 1) * amount for number in numbers)
-    return twin_affine(image, np.diag([height, width]), fill)
+    return reference_affine(image, np.diag([height, width]), fill)
 
 
-def twin_cutout(image, numbers, size):
+def reference_cutout(image, numbers, size):
     image = image.copy()
     middle = [int(number * side) for number, side in zip(numbers, image.shape, strict=False)]
     for r in range(image.shape[0]):
@@ -75,13 +75,13 @@ def twin_cutout(image, numbers, size):
 
 
 FILLS = ("reflect", "nearest", "constant")
-# name -> layer, its twin, and by how many levels they may differ: a float32 angle can tip one pixel's rounding
+# name -> layer, its reference, and by how many levels they may differ: a float32 angle can tip one pixel's rounding
 CASES = {
-    "flip": (RandomFlip(), twin_flip, 0),
+    "flip": (RandomFlip(), reference_flip, 0),
     **{
         f"shift {pixels} {fill}": (
             RandomShift(pixels, fill),
-            lambda image, numbers, p=pixels, f=fill: twin_shift(image, numbers, p, f),
+            lambda image, numbers, p=pixels, f=fill: reference_shift(image, numbers, p, f),
             0,
         )
         for pixels in (1, 4, 8)
@@ -89,13 +89,13 @@ CASES = {
     },
     "shift of more than the image": (
         RandomShift(14, "constant"),
-        lambda image, numbers: twin_shift(image, numbers, 14, "constant"),
+        lambda image, numbers: reference_shift(image, numbers, 14, "constant"),
         0,
     ),
     **{
         f"rotation {fill}": (
             RandomRotation(0.3, fill),
-            lambda image, numbers, f=fill: twin_rotation(image, numbers, 0.3, f),
+            lambda image, numbers, f=fill: reference_rotation(image, numbers, 0.3, f),
             1,
         )
         for fill in FILLS
@@ -103,14 +103,18 @@ CASES = {
     **{
         f"zoom {fill}": (
             RandomZoom(0.6, fill),
-            lambda image, numbers, f=fill: twin_zoom(image, numbers, 0.6, f),
+            lambda image, numbers, f=fill: reference_zoom(image, numbers, 0.6, f),
             1,
         )
         for fill in FILLS
     },
-    "cutout even": (RandomCutout(4), lambda image, numbers: twin_cutout(image, numbers, 4), 0),
-    "cutout odd": (RandomCutout(5), lambda image, numbers: twin_cutout(image, numbers, 5), 0),
-    "cutout of everything": (RandomCutout(40), lambda image, numbers: twin_cutout(image, numbers, 40), 0),
+    "cutout even": (RandomCutout(4), lambda image, numbers: reference_cutout(image, numbers, 4), 0),
+    "cutout odd": (RandomCutout(5), lambda image, numbers: reference_cutout(image, numbers, 5), 0),
+    "cutout of everything": (
+        RandomCutout(40),
+        lambda image, numbers: reference_cutout(image, numbers, 40),
+        0,
+    ),
 }
 LAYERS = {
     "flip": RandomFlip,
@@ -129,20 +133,20 @@ def policy(request):
     keras.config.set_dtype_policy(before)
 
 
-def expected_of(twin, images, numbers):
-    return np.stack([twin(*pair) for pair in zip(images, numbers, strict=True)]).astype(np.float64)
+def expected_of(reference, images, numbers):
+    return np.stack([reference(*pair) for pair in zip(images, numbers, strict=True)]).astype(np.float64)
 
 
 # ---- what a layer does to an image
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layer_is_its_twin(case):
-    layer, twin, tolerance = CASES[case]
+def test_layer_equals_its_reference(case):
+    layer, reference, tolerance = CASES[case]
     images, numbers = some_images(), some_numbers(12, layer.draws)
     result = layer.transform(tf.constant(images), tf.constant(numbers))
     assert result.dtype == tf.uint8
-    expected = expected_of(twin, images, numbers)
+    expected = expected_of(reference, images, numbers)
     assert np.abs(result.numpy() - expected).max() <= tolerance
     if tolerance:  # rounded to the nearest, not cut off: half a level away nearly everywhere
         assert np.mean(np.abs(result.numpy() - expected) > 0.501) < 0.001
@@ -378,7 +382,7 @@ def test_impossible_shifts():
     with pytest.raises(ConfigError, match="pixels is -1; allowed: 0 or more"):
         RandomShift(-1)
     RandomShift(8)(some_images(1, 9, 9), seed=(0, 0))
-    with pytest.raises(ConfigError, match=r"9 pixels of 9x12.*less than a side"):
+    with pytest.raises(ConfigError, match=r"9 pixels of 9x12.*less than the shorter side"):
         RandomShift(9)(some_images(1), seed=(0, 0))
 
 
@@ -388,11 +392,11 @@ def test_impossible_shifts():
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_survives_serialisation(name):
     layer = LAYERS[name]()
-    twin = keras.layers.deserialize(keras.layers.serialize(layer))
-    assert type(twin) is type(layer)
-    assert twin.get_config() == layer.get_config()
+    again = keras.layers.deserialize(keras.layers.serialize(layer))
+    assert type(again) is type(layer)
+    assert again.get_config() == layer.get_config()
     images = some_images()
-    np.testing.assert_array_equal(twin(images, seed=(5, 6)).numpy(), layer(images, seed=(5, 6)).numpy())
+    np.testing.assert_array_equal(again(images, seed=(5, 6)).numpy(), layer(images, seed=(5, 6)).numpy())
 
 
 def test_layers_inside_a_saved_model(tmp_path, policy):
@@ -417,7 +421,7 @@ def one_hot(n, classes=10, seed=0):
     return np.eye(classes, dtype=np.float32)[np.random.default_rng(seed).integers(0, classes, n)]
 
 
-def twin_mixup(images, labels, numbers, alpha):
+def reference_mixup(images, labels, numbers, alpha):
     share = scipy.stats.beta.ppf(numbers[:, 0].astype(np.float64), alpha, alpha)
     mixed, targets = np.empty(images.shape), np.empty(labels.shape)
     for i in range(len(images)):
@@ -426,7 +430,7 @@ def twin_mixup(images, labels, numbers, alpha):
     return mixed, targets
 
 
-def twin_cutmix(images, labels, numbers, alpha):
+def reference_cutmix(images, labels, numbers, alpha):
     mixed, targets = images.astype(np.float64), np.empty(labels.shape)
     share = scipy.stats.beta.ppf(numbers[:, 0].astype(np.float64), alpha, alpha)
     height, width = images.shape[1:3]
@@ -448,7 +452,7 @@ def test_mixup(alpha, policy):
     images, labels, numbers = some_images(24), one_hot(24), some_numbers(24, augment.MIX_DRAWS)
     mixed, targets = augment.mix(images, labels, numbers, mixup=alpha)
     assert mixed.dtype == targets.dtype == tf.float32
-    expected, expected_targets = twin_mixup(images, labels, numbers, alpha)
+    expected, expected_targets = reference_mixup(images, labels, numbers, alpha)
     # the Beta's table has steps of 1/2000
     np.testing.assert_allclose(targets, expected_targets, atol=5e-4)
     np.testing.assert_allclose(mixed, expected, atol=255 * 5e-4)
@@ -459,7 +463,7 @@ def test_cutmix(alpha, policy):
     images, labels, numbers = some_images(24), one_hot(24), some_numbers(24, augment.MIX_DRAWS)
     mixed, targets = augment.mix(images, labels, numbers, cutmix=alpha)
     assert mixed.dtype == targets.dtype == tf.float32
-    expected, expected_targets = twin_cutmix(images, labels, numbers, alpha)
+    expected, expected_targets = reference_cutmix(images, labels, numbers, alpha)
     np.testing.assert_array_equal(mixed, expected)
     np.testing.assert_allclose(targets, expected_targets, atol=1e-6)
     assert (mixed.numpy() != images).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ import sys
 import pytest
 from absl import flags
 
+import cifar10_trainer
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, runtime
+from cifar10_trainer import cli
 from cifar10_trainer.config import DATASETS, PRECISIONS, STRATEGIES, Config
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
@@ -113,6 +115,9 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "help",
     "list_recipes",
     "overwrite",
+    "quiet",
+    "verbose",
+    "version",
     "workdir",
 }
 
@@ -131,11 +136,17 @@ def test_flag_and_config(flag, trained):
 
 
 def test_no_flags_are_the_default_recipe(trained, monkeypatch):
-    monkeypatch.setattr(runtime, "process_start", lambda: 12.5)
+    monkeypatch.setattr(command, "PROCESS_START", 12.5)
     assert config_of() == DEFAULT
     assert invoke() == 0
     expected = {"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False, "hdf5": False}
-    assert trained == [{**expected, "since": 12.5}]
+    assert trained == [{**expected, "verbose": "auto", "since": 12.5}]
+
+
+@pytest.mark.parametrize(("flag", "verbose"), [("--quiet", 0), ("--verbose", 1)])
+def test_quiet_and_verbose(flag, verbose, trained, capsys):
+    assert invoke(flag) == 0 and trained[0]["verbose"] == verbose
+    assert error_of(capsys, "--quiet", "--verbose") == (2, "--quiet and --verbose; allowed: one of the two")
 
 
 def test_zero_is_a_value_and_not_the_lack_of_one():
@@ -213,8 +224,8 @@ def test_config_of_a_run_with_its_record(tmp_path):
         ({"optimizer": {"lr": 3}}, ["unknown key in optimizer 'lr'", "learning_rate"]),
         ({"epochs": -3}, ["epochs is -3.0", "greater than 0"]),
         ({"epochs": "many"}, ["epochs is 'many'", "type float"]),
-        ("{'epochs': 3}", ["is no JSON", "a config.json of a run"]),
-        ("", ["is no JSON"]),
+        ("{'epochs': 3}", ["is not a JSON file", "config.json of a run"]),
+        ("", ["is not a JSON file"]),
         ("[1, 2]", ["holds list", "a JSON object"]),
         ("3", ["holds int", "a JSON object"]),
     ],
@@ -229,7 +240,7 @@ def test_a_config_file_of_bytes(tmp_path, capsys):
     (tmp_path / "c.json").write_bytes(b"\x89PNG\xff\xfe")
     status, text = error_of(capsys, f"--config={tmp_path / 'c.json'}")
     assert status == 2
-    assert "is no JSON" in text
+    assert "is not a JSON file" in text
 
 
 def test_a_config_file_that_cannot_be_read(tmp_path, capsys):
@@ -257,11 +268,11 @@ def test_hdf5(trained):
 
 def test_folds(trained, monkeypatch):
     calls = []
-    monkeypatch.setattr(runtime, "process_start", lambda: 12.5)
+    monkeypatch.setattr(command, "PROCESS_START", 12.5)
     folds = importlib.import_module("cifar10_trainer.cross_validation")
     monkeypatch.setattr(folds, "cross_validate", lambda *given, **more: calls.append((*given, more)))
     assert invoke("--recipe=vgg.3", "--folds=5", "--workdir=there", "--data_dir=here", "--overwrite") == 0
-    expected = {"data_dir": "here", "overwrite": True, "since": 12.5}
+    expected = {"data_dir": "here", "overwrite": True, "verbose": "auto", "since": 12.5}
     assert calls == [(RECIPES["vgg.3"], 5, "there", expected)]
     assert not trained
 
@@ -280,6 +291,29 @@ def test_list_recipes(capsys, trained):
         assert claim == ("-" if recipe.origin.claim is None else f"{100 * recipe.origin.claim:.2f}%")
         assert source == recipe.origin.source
     assert trained == []
+
+
+def test_version_names_the_versions_that_are_installed(capsys, trained):
+    assert invoke("--version") == 0
+    out, err = capsys.readouterr()
+    expected = f"{importlib.metadata.version('tensorflow')}, Keras {importlib.metadata.version('keras')}"
+    assert out.startswith(f"cifar10-trainer {cifar10_trainer.__version__} (Python 3.")
+    assert out.endswith(f"TensorFlow {expected})\n") and err == "" and trained == []
+    assert importlib.metadata.version("cifar10-trainer") == cifar10_trainer.__version__
+
+
+@pytest.mark.parametrize("name", ["train", "trainer", "evaluate", "predict", "search"])
+def test_console_commands(name):
+    """They exist beside python -m, and parse their flags as it does."""
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name=f"cifar10-{name}")
+    done = call_python(
+        "-c", f"import sys; from {entry.module} import {entry.attr} as c; sys.exit(c())", "--version"
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("cifar10-trainer ")
+    done = call_python(
+        "-c", f"import sys; from {entry.module} import {entry.attr} as c; sys.exit(c())", "--bogus"
+    )
+    assert done.returncode == 2 and "Unknown command line flag 'bogus'" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -333,7 +367,7 @@ def test_help_shows_usage_and_every_flag(flag, capsys, trained):
         (["--final_fit", "--recipe=practical.baseline"], ["validation_fraction is None", "early stopping"]),
         (["--image_size=64"], ["image_size is 64", "allowed with the dataset cifar10: 32"]),
         (["--image_size=64", "--dataset=digits"], ["image_size is 64", "dataset digits: 32"]),
-        (["--recipe="], ["--recipe is empty", "no such flag"]),
+        (["--recipe="], ["--recipe is empty", "leave the flag out"]),
         (["--dataset=digits", "--workdir="], ["--workdir is empty"]),
         (["--set", "recipe=../../elsewhere"], ["recipe is '../../elsewhere'", "letters, digits"]),
         (["--set", "momentum"], ["--set 'momentum'", "section.name=value"]),
@@ -536,9 +570,11 @@ def test_what_looks_as_if_it_were_not_installed():
 
 
 def call(*argv, **more):
-    return subprocess.run(
-        [sys.executable, "-m", "cifar10_trainer", *argv], capture_output=True, text=True, timeout=300, **more
-    )
+    return call_python("-m", "cifar10_trainer", *argv, **more)
+
+
+def call_python(*argv, **more):
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -553,18 +589,31 @@ def test_what_is_quick_needs_no_tensorflow():
     script = """
 import sys
 from cifar10_trainer import __main__ as command
-for argv in (["--help"], ["--list_recipes"], ["--recipe=none"], ["--bogus"], ["--epochs=0"], ["--config=/none"]):
+for argv in (["--help"], ["--list_recipes"], ["--version"], ["--recipe=none"], ["--bogus"], ["--epochs=0"], ["--config=/none"]):
     command.FLAGS.unparse_flags()
     for name in command.FLAGS:
         command.FLAGS[name].unparse()
     sys.argv = ["cifar10_trainer", *argv]
     status = command.command()
-    assert status == (0 if argv[0] in ("--help", "--list_recipes") else 2), (argv, status)
+    assert status == (0 if argv[0] in ("--help", "--list_recipes", "--version") else 2), (argv, status)
     heavy = {"tensorflow", "keras", "sklearn", "matplotlib", "kagglehub"} & set(sys.modules)
     assert not heavy, (argv, heavy)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("flag", ["--help", "--list_recipes", "--version"])
+def test_output_that_nobody_reads(flag, unbuffered):
+    """As in `| head`: no word, and the status that a shell gives to SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "cifar10_trainer", flag]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_help_as_a_process():

@@ -138,7 +138,7 @@ def test_a_signal_too_late_for_one_fold_stops_before_the_next(
 
     monkeypatch.setattr(cross_validation, "train_and_evaluate", late)
     before = signal.getsignal(signal.SIGTERM)
-    way_on = r"and without --overwrite goes on" if overwrite else rf"--workdir={tmp_path} goes on"
+    way_on = r"and without --overwrite$" if overwrite else rf"--workdir={tmp_path}$"
     with pytest.raises(RunInterrupted, match=f"stopped by SIGTERM before fold 2; .*{way_on}"):
         quietly(3, tmp_path, digits, overwrite=overwrite)
     assert len(scripted) == 1 and signal.getsignal(signal.SIGTERM) == before
@@ -153,7 +153,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, digits, scripted, monkeypat
         return once(config, workdir, **more)
 
     monkeypatch.setattr(cross_validation, "train_and_evaluate", stopped)
-    with pytest.raises(RunInterrupted, match=rf"stopped in fold-2-of-3; .* --workdir={tmp_path} goes on"):
+    with pytest.raises(RunInterrupted, match=rf"stopped in fold-2-of-3; .* --workdir={tmp_path}$"):
         quietly(3, tmp_path, digits)
     assert not (tmp_path / "folds.json").exists()
     monkeypatch.setattr(cross_validation, "train_and_evaluate", once)
@@ -201,6 +201,6 @@ def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
     monkeypatch.setattr(
         cross_validation.runtime, "choose_strategy", lambda requested: (Cluster(), "as asked")
     )
-    with pytest.raises(ConfigError, match="folds on a cluster of workers; allowed: one machine"):
+    with pytest.raises(ConfigError, match="folds is set on a cluster of workers; allowed: one machine"):
         quietly(2, tmp_path, digits)
     assert not scripted

@@ -305,8 +305,8 @@ def test_fast_convolution_is_the_convolution(any_size, side, policy):
 def test_fast_convolutions_are_where_they_pay(monkeypatch):
     def chosen(recipe, **options):
         model = models.build(RECIPES[recipe], input_shape=(32, 32, 3), num_classes=10)
-        twin = make_training_model(model, "float32", **options)
-        return [layer.name for layer in twin.layers if type(layer) is FastConv2D]
+        training_model = make_training_model(model, "float32", **options)
+        return [layer.name for layer in training_model.layers if type(layer) is FastConv2D]
 
     last = ["block3_conv1", "block3_conv2"]
     # 32 pixels: the maps of fast are 31, 15, 15, 7, 7 and 3 pixels a side.
@@ -318,19 +318,19 @@ def test_fast_convolutions_are_where_they_pay(monkeypatch):
     assert chosen("fast.default") == []
 
 
-def test_the_twin_has_the_fast_layers():
-    twin = make_training_model(
+def test_the_training_model_has_the_fast_layers():
+    training_model = make_training_model(
         models.build(RECIPES["leaky.baseline"], input_shape=(32, 32, 3), num_classes=10), "float32"
     )
-    found = [layer for layer in twin.layers if isinstance(layer, keras.layers.Dropout)]
+    found = [layer for layer in training_model.layers if isinstance(layer, keras.layers.Dropout)]
     assert [layer.rate for layer in found] == [0.2, 0.3, 0.4, 0.4]
     assert all(type(layer) is FastDropout for layer in found)
-    found = [layer for layer in twin.layers if isinstance(layer, keras.layers.LeakyReLU)]
+    found = [layer for layer in training_model.layers if isinstance(layer, keras.layers.LeakyReLU)]
     assert [type(layer) for layer in found] == [FastLeakyReLU] * 7
     assert {layer.negative_slope for layer in found} == {0.1}
 
 
-# --- the twin -------------------------------------------------------------------------------------------
+# --- the training model ---------------------------------------------------------------------------------
 
 
 def logits_of(model, images):
@@ -339,27 +339,27 @@ def logits_of(model, images):
 
 
 @pytest.mark.parametrize("config", [FAST.override(whitening=True), VGG], ids=["fast", "vgg"])
-def test_the_twin_computes_what_the_plain_model_does(config):
+def test_the_training_model_computes_what_the_plain_model_does(config):
     images, _ = pictures(8)
     model = plain_model(config, images)
     # Statistics unlike those of a fresh layer, so that a forgotten one shows.
     generator = np.random.default_rng(0)
     model.set_weights([w + generator.uniform(0, 0.1, w.shape) for w in model.get_weights()])
-    twin = make_training_model(model, "float32")
-    found = twin(images, training=False)
+    training_model = make_training_model(model, "float32")
+    found = training_model(images, training=False)
     np.testing.assert_allclose(found, logits_of(model, images), rtol=1e-4, atol=1e-5)  # float32 rounding
     assert found.shape == (8, 10)
 
-    assert [v.path for v in twin.variables if "seed" not in v.path] == [
+    assert [v.path for v in training_model.variables if "seed" not in v.path] == [
         v.path for v in model.variables if "seed" not in v.path
     ]
-    assert [v.path for v in twin.trainable_variables] == [v.path for v in model.trainable_variables]
-    for one, other in zip(twin.get_weights(), model.get_weights(), strict=True):
+    assert [v.path for v in training_model.trainable_variables] == [v.path for v in model.trainable_variables]
+    for one, other in zip(training_model.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert any(isinstance(layer, FusedBatchNormalization) for layer in twin.layers)
+    assert any(isinstance(layer, FusedBatchNormalization) for layer in training_model.layers)
 
 
-def test_the_twin_of_any_size_has_the_weights_of_one_size():
+def test_the_training_model_of_any_size_has_the_weights_of_one_size():
     images, _ = pictures(4)
     model = plain_model(FAST)
     small = models.build(FAST, input_shape=(20, 20, 3), num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -368,13 +368,13 @@ def test_the_twin_of_any_size_has_the_weights_of_one_size():
     np.testing.assert_allclose(found, logits_of(small, images[:, :20, :20]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_twin_keeps_pixels_and_logits_in_float32():
-    twin = make_training_model(plain_model(VGG), "mixed_bfloat16")
-    computed = {layer.name: layer.compute_dtype for layer in twin.layers}
+def test_the_training_model_keeps_pixels_and_logits_in_float32():
+    training_model = make_training_model(plain_model(VGG), "mixed_bfloat16")
+    computed = {layer.name: layer.compute_dtype for layer in training_model.layers}
     assert computed["preprocess"] == computed["logits"] == "float32"
     assert computed["block1_conv1"] == computed["block1_norm1"] == computed["head_dense1"] == "bfloat16"
-    assert all(v.dtype == "float32" for v in twin.trainable_variables)
-    assert twin(pictures(2)[0]).dtype == tf.float32
+    assert all(v.dtype == "float32" for v in training_model.trainable_variables)
+    assert training_model(pictures(2)[0]).dtype == tf.float32
 
 
 def test_synchronised_batch_norm_is_keras_own():
@@ -600,10 +600,10 @@ def test_each_size_has_its_share_of_the_steps(on_device):
     assert engine.steps == 11
     seen, traced, true = [], [], engine._gradients_of
 
-    def watch(weights, others, images, targets):
+    def watch(weights, non_trainable, images, targets):
         traced.append(images.shape[1:])  # when a graph is made
         tf.py_function(lambda shape: seen.append(tuple(shape.numpy())), [tf.shape(images)], [])
-        return true(weights, others, images, targets)
+        return true(weights, non_trainable, images, targets)
 
     engine._gradients_of = watch
     ends = []
@@ -635,7 +635,8 @@ def test_sizes_of_images_that_are_not_square():
     images, labels = pictures(64)
     config = FAST.override(sizes=(24, 32))
     with pytest.raises(
-        ConfigError, match=r"sizes is \(24, 32\), but images are 32x28; allowed: \(\) for them"
+        ConfigError,
+        match=r"sizes is \(24, 32\), but images are 32x28; allowed: \(\), which leaves all images as",
     ):
         Engine(
             plain_model(FAST, images), config, images[:, :, :28], labels, policy="float32", num_classes=10,
@@ -731,7 +732,7 @@ def test_it_learns():
 
 
 @pytest.mark.parametrize("policy", ["float32", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
-def test_a_restored_engine_goes_on_as_if_never_stopped(policy):
+def test_a_restored_engine_continues_as_if_never_stopped(policy):
     config = FAST.override(
         optimizer=ADAM,
         options__dropout=0.4,
@@ -955,7 +956,7 @@ def test_every_recipe_trains_a_step_and_saves(name, policy, tmp_path):
         model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
         np.testing.assert_array_equal(loaded(images, training=False), model(images, training=False))
-    # The twin is what was trained; the plain model is what users get.
+    # The training model is what was trained; the plain model is what users get.
     expected = tf.nn.softmax(engine.training_model(images, training=False))
     near = 1e-4 if policy == "float32" else 0.1  # bfloat16 rounds every map to eight bits
     np.testing.assert_allclose(model(images, training=False), expected, atol=near)

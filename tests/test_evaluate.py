@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -193,7 +194,7 @@ def test_load_model_refuses(tmp_path):
         evaluate.load_model(tmp_path)
     for name in ("text.keras", "text.h5"):
         (tmp_path / name).write_text("not a model")
-        reason = "a .keras file is a zip archive" if name.endswith(".keras") else ""
+        reason = "not a .keras file, which is a zip archive" if name.endswith(".keras") else ""
         with pytest.raises(RunError, match=f"does not open as a Keras model .*{reason}"):
             evaluate.load_model(tmp_path / name)
     (tmp_path / "model.onnx").write_text("another kind")
@@ -290,6 +291,19 @@ def test_evaluate_a_run(run_folder, capsys):
     assert rows["blue"] == ["1.0000", "1.0000", "1.0000", "1"]
     assert rows["green"] == ["1.0000", "0.5000", "0.6667", "2"]  # 1 of 2 found; F1 = 2 * 1 * 0.5 / (1 + 0.5)
     assert rows["red"] == ["0.5000", "1.0000", "0.6667", "1"]  # 1 of 2 right
+
+
+def test_without_test_images_the_validation_images_are_scored_and_it_says_so(run_folder, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "data" / "test")
+    assert run(["--workdir", run_folder, "--json"]) == 0
+    captured = capsys.readouterr()
+    numbers = json.loads(captured.out)
+    assert (numbers["split"], numbers["n"]) == ("validation", 15) and "has no test images" in captured.err
+    assert run(["--workdir", run_folder, "--split=test"]) == 2  # asked for, so not replaced
+    assert "split is 'test', but there are no such images" in capsys.readouterr().err
+    change_config(run_folder, validation_fraction=None)
+    assert run(["--workdir", run_folder]) == 2
+    assert "split is 'test', but there are no such images" in capsys.readouterr().err
 
 
 def test_evaluate_as_json(run_folder, capsys):
@@ -404,7 +418,7 @@ def test_a_model_that_does_not_fit(run_folder, capsys):
     assert status == 2 and "trained on blue, red, green" in message
 
 
-def test_only_the_images_that_a_run_parted_can_be_parted_again(run_folder, capsys):
+def test_only_the_images_of_a_run_can_be_split_again(run_folder, capsys):
     folder = run_folder.parent / "data"
     change_config(run_folder, fingerprint=datasets.fingerprint(datasets.load("folder", folder, 8)))
     assert run(["--workdir", run_folder, "--split=validation"]) == 0

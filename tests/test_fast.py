@@ -225,8 +225,8 @@ def test_smallest_image(blocks):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"filters": ()}, "one positive width a block"),
-        ({"filters": (4, 0)}, "one positive width a block"),
+        ({"filters": ()}, "one positive width per block"),
+        ({"filters": (4, 0)}, "one positive width per block"),
         ({"depth": 0}, "depth is 0; allowed: 1 or more"),
         ({"dropout": 1.0}, "dropout is 1.0; allowed: 0 to less than 1"),
     ],

@@ -339,11 +339,14 @@ def test_the_smallest_image_that_fits_is_taken():
         ({"input_shape": (None, None, 3)}, "a fixed height and width"),
         ({"num_classes": 1}, "num_classes is 1; allowed: 2 or more"),
         ({"mean": (0.5,)}, r"mean is \[0.5\].*allowed: 3 numbers each"),
-        ({"std": (1, 1, 0)}, "those of std positive"),
+        ({"std": (1, 1, 0)}, "allowed: 3 numbers each, all positive in std"),
         ({"dropout": (0.1, 0.2)}, r"dropout is \(0.1, 0.2\); allowed: one number, or 4"),
-        ({"dropout": 1.5}, "vgg cannot be built with .*1.5"),
-        ({"filters": 32}, "vgg cannot be built with .*'filters': 32"),
-        ({"filters": (-1,)}, "vgg cannot be built with"),
+        (
+            {"dropout": 1.5},
+            r"options is \{.*1\.5.*\}; allowed with the architecture vgg: values that Keras accepts",
+        ),
+        ({"filters": 32}, r"options is \{.*'filters': 32.*\}; allowed with the architecture vgg"),
+        ({"filters": (-1,)}, r"options is \{.*\(-1,\).*\}; allowed with the architecture vgg"),
     ],
 )
 def test_impossible_values_are_configuration_errors(arguments, message):
@@ -444,11 +447,11 @@ print(json.dumps(answers))
     answers = json.loads(done.stdout.splitlines()[-1])
     assert answers["mobilenetv2 96"] == float(backbone.get_layer("Conv_1").kernel.numpy().sum())
     assert re.search(
-        rf"mobilenetv2 cannot be had .*: replace its file in {re.escape(str(home))}, or train from scratch",
+        rf"cannot load the ImageNet weights of mobilenetv2 .*: replace its file in {re.escape(str(home))}, or train from scratch",
         answers["mobilenetv2 128"],
     )
     assert re.search(
-        r"vgg16 cannot be had \(URL fetch failure .*: put vgg16_weights_tf_dim_ordering_tf_kernels_notop\.h5"
+        r"cannot load the ImageNet weights of vgg16 \(URL fetch failure .*: put vgg16_weights_tf_dim_ordering_tf_kernels_notop\.h5"
         rf" into {re.escape(str(home))}, or train from scratch with weights=None",
         answers["vgg16 None"],
     )

@@ -13,7 +13,7 @@ from cifar10_trainer.optim import SGD, Muon, RunSchedule, make_optimizer
 
 
 LINEAR = Schedule(name="linear", warmup=0.2, start=0.1, end=0.05)
-COURSES = {
+SCHEDULES = {
     "constant": (Schedule(), {0: 2, 50: 2, 99: 2}),
     "constant with warmup": (Schedule(warmup=0.5, start=0.2), {0: 0.4, 25: 1.2, 49: 1.968, 50: 2, 99: 2}),
     "linear": (Schedule(name="linear"), {0: 2, 25: 1.5, 99: 0.02, 100: 0, 120: 0}),
@@ -46,23 +46,23 @@ COURSES = {
 }
 
 
-@pytest.mark.parametrize("name", COURSES)
-def test_course_at_points_computed_by_hand(name):
-    schedule, points = COURSES[name]
-    course = RunSchedule(2, 100, schedule)
-    inside = tf.function(lambda step: course(step))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_at_points_computed_by_hand(name):
+    schedule, points = SCHEDULES[name]
+    run_schedule = RunSchedule(2, 100, schedule)
+    inside = tf.function(lambda step: run_schedule(step))
     for step, expected in points.items():
         # a millionth of the peak: float32's cosine
-        np.testing.assert_allclose(course(step), expected, atol=2e-6)
+        np.testing.assert_allclose(run_schedule(step), expected, atol=2e-6)
         np.testing.assert_allclose(inside(tf.constant(step, tf.int64)), expected, atol=2e-6)
-        assert course(step).dtype == tf.float32
+        assert run_schedule(step).dtype == tf.float32
 
 
 @pytest.mark.parametrize("steps", [10, 100, 490, 977, 39_100])
 def test_drops_and_warmup_end_at_the_same_step_inside_a_graph(steps):
-    course = RunSchedule(1, steps, Schedule(name="step", drop=0.5, drops=(0.1, 0.3, 0.7, 0.9)))
+    run_schedule = RunSchedule(1, steps, Schedule(name="step", drop=0.5, drops=(0.1, 0.3, 0.7, 0.9)))
     warm = RunSchedule(1, steps, Schedule(name="cyclic", cycles=1, end=0.5, warmup=0.3, start=0))
-    inside = tf.function(lambda step: (course(step), warm(step)))
+    inside = tf.function(lambda step: (run_schedule(step), warm(step)))
     for step in {round(f * steps) + i for f in (0.1, 0.3, 0.7, 0.9) for i in (-1, 0, 1)}:
         dropped, warmed = inside(tf.constant(step, tf.int64))
         # in tenths, and in whole numbers: no rounding
@@ -75,23 +75,23 @@ def test_drops_and_warmup_end_at_the_same_step_inside_a_graph(steps):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_course_of_another_length_is_the_same_course(name):
+def test_schedule_does_not_depend_on_the_length_of_the_run(name):
     schedule = Schedule(name=name, warmup=0.23, start=0.2, end=0.07)
     short, long = RunSchedule(1, 100, schedule), RunSchedule(1, 70_000, schedule)
     for step in range(0, 101, 10):
         np.testing.assert_allclose(short(step), long(700 * step), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", COURSES)
-def test_course_survives_serialisation(name):
-    schedule, points = COURSES[name]
-    course = RunSchedule(2, 100, schedule)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_survives_serialisation(name):
+    schedule, points = SCHEDULES[name]
+    run_schedule = RunSchedule(2, 100, schedule)
     schedules = keras.optimizers.schedules
-    again = schedules.deserialize(schedules.serialize(course))
+    again = schedules.deserialize(schedules.serialize(run_schedule))
     assert isinstance(again, RunSchedule)
     assert (again.peak, again.steps, again.schedule) == (2, 100, schedule)
     for step in points:
-        assert float(again(step)) == float(course(step))
+        assert float(again(step)) == float(run_schedule(step))
 
 
 # ---- variables to optimise
@@ -134,7 +134,7 @@ def clipped(gradients, norm):
     return [g * min(1, norm / total) for g in gradients] if norm else gradients
 
 
-def twin_sgd(weights, gradients, rate, momentum, nesterov, l2, multiplier, clip_norm=None):
+def reference_sgd(weights, gradients, rate, momentum, nesterov, l2, multiplier, clip_norm=None):
     """velocity = momentum * velocity + g; weights -= rate * (velocity, or g + momentum * velocity), g with decay."""
     weights = [w.copy() for w in weights]
     velocity = [np.zeros_like(w) for w in weights]
@@ -165,7 +165,7 @@ def twin_sgd(weights, gradients, rate, momentum, nesterov, l2, multiplier, clip_
     ],
 )
 @pytest.mark.parametrize("graph", [False, True])
-def test_sgd_against_its_twin(momentum, nesterov, l2, multiplier, clip_norm, graph):
+def test_sgd_against_its_reference(momentum, nesterov, l2, multiplier, clip_norm, graph):
     variables = variables_of()
     start = [np.array(v, np.float64) for v in variables]
     gradients = gradients_of(variables, 4)
@@ -179,19 +179,19 @@ def test_sgd_against_its_twin(momentum, nesterov, l2, multiplier, clip_norm, gra
         clip_norm=clip_norm,
     )
     found = apply_all(make_optimizer(given, Schedule(), 4), variables, gradients, graph)
-    expected = twin_sgd(start, gradients, 0.05, momentum, nesterov, l2, multiplier, clip_norm)
+    expected = reference_sgd(start, gradients, 0.05, momentum, nesterov, l2, multiplier, clip_norm)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # float32
 
 
-def test_sgd_follows_its_course():
+def test_sgd_follows_its_schedule():
     variables = variables_of()
     start = [np.array(v, np.float64) for v in variables]
     gradients = gradients_of(variables, 5)
     given = Optimizer(learning_rate=0.2, momentum=0.9, nesterov=True)
     optimizer = make_optimizer(given, Schedule(name="linear"), 5)
     found = apply_all(optimizer, variables, gradients)
-    expected = twin_sgd(start, gradients, lambda t: 0.2 * (1 - t / 5), 0.9, True, 0, 1)
+    expected = reference_sgd(start, gradients, lambda t: 0.2 * (1 - t / 5), 0.9, True, 0, 1)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert float(optimizer.learning_rate) == 0
@@ -272,10 +272,12 @@ def test_kernels_are_updated_together(monkeypatch):
     found = apply_all(Muon(0.02, momentum=0.0), variables, gradients)
     assert given == [3, 3, 3]
     for i in (0, 2, 3):
-        np.testing.assert_allclose(found[i], twin_muon(start[i], [g[i] for g in gradients], 0.02), atol=1e-4)
+        np.testing.assert_allclose(
+            found[i], reference_muon(start[i], [g[i] for g in gradients], 0.02), atol=1e-4
+        )
 
 
-def twin_muon(kernel, gradients, rate, momentum=0.6):
+def reference_muon(kernel, gradients, rate, momentum=0.6):
     velocity = np.zeros_like(kernel)
     for g in gradients:
         velocity = momentum * velocity + g
@@ -287,7 +289,7 @@ def twin_muon(kernel, gradients, rate, momentum=0.6):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.85])
 @pytest.mark.parametrize("graph", [False, True])
-def test_muon_against_its_twin(momentum, graph):
+def test_muon_against_its_reference(momentum, graph):
     variables = variables_of()
     start = [np.array(v, np.float64) for v in variables]
     gradients = gradients_of(variables, 4)
@@ -300,9 +302,9 @@ def test_muon_against_its_twin(momentum, graph):
         bias_multiplier=8.0,
     )
     found = apply_all(make_optimizer(given, Schedule(), 4), variables, gradients, graph)
-    np.testing.assert_allclose(found[0], twin_muon(start[0], [g[0] for g in gradients], 0.02), atol=1e-4)
+    np.testing.assert_allclose(found[0], reference_muon(start[0], [g[0] for g in gradients], 0.02), atol=1e-4)
     # everything that is no kernel of a convolution: SGD at six times the rate, with the decay
-    expected = twin_sgd(start, gradients, 6 * 0.02, momentum, True, 0.01, 8.0)
+    expected = reference_sgd(start, gradients, 6 * 0.02, momentum, True, 0.01, 8.0)
     for a, b in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -358,7 +360,7 @@ def test_make_optimizer(name, kind):
 
 @pytest.mark.parametrize("name", ["sgd", "muon", "adam", "adamw"])
 @pytest.mark.parametrize("schedule", ["constant", "plateau", "linear", "warm"])
-def test_make_optimizer_gives_a_course_where_there_is_one(name, schedule):
+def test_make_optimizer_makes_a_schedule_if_there_is_one(name, schedule):
     made = Schedule(warmup=0.5) if schedule == "warm" else Schedule(name=schedule)
     optimizer = make_optimizer(Optimizer(name=name, learning_rate=0.5), made, 10)
     optimizer.build(variables_of())

@@ -218,10 +218,10 @@ def test_a_run_of_less_than_an_epoch():
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_parts_of_the_replicas_are_the_batch_of_one(replicas, start):
     whole = batches(sampler_of(batch_size=8, n=45).dataset(start, 13))
-    parted = batches(sampler_of(batch_size=8, n=45, replicas=replicas).dataset(start, 13))
-    assert len(parted) == replicas * len(whole)
-    assert {len(index) for index, _ in parted} == {8 // replicas}
-    steps = [joined(parted[i : i + replicas]) for i in range(0, len(parted), replicas)]
+    parts = batches(sampler_of(batch_size=8, n=45, replicas=replicas).dataset(start, 13))
+    assert len(parts) == replicas * len(whole)
+    assert {len(index) for index, _ in parts} == {8 // replicas}
+    steps = [joined(parts[i : i + replicas]) for i in range(0, len(parts), replicas)]
     assert_same(steps, whole)
 
 
@@ -374,7 +374,7 @@ def test_labels_are_one_hot_and_belong_to_their_images():
 # ---- resizing
 
 
-def twin_resize(image, size):
+def reference_resize(image, size):
     """An antialiased triangle, pixel by pixel: float64 [h, w, c] -> [size, size, c]."""
 
     def weights(side):
@@ -400,7 +400,7 @@ def test_resize(side, size):
     assert result.shape == (3, size, size, 3)
     assert result.dtype == tf.float32
     # float32 sums of numbers up to 255
-    expected = np.stack([twin_resize(image.astype(np.float64), size) for image in images])
+    expected = np.stack([reference_resize(image.astype(np.float64), size) for image in images])
     np.testing.assert_allclose(result, expected, atol=1e-3)
     np.testing.assert_allclose(result, tf.image.resize(images, (size, size), antialias=True), atol=1e-2)
 

@@ -51,7 +51,7 @@ def run(argv):
 
 def test_predict_as_a_function(folder):
     paths = [folder / "images" / name for name in ("c.gif", "a.png")]
-    blue, red = predict.predict(colour_model(), paths, NAMES)
+    blue, red = predict.predict_images(colour_model(), paths, NAMES)
     assert (blue["file"], blue["label"]) == (str(paths[0]), "blue")
     assert (red["file"], red["label"]) == (str(paths[1]), "red")
     assert (
@@ -59,8 +59,8 @@ def test_predict_as_a_function(folder):
     )  # six digits are kept
     assert list(red["probabilities"]) == ["red", "blue", "green"]  # likeliest first, equals in their order
     assert red["probabilities"]["blue"] == pytest.approx((1 - SURE) / 2, rel=1e-4)  # six digits
-    assert predict.predict(colour_model(), paths[:1])[0]["label"] == "0"
-    assert predict.predict(colour_model(), []) == []
+    assert predict.predict_images(colour_model(), paths[:1])[0]["label"] == "0"
+    assert predict.predict_images(colour_model(), []) == []
 
 
 def test_json_is_one_object_a_line(folder, capsys):
@@ -111,6 +111,16 @@ def test_class_names(folder, capsys):
     assert label(argv, capsys) == "2"
 
 
+@pytest.mark.parametrize("flag", ["--workdir", "--model"])
+def test_a_run_folder_stands_for_its_model(folder, capsys, flag):
+    argv = [folder / "images" / "a.png"]
+    assert (
+        label([flag, folder, *argv], capsys)
+        == label(["--model", folder / "model.keras", *argv], capsys)
+        == "red"
+    )
+
+
 @pytest.mark.parametrize("names", ["a,b", "a,b,b", "a,b,c,d"])
 def test_class_names_that_do_not_fit(folder, capsys, names):
     assert run(["--model", folder / "model.keras", f"--class_names={names}", folder / "images"]) == 2
@@ -125,13 +135,15 @@ def test_an_unreadable_image_prints_nothing_else(folder, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and str(broken) in captured.err
     with pytest.raises(RunError):
-        predict.predict(colour_model(), [broken])
+        predict.predict_images(colour_model(), [broken])
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["images"], "no --model"),
+        (["images"], "exactly one of --workdir RUN and --model FILE"),
+        (["--workdir=.", "--model=model.keras", "images"], "exactly one of --workdir RUN and --model FILE"),
+        (["--workdir=nowhere", "images"], "no model file at nowhere/model.keras"),
         (["--model=model.keras"], "no IMAGE"),
         (["--model=model.keras", "nothing.png"], "no image at nothing.png"),
         (["--model=model.keras", "images/deeper"], "no images in"),

@@ -141,10 +141,13 @@ def test_without_test_images_everything_says_validation(tmp_path, drawn):
     assert "All 2 validation images are right." in [t.get_text() for figure in drawn for t in figure.texts]
 
 
-def test_averaged_views_are_named(tmp_path):
+def test_test_time_augmentation_is_named(tmp_path):
     metrics = {"views": 6, "test_accuracy": 0.5}
     page = write_run(tmp_path, metrics=metrics)
-    assert "75.00%test accuracy4 images, 6 views" in page.text and "50.00%test accuracyone view" in page.text
+    assert (
+        "75.00%test accuracy4 images, TTA of 6 views" in page.text
+        and "50.00%test accuracywithout TTA" in page.text
+    )
 
 
 def test_without_test_and_validation_images_there_is_no_score(tmp_path):

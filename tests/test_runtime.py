@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
-import shutil
-import subprocess
-import time
 from types import SimpleNamespace
 
 import keras
@@ -12,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar10_trainer import runtime
+from cifar10_trainer import machine, runtime
 from cifar10_trainer.errors import ConfigError, RunError
 
 
@@ -200,7 +196,7 @@ def test_precision_as_asked(requested, devices):
 )
 def test_precision_by_the_gpu(details, expected, reason, devices, monkeypatch):
     devices(1, details)
-    monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx512_bf16"})  # the CPU does not matter then
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})  # the CPU does not matter then
     policy, why = runtime.choose_precision("auto")
     assert policy == expected
     assert reason in why
@@ -219,87 +215,13 @@ def test_precision_by_the_gpu(details, expected, reason, devices, monkeypatch):
 )
 def test_precision_by_the_processor(flags, expected, reason, devices, monkeypatch):
     devices(0)
-    monkeypatch.setattr(runtime, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
     policy, why = runtime.choose_precision("auto")
     assert policy == expected
     assert reason in why
 
 
-@pytest.fixture
-def proc(monkeypatch, tmp_path):
-    """A /proc of one's own: proc({"cpuinfo": text}); what is not given is not there."""
-
-    def pretend(files):
-        for name, text in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        monkeypatch.setattr(runtime, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
-
-    return pretend
-
-
-def test_cpu_flags(proc):
-    proc({"cpuinfo": "processor\t: 0\nflags\t\t: fpu vme avx512_bf16\nbugs\t\t: x\n\nflags\t\t: other\n"})
-    assert runtime.cpu_flags() == {"fpu", "vme", "avx512_bf16"}
-
-
-def test_cpu_flags_elsewhere(proc):
-    proc({})
-    assert runtime.cpu_flags() == set()
-
-
-# ---- time
-
-
-def test_process_start_from_the_kernels_numbers(proc, monkeypatch):
-    # a name with spaces and brackets; field 22 is the start, in ticks since boot
-    proc(
-        {
-            "self/stat": f"77 (a b) c) S {' '.join(str(n) for n in range(4, 22))} 12345 0 0",
-            "uptime": "200.5 300.0",
-        }
-    )
-    monkeypatch.setattr(runtime.os, "sysconf", lambda name: {"SC_CLK_TCK": 100}[name])
-    monkeypatch.setattr(runtime.time, "time", lambda: 1000.0)
-    assert runtime.process_start() == pytest.approx(1000 - (200.5 - 123.45))
-
-
-@pytest.mark.parametrize(
-    "files", [{}, {"self/stat": "77 (x) S 1", "uptime": "1 1"}, {"self/stat": "?", "uptime": ""}]
-)
-def test_process_start_where_it_is_unknown(files, proc):
-    proc(files)
-    assert runtime.process_start() == runtime._IMPORTED
-
-
-def test_process_start_for_real():
-    start = runtime.process_start()
-    assert start <= runtime._IMPORTED + 0.02  # the kernel counts in hundredths of a second
-    assert abs(runtime.process_start() - start) < 0.05
-    if shutil.which("ps"):
-        asked = subprocess.run(
-            ["ps", "-o", "etimes=", "-p", str(runtime.os.getpid())], capture_output=True, text=True
-        )
-        if asked.returncode == 0:
-            assert abs((time.time() - start) - int(asked.stdout)) < 2.5  # whole seconds
-
-
 # ---- the rest
-
-
-def test_seed_everything():
-    def draws():
-        keras.utils.set_random_seed(7)
-        numbers = random.random(), np.random.rand(), float(tf.random.uniform([]))
-        layer = keras.layers.Dense(3)
-        layer.build((None, 3))
-        return *numbers, np.array(layer.kernel).tolist()
-
-    first = draws()
-    assert draws() == first
-    keras.utils.set_random_seed(8)
-    assert random.random() != first[0]
 
 
 def test_describe_is_a_record_of_texts():

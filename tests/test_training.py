@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -25,6 +27,7 @@ from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.models.initial import pixel_statistics
 from cifar10_trainer.recipes import RECIPES
+from cifar10_trainer.run_folder import RunFolder
 from cifar10_trainer.training import train_and_evaluate
 
 # 1,294 images to train on: 12 steps an epoch.
@@ -136,6 +139,60 @@ def script_validation(monkeypatch, losses, accuracies=None):
     monkeypatch.setattr(Engine, "evaluate", scripted)
 
 
+# --- what a run prints ----------------------------------------------------------------------------------
+
+
+def test_into_a_pipe_each_epoch_is_one_plain_line(tmp_path, digits, capsys):
+    train_quietly(TINY, tmp_path / "auto", digits, verbose="auto")
+    out = capsys.readouterr().out
+    assert "\r" not in out and "\x1b" not in out and "\b" not in out
+    lines = [line for line in out.splitlines() if line.startswith("epoch ")]
+    rows = read_history(tmp_path / "auto")
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    for line, row in zip(lines, rows, strict=True):
+        assert f"val_accuracy {row['val_accuracy']:.4f}" in line and f"loss {row['loss']:.4f}" in line
+
+
+def test_on_a_terminal_there_is_a_bar_and_quietly_nothing(tmp_path, digits, capsys, monkeypatch):
+    train_quietly(TINY.override(epochs=1), tmp_path / "quiet", digits, verbose=0)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    train_quietly(TINY.override(epochs=2), tmp_path / "terminal", digits, verbose="auto")
+    out = capsys.readouterr().out
+    assert "Epoch 2/2" in out and "━" in out and "epoch 2/2" not in out
+
+
+@pytest.mark.parametrize("verbose", [3, "loud", None, -1])
+def test_other_words_for_verbose(tmp_path, digits, verbose):
+    with pytest.raises(ConfigError, match=r"verbose is .*; allowed: 'auto', 0, 1, 2"):
+        train_quietly(TINY, tmp_path / "run", digits, verbose=verbose)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["validation accuracy  50.00% (epoch 2)", "test accuracy        40.00%"]),
+        ({"views": 6}, ["test accuracy        40.00%, 45.00% with TTA of 6 views"]),
+        ({"test_accuracy": None}, ["test accuracy        not scored"]),
+        ({"test_accuracy": None, "views": 6}, ["test accuracy        not scored"]),
+        ({"test_accuracy": None, "n_test": 0}, ["test accuracy        no test images"]),
+        ({"best_val_accuracy": None}, ["validation accuracy  no images held out"]),
+        ({"seconds_to_target": 3.0, "epoch_at_target": 1}, ["target 85.00%        after 3.0 s (epoch 1)"]),
+    ],
+)
+def test_the_summary_has_no_gaps(changes, expected):
+    metrics = {"recipe": "r", "epochs": 2, "train_seconds": 1.0, "best_val_accuracy": 0.5, "best_epoch": 2}
+    metrics |= {"views": 1, "test_accuracy": 0.4, "test_accuracy_views": 0.45, "n_test": 10, "target": 0.85}
+    metrics |= {"seconds_to_target": None, "epoch_at_target": None}
+    lines = []
+    training._summarize(lines.append, {**metrics, **changes}, RunFolder("there"))
+    text = "\n".join(lines)
+    for part in expected:
+        assert f"{part}\n" in text, text
+    assert "-" not in text.replace("not reached", "")
+
+
 # --- a whole run ----------------------------------------------------------------------------------------
 
 
@@ -214,7 +271,7 @@ def test_the_metrics_are_complete_and_agree(whole, digits):
         "best_val_accuracy": max(row["val_accuracy"] for row in rows),
         "target": 0.2,
         "epoch_at_target": next(row["epoch"] for row in rows if row["val_accuracy"] >= 0.2),
-        "strategy": "_DefaultDistributionStrategy",
+        "strategy": "none",
         "replicas": 1,
         "precision": "float32",
         "seed": 0,
@@ -273,7 +330,9 @@ def test_hdf5_is_the_same_model_once_more(tmp_path, digits):
     for path in (tmp_path / "model.keras", tmp_path / "model.h5"):
         model = evaluate.load_model(path)
         names = predict.find_class_names(path, 10)
-        answers.append((model.predict(digits.test_images, verbose=0), predict.predict(model, [image], names)))
+        answers.append(
+            (model.predict(digits.test_images, verbose=0), predict.predict_images(model, [image], names))
+        )
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
     assert answers[0][1] == answers[1][1]
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -521,7 +580,7 @@ def test_an_unfinished_run_without_a_state_begins_again(tmp_path, digits):
 
 
 def test_the_way_on_from_an_overwriting_run_is_without_overwrite(tmp_path, digits, step_by_step):
-    with pytest.raises(RunError, match=rf"--workdir={tmp_path} and without --overwrite goes on"):
+    with pytest.raises(RunError, match=rf"--workdir={tmp_path} and without --overwrite$"):
         train_quietly(TINY, tmp_path, digits, callbacks=[At(3, send(signal.SIGTERM))], overwrite=True)
 
 
@@ -736,7 +795,7 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
     ]
     assert call(command, command.USAGE, *flags) == 0
     said = capsys.readouterr()
-    assert "Epoch 12/12" in said.out and str(workdir) in said.out
+    assert "epoch 12/12" in said.out and str(workdir) in said.out
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert (metrics["n_train"], metrics["n_validation"], metrics["n_test"]) == (54, 6, 12)
     assert metrics["test_accuracy"] > 0.6  # colours are easy
@@ -759,3 +818,91 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
     for row, truth in zip(found, model.predict(pixels, verbose=0), strict=True):
         assert row["label"] == names[truth.argmax()]
         np.testing.assert_allclose([row["probabilities"][n] for n in names], truth, atol=1e-5)
+
+
+# --- faults that were here once -------------------------------------------------------------------------
+
+
+def test_a_full_report_without_a_test_score(tmp_path, digits):
+    metrics = train_quietly(TINY.override(epochs=1), tmp_path, digits, full_report=True, score_test=False)
+    assert metrics["test_accuracy"] is None and json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    text = (tmp_path / "classification_report.txt").read_text()
+    assert text == "This run has no test score: its images were not scored.\n"
+    assert not (tmp_path / "figures" / "confusion_matrix.png").exists()
+
+
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            self.model.stop_training = True
+
+
+def test_a_callback_stops_at_the_batch_and_the_epoch_ends_as_in_fit(tmp_path, digits, step_by_step):
+    """Keras's fit leaves the epoch at that batch, validates, and calls on_epoch_end and on_train_end."""
+    recorder = Recorder()
+    metrics = train_quietly(TINY, tmp_path, digits, callbacks=[StopAt(PER_EPOCH + 5), recorder])
+    assert recorder.calls.count("batch begin") == PER_EPOCH + 5
+    assert recorder.calls[-5:] == ["batch end 4", "test begin", "test end", "epoch 1 end", "train end"]
+    assert metrics["epochs"] == 2 and [row["epoch"] for row in read_history(tmp_path)] == [1, 2]
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    expected, x = Recorder(), np.zeros((PER_EPOCH, 2), np.float32)
+    expected.on_train_batch_end = lambda batch, logs=None: expected.calls.append(f"batch end {batch}")
+    model.fit(
+        x,
+        x,
+        batch_size=1,
+        epochs=3,
+        verbose=0,
+        validation_data=(x, x),
+        callbacks=[StopAt(PER_EPOCH + 5), expected],
+    )
+    assert recorder.calls == expected.calls
+
+
+def test_a_run_that_a_callback_stopped_stays_stopped(tmp_path, digits, step_by_step, monkeypatch):
+    """Interrupted while it is scored, it resumes with the score and not with the rest of the epochs."""
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(training.scoring, "predict_probabilities", lambda *_, **__: 1 / 0)
+        train_quietly(TINY, tmp_path, digits, callbacks=[StopAt(5)])
+    weights = saved_weights(tmp_path)
+    metrics = train_quietly(TINY, tmp_path, digits)
+    assert metrics["epochs"] == 1 and metrics["test_accuracy"] is not None
+    assert_same_weights(saved_weights(tmp_path), weights)
+
+
+def test_the_recorded_command_can_be_pasted_into_a_shell(tmp_path, digits, monkeypatch):
+    words = [
+        "/usr/bin/python3",
+        "-m",
+        "cifar10_trainer",
+        "--workdir=my runs",
+        "--set",
+        "options.filters=[4, 8]",
+    ]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    train_quietly(TINY.override(epochs=1), tmp_path, digits)
+    command = json.loads((tmp_path / "config.json").read_text())["command"]
+    assert shlex.split(command) == ["python", *words[1:]]
+
+
+def test_a_relative_data_dir_is_found_from_anywhere(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for k in range(2):
+            folder = tmp_path / "pictures" / split / f"class{k}"
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (32, 32), (100 * k, 10 * i, 0)).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    config = TINY.override(dataset="folder", batch_size=4, epochs=1, validation_fraction=0.25)
+    train_and_evaluate(config, "run", data_dir="pictures", verbose=0, full_report=False)
+    assert json.loads(Path("run/config.json").read_text())["data_dir"] == str(tmp_path / "pictures")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.run(evaluate.main, evaluate.FLAGS, "", ["evaluate", "--workdir=../run"]) == 0

@@ -6,21 +6,25 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tuning
 from cifar10_trainer import RECIPES, datasets
 from cifar10_trainer.__main__ import read_config
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from cifar10_trainer.training import train_and_evaluate
-from tuning import Options, tune, tuner
+from tuning import Options, trial, tune
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
+from tuning.search_folder import SearchFolder
 
 pytestmark = pytest.mark.filterwarnings(
     # KerasTuner 1.4.8 asks the threading module by its old names.
@@ -62,11 +66,15 @@ def board(folder):
 
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
-    """A finished search of three trials: (folder, what it found)."""
+    """A finished search of three trials: (folder, result)."""
     folder = tmp_path_factory.mktemp("search")
     return folder, tune(
         space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1, verbose=0
     )
+
+
+def test_the_result_has_its_name_of_version_1_0_0_too():
+    assert tuning.Found is tuning.SearchResult
 
 
 # ---- what a search leaves --------------------------------------------------------------------------------------
@@ -123,9 +131,9 @@ def test_the_figure(finished):
     assert png.shape[0] > 500 and png.shape[1] > 1000 and len(np.unique(png.reshape(-1, 3), axis=0)) > 10
 
 
-def test_a_finished_search_only_tells_what_it_found(finished, digits, capsys, monkeypatch):
+def test_a_finished_search_only_logs_its_result(finished, digits, capsys, monkeypatch):
     folder, found = finished
-    monkeypatch.setattr(tuner, "train_and_evaluate", None)  # not to be called
+    monkeypatch.setattr(trial, "train_and_evaluate", None)  # not to be called
     again = tune(space, digits, workdir=str(folder), tuner="random", max_trials=3, target=0.1)
     assert again.rows == found.rows
     out = capsys.readouterr().out
@@ -164,8 +172,8 @@ def test_overwrite_removes_nothing_where_no_search_is(digits, tmp_path):
     assert (tmp_path / "tensorboard" / "events").read_text() == "a run's"
 
 
-def test_a_search_goes_on_with_its_own_images_only(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8], []))
+def test_a_search_resumes_with_its_own_images_only(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
     tune(space, digits, **options)
     relabelled = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy())
@@ -185,23 +193,63 @@ def test_overwrite_begins_anew(digits, tmp_path):
 def test_one_search_at_a_time_in_a_folder(finished, digits):
     folder, _ = finished
     code = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        "import fcntl, os, sys, time; d = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(d, fcntl.LOCK_EX);"
         " print('locked', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / ".lock")], stdout=subprocess.PIPE
-    ) as other:
+    before = sorted(folder.iterdir())
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == b"locked\n"
-        with pytest.raises(RunError, match="another process is searching"):
+        with pytest.raises(FolderBusyError, match="another process is searching"):
             tune(space, digits, workdir=str(folder), tuner="random", verbose=0)
         other.kill()
+    assert sorted(folder.iterdir()) == before, "neither the refused search nor a lock leaves a file"
+    assert not (folder / ".lock").exists()
+
+
+def test_a_search_keeps_the_folder_locked_until_its_end(digits, tmp_path, monkeypatch):
+    refused = []
+    train = fake_training([0.8], [])
+
+    def another_search_meanwhile(config, folder, **options):
+        with pytest.raises(FolderBusyError), SearchFolder(tmp_path).lock():
+            pass
+        refused.append(True)
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(trial, "train_and_evaluate", another_search_meanwhile)
+    tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
+    assert refused == [True]
+    with SearchFolder(tmp_path).lock():
+        pass
+
+
+def test_a_search_of_version_1_0_0_is_resumed(tmp_path):
+    """Two of its three trials are done; the third had been drawn. Its search.json must be that of today's code."""
+    root, folder = Path(__file__).parents[1], tmp_path / "search"
+    shutil.copytree(root / "tests" / "data" / "search-1.0.0", folder)
+    before = {row["trial"]: row for row in board(folder)}
+    assert sorted(before) == ["1", "2"]
+    done = {path: path.read_bytes() for path in folder.glob("trials/trial_[01]/*")}
+    command = "-m tuning.search --dataset=digits --epochs=3 --max_trials=3 --space=dropout,learning_rate"
+    words = [sys.executable, *command.split(), f"--workdir={folder}"]
+    process = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "resumed: 2 trials are done" in process.stdout
+    after = {row["trial"]: row for row in board(folder)}
+    assert sorted(after) == ["1", "2", "3"]
+    assert {trial: after[trial] for trial in before} == before
+    assert {path: path.read_bytes() for path in done} == done, "they are not trained again"
+    third = after["3"]
+    assert third["status"] == "completed" and float(third["val_accuracy"]) > 0.5
+    assert (third["hp.dropout"], third["hp.learning_rate"]) == ("0.1", "0.096205572")  # as it had been drawn
+    assert (folder / "search.png").exists()
 
 
 # ---- progress, target, resume ----------------------------------------------------------------------------------
 
 
 def fake_training(accuracies, calls):
-    """A stand-in for a training: the accuracies in turn; an exception is raised."""
+    """A stand-in for a training: gives one accuracy after the other; raises those that are exceptions."""
 
     def train(config, folder, **options):
         assert options["score_test"] is options["full_report"] is False
@@ -224,7 +272,7 @@ def fake_training(accuracies, calls):
 
 def test_progress_for_people(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        tuner, "train_and_evaluate", fake_training([0.8, RunError("the loss is nan"), 0.9], [])
+        trial, "train_and_evaluate", fake_training([0.8, RunError("the loss is nan"), 0.9], [])
     )
     tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=3)
     out = capsys.readouterr().out
@@ -241,7 +289,7 @@ def test_progress_for_people(digits, tmp_path, monkeypatch, capsys):
 
 
 def test_it_says_when_nothing_beats_the_starting_point(digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.7], []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.7], []))
     tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2)
     out = capsys.readouterr().out
     assert "starting point: trial 1 with 80.00%; no trial beats it" in out
@@ -250,7 +298,7 @@ def test_it_says_when_nothing_beats_the_starting_point(digits, tmp_path, monkeyp
 
 def test_stop_at_target(digits, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.86, 0.9], calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.86, 0.9], calls))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
     assert len(tune(space, digits, stop_at_target=True, **options).rows) == 2
     assert len(tune(space, digits, stop_at_target=True, **options).rows) == 2
@@ -259,14 +307,14 @@ def test_stop_at_target(digits, tmp_path, monkeypatch):
 
 
 def test_val_loss_as_objective(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.8, 0.9, 0.7], []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.9, 0.7], []))
     found = tune(space, digits, workdir=str(tmp_path), max_trials=3, objective="val_loss", verbose=0)
     assert [round(r.metrics["val_loss"], 6) for r in found.rows] == [0.1, 0.2, 0.3]
 
 
 def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.5, 0.1, 0.2, 0.3, 0.6], calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.5, 0.1, 0.2, 0.3, 0.6], calls))
     tune(
         lambda hp: space(hp).override(epochs=6),
         digits,
@@ -279,10 +327,10 @@ def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
     assert calls[4] == calls[3].override(epochs=6)  # the best of the three
 
 
-def test_an_interrupted_search_goes_on(digits, tmp_path, monkeypatch):
+def test_an_interrupted_search_resumes(digits, tmp_path, monkeypatch):
     calls = []
     events = [0.8, RunInterrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
     with pytest.raises(RunInterrupted, match="1 of 3 trials are done"):
         tune(space, digits, **options)
@@ -302,7 +350,7 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
         raise KeyboardInterrupt
 
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
-    monkeypatch.setattr(tuner, "train_and_evaluate", killed)
+    monkeypatch.setattr(trial, "train_and_evaluate", killed)
     with pytest.raises(RunInterrupted):
         tune(space, digits, **options)
     found = tune(space, digits, **options)
@@ -314,8 +362,8 @@ def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp
 def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_path, monkeypatch):
     calls, waits = [], []
     events = [FolderBusyError("another run is at work"), FolderBusyError("another run is at work"), 0.8]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
-    monkeypatch.setattr(tuner.time, "sleep", waits.append)
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(trial.time, "sleep", waits.append)
     found = tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
     assert found.best.accuracy == 0.8
     assert len(calls) == 3 and waits == [1, 1]
@@ -323,15 +371,15 @@ def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_pat
 
 def test_a_trial_does_not_wait_for_ever(digits, tmp_path, monkeypatch):
     calls, waits = [], []
-    tries = tuner.WAIT_LEASES * 2 + 1  # one a second, and one more
+    tries = trial.WAIT_LEASES * 2 + 1  # one a second, and one more
     events = [FolderBusyError("another run is at work")] * tries + [0.8]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(events, calls))
-    monkeypatch.setattr(tuner.time, "sleep", waits.append)
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
+    monkeypatch.setattr(trial.time, "sleep", waits.append)
     found = tune(space, digits, workdir=str(tmp_path), max_trials=2, lease=2, verbose=0)
     failed = next(row for row in found.rows if row.trial == 1)
     assert failed.status == "failed" and "another run is at work" in failed.reason
     assert sum(waits) == 20, "seconds: ten leases"
-    assert found.best.accuracy == 0.8, "the search goes on"
+    assert found.best.accuracy == 0.8, "the search continues"
 
 
 # ---- failure ---------------------------------------------------------------------------------------------------
@@ -348,7 +396,7 @@ def failing(hp):
     )
 
 
-def test_a_failed_trial_is_recorded_and_the_search_goes_on(digits, tmp_path):
+def test_a_failed_trial_is_recorded_and_the_search_continues(digits, tmp_path):
     found = tune(failing, digits, workdir=str(tmp_path), tuner="random", max_trials=4, verbose=0)
     reasons = {r["hp.kind"]: r["reason"] for r in board(tmp_path)}
     assert reasons["fine"] == ""
@@ -363,7 +411,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(digits, tmp_path):
     "error", [tf.errors.ResourceExhaustedError(None, None, "OOM when allocating"), MemoryError()]
 )
 def test_out_of_memory(error, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([error, 0.8], []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([error, 0.8], []))
     found = tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2, verbose=0)
     assert [r.status for r in found.rows] == ["completed", "failed"]
     assert "out of memory" in found.rows[1].reason
@@ -371,45 +419,58 @@ def test_out_of_memory(error, digits, tmp_path, monkeypatch):
 
 def test_all_trials_failing_is_an_error(digits, tmp_path, monkeypatch):
     errors = [ValueError("of no\nuse"), RunError("b"), RunError("c"), RunError("d")]
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training(errors, []))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(errors, []))
     with pytest.raises(RunError, match="all 4 trials failed; the first: ValueError: of no use"):
         tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=4, verbose=0)
     assert [r["status"] for r in board(tmp_path)] == ["failed"] * 4
 
 
-@pytest.mark.parametrize(("oom_kills", "starts", "says"), [(0, 10, "nobody knows"), (1, 2, "out of memory")])
+@pytest.mark.parametrize(
+    ("oom_kills", "starts", "says"),
+    [(0, 10, "died 10 times, for an unknown reason"), (1, 2, "out of memory")],
+)
 def test_a_trial_that_kills_its_process_is_given_up(oom_kills, starts, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "_oom_kills", lambda: 0)
+    monkeypatch.setattr(trial, "_oom_kills", lambda: 0)
     for n in range(starts):
-        with tuner._counted_starts(tmp_path):
-            told = (tmp_path / "starts").read_text()
-        (tmp_path / "starts").write_text(told)  # as if killed within
-        assert told.split()[0] == str(n + 1)
-    monkeypatch.setattr(tuner, "_oom_kills", lambda: oom_kills)
-    with pytest.raises(RunError, match=says), tuner._counted_starts(tmp_path):
+        with trial.count_starts(tmp_path):
+            text = (tmp_path / "starts").read_text()
+        (tmp_path / "starts").write_text(text)  # as if killed within
+        assert text.split()[0] == str(n + 1)
+    monkeypatch.setattr(trial, "_oom_kills", lambda: oom_kills)
+    with pytest.raises(RunError, match=says), trial.count_starts(tmp_path):
         pass
     (tmp_path / "state.npz").write_text("progress")
-    with tuner._counted_starts(tmp_path):
+    with trial.count_starts(tmp_path):
         assert (tmp_path / "starts").read_text().split()[0] == "1"
 
 
-# ---- what cannot be --------------------------------------------------------------------------------------------
+# ---- wrong arguments --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
         (lambda hp: TINY, "draws no hyperparameter"),
-        (lambda hp: TINY.override(options__dropout=hp.Float("dropout", 0.5, 0.1)), "the space cannot be"),
-        (lambda hp: {"dropout": hp.Float("dropout", 0.1, 0.5)}, "the space gives a dict"),
+        (lambda hp: TINY.override(options__dropout=hp.Float("dropout", 0.5, 0.1)), "the space is invalid: "),
+        (lambda hp: {"dropout": hp.Float("dropout", 0.1, 0.5)}, "the space returns a dict"),
         (lambda hp: TINY.override(options__drop=hp.Float("d", 0.1, 0.5)), "unknown option of fast 'drop'"),
         (lambda hp: space(hp).override(validation_fraction=None), "holds out no validation images"),
     ],
 )
-def test_spaces_that_cannot_be(bad, says, digits, tmp_path):
+def test_invalid_spaces(bad, says, digits, tmp_path):
     with pytest.raises(ConfigError, match=says):
         tune(bad, digits, workdir=str(tmp_path / "w"), verbose=0)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["search.json", "trials/search_state.json"])
+def test_a_damaged_file_is_named(name, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
+    options = {"workdir": str(tmp_path), "max_trials": 1, "verbose": 0}
+    tune(space, digits, **options)
+    (tmp_path / name).write_text('{"half of')
+    with pytest.raises(RunError, match=f"cannot read .*{name}"):
+        tune(space, digits, **options)
 
 
 def test_a_folder_that_cannot_be_written(digits, tmp_path):
@@ -428,15 +489,39 @@ def test_a_folder_that_cannot_be_written(digits, tmp_path):
         ({"max_trials": 0}, "max_trials is 0"),
         ({"workers": 0}, "workers is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"lease": 0.5}, "lease is 0.5; allowed: 1 or more"),
+        ({"chief_timeout": 0}, "chief_timeout is 0; allowed: 1 or more"),
         ({"role": "worker"}, "--chief=HOST:PORT"),
         ({"chief": "localhost:80"}, "--role=chief"),
         ({"role": "worker", "chief": "localhost"}, "HOST:PORT"),
         ({"role": "worker", "chief": "localhost:80", "workers": 2}, "none with --role=worker"),
     ],
 )
-def test_options_that_cannot_be(options, says):
+def test_wrong_options(options, says):
     with pytest.raises(ConfigError, match=says):
         Options(**options)
+
+
+def test_the_old_name_of_the_chiefs_timeout(digits, tmp_path):
+    """`patience`, as a flag and as an argument, is `chief_timeout`."""
+    from tuning import search
+
+    try:
+        search.FLAGS(["search", "--patience=7"])
+        assert search.options_from_flags("recipe").chief_timeout == 7
+        search.FLAGS(["search", "--chief_timeout=8"])
+        assert search.options_from_flags("recipe").chief_timeout == 8
+    finally:
+        restore_flags(search.FLAGS)
+    with pytest.raises(ConfigError, match="chief_timeout is 0"):
+        tune(space, digits, workdir=str(tmp_path), patience=0)
+
+
+def restore_flags(values):
+    """Gives every flag its default again."""
+    values.unparse_flags()
+    for name in values:
+        values[name].unparse()
 
 
 @pytest.mark.parametrize(
@@ -458,9 +543,7 @@ def test_bad_flags_are_one_line_and_status_2(flag, capsys):
     assert cli.run(search.main, search.FLAGS, search.USAGE, ["search", flag]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
-    search.FLAGS.unparse_flags()
-    for name in search.FLAGS:
-        search.FLAGS[name].unparse()
+    restore_flags(search.FLAGS)
 
 
 # ---- numbers and figure ----------------------------------------------------------------------------------------
@@ -507,7 +590,7 @@ def test_conditional_hyperparameters(digits, tmp_path, monkeypatch):
         return TINY
 
     calls = []
-    monkeypatch.setattr(tuner, "train_and_evaluate", fake_training([0.5] * 6, calls))
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.5] * 6, calls))
     found = tune(conditional, digits, workdir=str(tmp_path), tuner="random", max_trials=6, verbose=0)
     assert {r.values["optimizer"]: len(r.values) for r in found.rows} == {"sgd": 1, "adam": 2}
 
@@ -516,5 +599,5 @@ def test_a_trial_of_a_folder_has_its_images_size(digits):
     import keras_tuner as kt
 
     folder = dataclasses.replace(digits, name="folder", train_images=digits.train_images[:, ::2, ::2])
-    assert tuner.make_config(space, kt.HyperParameters(), folder).image_size == 16
-    assert tuner.make_config(space, kt.HyperParameters(), digits).image_size == 32
+    assert trial.make_config(space, kt.HyperParameters(), folder).image_size == 16
+    assert trial.make_config(space, kt.HyperParameters(), digits).image_size == 32

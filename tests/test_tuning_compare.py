@@ -95,7 +95,7 @@ def test_in_miniature(tmp_path, capsys, monkeypatch):
     assert all(len(r["runs"]) == 1 and r["environment"]["tensorflow"] for r in records)
 
     # again: nothing is left to do, and other settings do not mix with the records
-    monkeypatch.setattr("tuning.tuner.train_and_evaluate", None)
+    monkeypatch.setattr("tuning.trial.train_and_evaluate", None)
     assert cli.run(compare_tuners.main, compare_tuners.FLAGS, compare_tuners.USAGE, command.split()) == 0
     other = command.replace("target=0.05", "target=0.06").split()
     assert cli.run(compare_tuners.main, compare_tuners.FLAGS, compare_tuners.USAGE, other) == 2

@@ -1,4 +1,4 @@
-"""The oracles, driven by made-up trials: what they propose, what they remember, whom they give it to."""
+"""The oracles, with made-up accuracies: what they propose, what they save, which worker gets a trial."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from keras_tuner.engine.trial import TrialStatus
 
 from tuning import TUNERS
 from tuning.leaderboard import Leaderboard
-from tuning.oracle import FAILURE, SEARCH, SHARE, make
+from tuning.oracle import FAILURE, SEARCH, SHARE, make_oracle
+from tuning.search_folder import SearchFolder
 
 pytestmark = pytest.mark.filterwarnings(
     # KerasTuner 1.4.8 asks the threading module by its old names.
@@ -26,7 +27,7 @@ def new(path, tuner="random", epochs=9.0, max_trials=10, hp=None, **options):
         hp.Int("n", 8, 64, step=8, default=32)
     objective = kt.Objective("val_accuracy", "max")
     options = {"lease": 1000.0, "search": "digest", **options}
-    oracle = make(
+    oracle = make_oracle(
         tuner,
         epochs=epochs,
         objective=objective,
@@ -168,7 +169,7 @@ def test_failures_in_a_row_do_not_end_it(tmp_path):
     assert oracle.best_accuracy() is None
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
+# ---- state ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -203,7 +204,7 @@ def test_a_file_that_is_being_written_is_not_read(tmp_path):
 
 def test_time_adds_up_over_restarts(tmp_path):
     oracle = new(tmp_path)
-    oracle._began -= 100
+    oracle._started -= 100
     end(oracle, oracle.create_trial("w"), 0.5)
     again = new(tmp_path)
     assert 100 <= again.elapsed() < 110
@@ -229,17 +230,17 @@ def test_a_worker_gets_its_own_trial_back(tmp_path):
 def test_the_trial_of_a_silent_worker_goes_to_the_next_that_asks(tmp_path):
     oracle = new(tmp_path, lease=10.0)
     lost, kept = oracle.create_trial("silent"), oracle.create_trial("alive")
-    oracle._heard = {worker: then - 11 for worker, then in oracle._heard.items()}
-    oracle.get_trial(kept.trial_id)  # a sign of life
+    oracle._last_heartbeat = {worker: then - 11 for worker, then in oracle._last_heartbeat.items()}
+    oracle.get_trial(kept.trial_id)  # a heartbeat
     assert oracle.create_trial("next").trial_id == lost.trial_id
     assert oracle.create_trial("another").trial_id not in (lost.trial_id, kept.trial_id)
-    assert oracle.workers() == {"alive", "next", "another"}
+    assert oracle.live_workers() == {"alive", "next", "another"}
 
 
 def test_a_late_report_of_a_trial_that_was_given_away_counts_once(tmp_path):
     oracle = new(tmp_path, lease=10.0)
     trial = oracle.create_trial("slow")
-    oracle._heard["slow"] -= 11
+    oracle._last_heartbeat["slow"] -= 11
     again = oracle.create_trial("next")
     end(oracle, again, 0.6)
     end(oracle, trial, 0.6)
@@ -254,7 +255,7 @@ def test_a_worker_waits_for_the_last_trials_of_others(tmp_path):
     assert not oracle.stopped
     end(oracle, trial, 0.5)
     assert oracle.create_trial("b").status == TrialStatus.STOPPED
-    assert oracle.workers() == {"a"}
+    assert oracle.live_workers() == {"a"}
 
 
 def test_a_chief_that_comes_back_leaves_trials_to_their_workers(tmp_path):
@@ -273,7 +274,7 @@ def test_a_search_that_comes_back_alone_takes_over_at_once(tmp_path):
 
 def test_the_time_that_is_left_is_shared_by_the_workers_that_live(tmp_path):
     oracle = new(tmp_path, max_trials=9)
-    board = Leaderboard(oracle, tmp_path, lambda hp: None, target=0.85, max_trials=9)
+    board = Leaderboard(oracle, SearchFolder(tmp_path), lambda hp: None, target=0.85, max_trials=9)
     rows = [SimpleNamespace(status="completed", metrics={"seconds": seconds}) for seconds in (20.0, 40.0)]
     rows.append(SimpleNamespace(status="failed", metrics={}))
     rows.append(SimpleNamespace(status="unfinished", metrics={}))

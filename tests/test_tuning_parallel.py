@@ -21,8 +21,9 @@ from PIL import Image
 
 import tuning
 from cifar10_trainer.errors import RunError
-from tuning import parallel, tuner
-from tuning.options import Options
+from tuning.chief import MAX_DEATHS, WorkerPool, listening_address
+from tuning.options import LOOPBACK, Options
+from tuning.worker import project_errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +129,7 @@ def search(folder, *flags):
 
 
 def test_workers_that_die_and_a_chief_that_dies(tmp_path):
-    """Three workers: one is killed in the middle of a trial; all are orphaned; the search goes on, alone."""
+    """Three workers: one is killed in the middle of a trial; all are orphaned; the search resumes in one process."""
     folder = tmp_path / "search"
     # More trials than can be done before the chief is killed; then no more than have begun.
     command = search(folder, "--workers=3", "--max_trials=100", "--epochs=3")
@@ -139,9 +140,9 @@ def test_workers_that_die_and_a_chief_that_dies(tmp_path):
         os.kill(int(pids["1"]), signal.SIGKILL)
         until(lambda: "worker 1 was ended by SIGKILL" in process.log.read_text(), process)
         until(lambda: trial in state(folder)["end_order"], process)
-        told = process.log.read_text()
-        assert told.count(f"trial {int(trial) + 1} of 100: dropout") == 2  # begun twice, ended once
-        pids = [int(p) for p in re.findall(r"process (\d+)", told)]
+        output = process.log.read_text()
+        assert output.count(f"trial {int(trial) + 1} of 100: dropout") == 2  # begun twice, ended once
+        pids = [int(p) for p in re.findall(r"process (\d+)", output)]
         assert any(map(alive, pids))
         process.kill()
         end = time.monotonic() + 30
@@ -150,8 +151,8 @@ def test_workers_that_die_and_a_chief_that_dies(tmp_path):
             time.sleep(0.1)
     before, count = state(folder)["end_order"], len(state(folder)["trials"])
     with started(*search(folder, f"--max_trials={count}", "--epochs=3")) as process:
-        told = finish(process)
-    assert f"resumed: {len(before)} trials are done" in told
+        output = finish(process)
+    assert f"resumed: {len(before)} trials are done" in output
     check_leaderboard(folder, count, digits=3)
 
 
@@ -159,8 +160,8 @@ def test_workers_that_die_and_a_chief_that_dies(tmp_path):
 def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
     """The chief is killed and comes back, one worker is killed for good, and all others end by themselves."""
     folder = tmp_path / "search"
-    address = parallel.listening_address(None)
-    flags = ("--max_trials=7", "--epochs=3", "--lease=4", "--patience=60", f"--chief={address}")
+    address = listening_address(None)
+    flags = ("--max_trials=7", "--epochs=3", "--lease=4", "--chief_timeout=60", f"--chief={address}")
     chief, worker = search(folder, *flags, "--role=chief"), search(folder, *flags, "--role=worker")
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(started(*chief))
@@ -172,8 +173,8 @@ def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
         first.wait()
         lost.kill()
         second = stack.enter_context(started(*chief))
-        told = finish(second)
-        assert "resumed" in told
+        output = finish(second)
+        assert "resumed" in output
         for worker in kept:
             assert "the search is over" in finish(worker, 20)
         assert not list(folder.glob("trials/*.tmp*"))
@@ -181,12 +182,12 @@ def test_a_chief_and_its_workers_started_one_by_one(tmp_path):
 
 
 def test_a_worker_without_a_chief_ends(tmp_path):
-    command = search(tmp_path, "--role=worker", f"--chief={parallel.listening_address(None)}", "--patience=2")
+    command = search(tmp_path, "--role=worker", f"--chief={listening_address(None)}", "--chief_timeout=2")
     with started(*command) as process:
         assert process.wait(60) == 1
-        told = process.log.read_text()
-    assert "no answer from the chief" in told
-    assert "Traceback" not in told
+        output = process.log.read_text()
+    assert "no answer from the chief" in output
+    assert "Traceback" not in output
 
 
 class Answer(grpc.RpcError):
@@ -199,19 +200,19 @@ class Answer(grpc.RpcError):
         return "Exception calling application: disk full"
 
 
-def test_an_error_of_the_chief_is_told_as_its_own():
+def test_an_error_of_the_chief_is_reported_as_its_own():
     options = Options(role="worker", chief="127.0.0.1:5000")
     failure = pytest.raises(RunError, match=r"the chief at 127\.0\.0\.1:5000 failed: .*disk full")
-    with failure, tuner._plain_errors(options):
+    with failure, project_errors(options):
         raise Answer
 
 
 def test_a_port_that_is_taken_is_not_shared():
-    with socket.create_server((parallel.LOOPBACK, 0)) as other:
-        address = f"{parallel.LOOPBACK}:{other.getsockname()[1]}"
+    with socket.create_server((LOOPBACK, 0)) as other:
+        address = f"{LOOPBACK}:{other.getsockname()[1]}"
         with pytest.raises(RunError, match="cannot listen on"):
-            parallel.listening_address(address)
-    assert parallel.listening_address(None).startswith("127.0.0.1:")
+            listening_address(address)
+    assert listening_address(None).startswith("127.0.0.1:")
 
 
 def test_the_documented_example(tmp_path):
@@ -229,8 +230,8 @@ def test_the_documented_example(tmp_path):
     script = script.replace("max_trials=10", "max_trials=3")
     (tmp_path / "mine.py").write_text(script)
     with started("mine.py", cwd=tmp_path) as process:
-        told = finish(process)
-    assert re.search(r"\n[01]\.\d+ \{'filters': \(8, 8\), .*'dropout': ", told)
+        output = finish(process)
+    assert re.search(r"\n[01]\.\d+ \{'filters': \(8, 8\), .*'dropout': ", output)
     check_leaderboard(tmp_path / "searches" / "pictures", 3)
 
 
@@ -243,38 +244,38 @@ class Dead:
         self.exitcode = exitcode
 
 
-def team_of(monkeypatch, workers, exitcode):
-    """A team whose workers all end at once, and the numbers of those that it started."""
+def pool_of(monkeypatch, workers, exitcode):
+    """A pool whose workers all end at once, and the numbers of those that it started."""
     options = Options(workers=workers)
-    team, started_ = parallel.Team(None, None, options, "127.0.0.1:5000", lambda text: None), []
+    pool, started_ = WorkerPool(None, None, options, "127.0.0.1:5000", lambda text: None), []
 
     def start(number):
         started_.append(number)
-        team._processes[number] = Dead(exitcode)
+        pool._processes[number] = Dead(exitcode)
 
-    monkeypatch.setattr(team, "start", start)
-    return team, started_
+    monkeypatch.setattr(pool, "start", start)
+    return pool, started_
 
 
 def test_workers_that_die_without_end_end_the_search(monkeypatch):
-    team, begun = team_of(monkeypatch, 2, -signal.SIGKILL)
-    team.tend(0)
+    pool, begun = pool_of(monkeypatch, 2, -signal.SIGKILL)
+    pool.ensure_running(0)
     with pytest.raises(RunError, match=r"worker \d ended with status -9; try --workers=1"):
         for _ in range(1000):
-            team.tend(0)
-    assert len(begun) == 2 + 2 * parallel.MAX_DEATHS, "each at first, and after each death that is allowed"
+            pool.ensure_running(0)
+    assert len(begun) == 2 + 2 * MAX_DEATHS, "each at first, and after each death that is allowed"
 
 
 def test_workers_that_die_now_and_then_do_not_end_it(monkeypatch):
-    team, begun = team_of(monkeypatch, 2, -signal.SIGKILL)
+    pool, begun = pool_of(monkeypatch, 2, -signal.SIGKILL)
     for trial in range(100):  # each time a trial was begun or ended in between
-        team.tend(trial)
+        pool.ensure_running(trial)
     assert len(begun) == 200
 
 
 def test_a_worker_that_cannot_work_ends_the_search_at_once(monkeypatch):
-    team, begun = team_of(monkeypatch, 2, 2)
-    team.tend(0)
+    pool, begun = pool_of(monkeypatch, 2, 2)
+    pool.ensure_running(0)
     with pytest.raises(RunError, match="worker 0 ended with status 2"):
-        team.tend(0)
+        pool.ensure_running(0)
     assert begun == [0, 1]

@@ -1,7 +1,7 @@
-"""Search for a better configuration with KerasTuner: `python -m tuning.search`, or a space of one's own.
+"""Search for a better configuration with KerasTuner: `python -m tuning.search`, or `tune` with your own space.
 
-A space is a function that draws hyperparameters from KerasTuner's `hp` and gives the Config to train. This searches
-one over a folder of images (pictures/train/<class>/*), on two processes:
+A space is a function of KerasTuner's `hp`. It draws hyperparameters from `hp` and returns the Config to train. This
+script searches such a space over a folder of images (pictures/train/<class>/*), in two processes:
 
     from functools import partial
 
@@ -17,11 +17,28 @@ one over a folder of images (pictures/train/<class>/*), on two processes:
 
     if __name__ == "__main__":
         pictures = partial(load, "folder", "pictures", image_size=32)
-        found = tune(space, pictures, workdir="searches/pictures", max_trials=10, workers=2)
-        print(found.best.accuracy, found.best_config.options)
+        result = tune(space, pictures, workdir="searches/pictures", max_trials=10, workers=2)
+        print(result.best.accuracy, result.best_config.options)
 
-Run again, it goes on where it was; what it has found is in the folder `searches/pictures`. The `__main__` guard is
-for `workers`, which are processes that import the script. Nothing here imports TensorFlow until it is used.
+Run again, the script resumes its search. All results are in the folder `searches/pictures`. The `__main__` guard is
+necessary with `workers`, which are processes that import the script.
+
+The modules, from top to bottom; each imports only modules below it:
+
+    search           the command `python -m tuning.search`
+    tuner            tune(): a whole search
+    chief            the process that hands out trials, and its pool of local workers
+    worker           a process that trains trials for a chief
+    trial            one trial: hyperparameters -> Config -> training -> metrics
+    figure           search.png
+    leaderboard      leaderboard.csv, best_config.json, TensorBoard logs and progress lines
+    oracle           which hyperparameters to try next, and the state of the search
+    search_folder    the names, the lock and the record of the search's folder
+    space            the space of the command line
+    options          the options of a search
+
+`search`, `chief`, `worker`, `search_folder`, `space` and `options` import TensorFlow inside functions only, because a
+process chooses its GPUs before it imports TensorFlow. Importing `tuning` does not import TensorFlow either.
 """
 
 from __future__ import annotations
@@ -32,15 +49,26 @@ from .options import DEFAULT_TUNER, OBJECTIVES, TUNERS, Options
 from .space import SPACE, Space
 
 if TYPE_CHECKING:
-    from .tuner import Found as Found
+    from .tuner import SearchResult as Found
+    from .tuner import SearchResult as SearchResult
     from .tuner import tune as tune
 
-__all__ = ["DEFAULT_TUNER", "OBJECTIVES", "SPACE", "TUNERS", "Found", "Options", "Space", "tune"]
+__all__ = [
+    "DEFAULT_TUNER",
+    "OBJECTIVES",
+    "SPACE",
+    "TUNERS",
+    "Found",
+    "Options",
+    "SearchResult",
+    "Space",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Found", "tune"):
+    if name not in ("Found", "SearchResult", "tune"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import tuner
 
-    return getattr(tuner, name)
+    return getattr(tuner, "SearchResult" if name == "Found" else name)  # Found: its name in version 1.0.0

@@ -1,4 +1,4 @@
-"""search.png: validation accuracy against the time and against each hyperparameter. In the style of the reports."""
+"""search.png: validation accuracy over time and over each hyperparameter, in the style of the reports."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from cifar10_trainer.figures import BLUE, FAINT, GREEN, INK, VERMILION, new_figu
 
 from .leaderboard import Row, in_epochs, percent
 
-SHOWN_BELOW = 0.15  # of accuracy under the best; what is lower stands on the lower edge
+MARGIN_BELOW_BEST = 0.15  # accuracies further below the best are drawn at the lower edge
 
 
 def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float, path: Path) -> None:
-    """Draws the trials to the PNG file `path`; at least one must be completed.
+    """Draws the trials of a search.
 
-    logarithmic: the hyperparameters with a logarithmic axis; target: validation accuracy, 0-1.
+    Args:
+        rows: all trials, the best first. At least one must be completed.
+        logarithmic: the hyperparameters with a logarithmic axis.
+        target: the validation accuracy to reach, 0-1.
+        path: the PNG file to write.
     """
     from matplotlib.ticker import LogLocator, PercentFormatter
 
     done = [r for r in rows if r.status == "completed"]
     accuracies = [r.accuracy for r in done]
-    lowest = max(min(accuracies), max(accuracies) - SHOWN_BELOW)
+    lowest = max(min(accuracies), max(accuracies) - MARGIN_BELOW_BEST)
     floor = lowest - 0.06 * (max(*accuracies, target) - lowest) - 0.002
     names = list(dict.fromkeys(name for row in done for name in row.values))
     columns = 2 if len(names) in (1, 3) else 3
@@ -32,7 +36,7 @@ def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, name in zip(grid.flat, ["", *names], strict=False):
         style_axes(axes, name or "Time", grid="both")
-        _trials(axes, [(r.values.get(name) if name else _minutes(r), r) for r in rows], floor)
+        _draw_trials(axes, [(r.values.get(name) if name else _minutes(r), r) for r in rows], floor)
         label = f"target: {100 * target:.4g}%"
         axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (5, 4)), label=label)
         if name in logarithmic:
@@ -65,11 +69,17 @@ def _minutes(row: Row) -> float:
     return (row.ended or 0) / 60
 
 
-def _trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
-    """A mark at (x, row's accuracy) a trial: full runs, shorter ones, low ones, failures and the best apart."""
+def _draw_trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
+    """Draws a marker for each trial at (x, accuracy), different for full, short, low and failed trials and for the best.
+
+    Args:
+        axes: where to draw.
+        points: (x, trial); a trial whose x is None is left out.
+        floor: the accuracy at the lower edge, where low and failed trials are drawn.
+    """
     done = [(x, r) for x, r in points if r.status == "completed"]
     full = max(r.metrics["epochs"] for _, r in done)
-    best = done[0][1]  # rows come best first, by whatever they were searched for
+    best = done[0][1]  # the rows are sorted by the objective
 
     def kind(row: Row) -> str:
         if row.status == "failed" or row.accuracy < floor:
@@ -88,6 +98,6 @@ def _trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> None:
         some = [(x, r.accuracy) for x, r, k in kinds if k == name]
         if some:
             across = [str(x) if isinstance(x, str | bool) else x for x, _ in some]
-            up = [a if a >= floor else floor for _, a in some]  # a failure's nan is not
+            up = [a if a >= floor else floor for _, a in some]  # also for nan, the accuracy of a failed trial
             style = {"color": colour, "markeredgecolor": INK, "markeredgewidth": 0.5, "clip_on": False}
             axes.plot(across, up, marker, markersize=size, label=label, zorder=3, **style)

@@ -1,15 +1,13 @@
-"""What a search has found: progress lines, leaderboard.csv, best_config.json, search.png, TensorBoard's HParams tab."""
+"""The results of a search: progress lines, leaderboard.csv, best_config.json and TensorBoard's HParams tab."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import keras_tuner as kt
@@ -21,6 +19,7 @@ from cifar10_trainer import files
 from cifar10_trainer.config import Config, Origin
 
 from .oracle import SearchOracle
+from .search_folder import SearchFolder, trial_folder
 
 METRICS = ("val_accuracy", "val_loss", "epochs", "parameters", "pflop", "seconds")
 COLUMNS = ("trial", "folder", "status", *METRICS, "ended")
@@ -28,7 +27,17 @@ COLUMNS = ("trial", "folder", "status", *METRICS, "ended")
 
 @dataclass(frozen=True)
 class Row:
-    """A trial. Its number counts from 1; `ended`: seconds of the search at its end; `reason`: why it failed."""
+    """One trial.
+
+    Attributes:
+        trial: its number, from 1.
+        status: "completed", "failed" or "unfinished".
+        folder: its run folder, relative to the search's folder.
+        values: hyperparameter -> value.
+        metrics: METRICS -> value; empty unless completed. Accuracies are 0-1, times in seconds.
+        ended: seconds of the search at its end; None for an unfinished trial.
+        reason: why it failed, in one line.
+    """
 
     trial: int
     status: str
@@ -40,12 +49,21 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        """On the validation images, 0-1; nan where the trial has none."""
+        """The accuracy on the validation images, 0-1; nan if the trial has none."""
         return self.metrics.get("val_accuracy", math.nan)
 
 
-def make_row(trial: Trial, ended: float | None = None, order: Sequence[str] = ()) -> Row:
-    """order: of the hyperparameters, which a trial that came from a worker has lost."""
+def make_row(trial: Trial, ended: float | None = None, names: Sequence[str] = ()) -> Row:
+    """The row of a KerasTuner trial.
+
+    Args:
+        trial: the trial.
+        ended: seconds of the search at its end.
+        names: the hyperparameters in their order, which a trial from a worker does not keep.
+
+    Returns:
+        The row, with metrics rounded to seven digits: they are float32 numbers.
+    """
     done = trial.status == TrialStatus.COMPLETED
     failed = trial.status == TrialStatus.FAILED
     values = {k: v for k, v in trial.hyperparameters.values.items() if not k.startswith("tuner/")}
@@ -53,61 +71,69 @@ def make_row(trial: Trial, ended: float | None = None, order: Sequence[str] = ()
     return Row(
         trial=int(trial.trial_id) + 1,
         status="completed" if done else "failed" if failed else "unfinished",
-        folder=f"trials/trial_{trial.trial_id}",
-        values={k: values[k] for k in dict.fromkeys([*order, *values]) if k in values},
-        # float32 is enough for any of them, and drops the digits that are rounding
+        folder=trial_folder(trial.trial_id),
+        values={k: values[k] for k in dict.fromkeys([*names, *values]) if k in values},
         metrics={m: float(f"{trial.metrics.get_best_value(m):.7g}") for m in METRICS} if done else {},
         ended=ended,
         reason=lines[-1] if failed else "",
     )
 
 
-def text(value: Any) -> str:
-    """A value as people write it."""
+def format_value(value: Any) -> str:
+    """A value for people: a float with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def number(value: Any) -> str:
-    """A value to be read again: a float to ten digits, more than any of them is good for."""
+def format_exact(value: Any) -> str:
+    """A value for programs: a float with ten digits, which is more than its accuracy."""
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def percent(accuracy: float) -> str:
+    """An accuracy, 0-1, as a percentage with two decimals."""
     return f"{100 * accuracy:.2f}%"
 
 
 def in_epochs(epochs: float) -> str:
+    """A number of epochs with its unit."""
     return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
+    """A time in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 class Leaderboard:
-    """Watches an oracle, tells how its search goes, and keeps the search's folder up to date.
+    """Logs the progress of a search, and updates the search's folder when a trial ends.
 
-    configure: hyperparameters -> Config of the trial. max_trials: the budget.
+    Args:
+        oracle: the oracle of the search. It calls the leaderboard when a trial begins or ends.
+        folder: the search's folder.
+        configure: hyperparameters -> Config of the trial.
+        target: the validation accuracy to reach, 0-1.
+        max_trials: the budget.
+        log: prints a line.
     """
 
     def __init__(
         self,
         oracle: SearchOracle,
-        workdir: Path,
+        folder: SearchFolder,
         configure: Callable[[kt.HyperParameters], Config],
         *,
         target: float,
         max_trials: int,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
-        self.oracle, self.workdir, self.configure = oracle, workdir, configure
-        self.target, self.max_trials, self.say = target, max_trials, say
-        oracle.on_begin, oracle.on_end = self.begin, self.end
+        self.oracle, self.folder, self.configure = oracle, folder, configure
+        self.target, self.max_trials, self.log = target, max_trials, log
+        oracle.on_begin, oracle.on_end = self.on_begin, self.on_end
 
     def rows(self) -> list[Row]:
-        """All trials: the best first, then those that failed, then the unfinished."""
+        """All trials: the completed ones, the best first, then the failed and the unfinished ones."""
         sign = -1 if self.oracle.objective.direction == "max" else 1
         name = self.oracle.objective.name
         order = ("completed", "failed", "unfinished")
@@ -115,17 +141,19 @@ class Leaderboard:
         return sorted(rows, key=lambda r: (order.index(r.status), sign * r.metrics.get(name, 0), r.trial))
 
     def row(self, trial: Trial) -> Row:
+        """The row of a trial."""
         names = [p.name for p in self.oracle.hyperparameters.space]
         return make_row(trial, self.oracle.ended.get(trial.trial_id), names)
 
     def best_trial(self) -> Trial | None:
+        """The completed trial with the best objective; None if no trial is completed."""
         row = self.rows()[0] if self.oracle.trials else None
         if row is None or row.status != "completed":
             return None
         return next(t for t in list(self.oracle.trials.values()) if int(t.trial_id) + 1 == row.trial)
 
     def best_config(self) -> Config | None:
-        """The Config of the best trial, ready for the main command."""
+        """The Config of the best trial, for the main command; None if no trial is completed."""
         trial = self.best_trial()
         if trial is None:
             return None
@@ -134,19 +162,21 @@ class Leaderboard:
         source = f"trial {int(trial.trial_id) + 1} of a search from {config.recipe}: {accuracy} validation accuracy"
         return config.override(recipe="search.best", origin=Origin(source=source), target=self.target)
 
-    # -- while it runs --------------------------------------------------------------------------------------------
+    # ---- during the search
 
-    def begin(self, trial: Trial) -> None:
+    def on_begin(self, trial: Trial) -> None:
+        """Logs the values of a trial that begins."""
         row = self.row(trial)
-        values = " ".join(f"{k}={text(v)}" for k, v in row.values.items())
+        values = " ".join(f"{k}={format_value(v)}" for k, v in row.values.items())
         try:
             epochs = in_epochs(self.configure(trial.hyperparameters).epochs)
-        except Exception:  # the trial itself will say what is wrong with it
+        except Exception:  # the trial will fail with this error, which is logged then
             epochs = "?"
         start = " (the starting point)" if self.oracle.baseline and row.trial == 1 else ""
-        self.say(f"trial {row.trial} of {self.max_trials}: {values}, {epochs}{start}")
+        self.log(f"trial {row.trial} of {self.max_trials}: {values}, {epochs}{start}")
 
-    def end(self, trial: Trial) -> None:
+    def on_end(self, trial: Trial) -> None:
+        """Updates the folder, and logs the result of a trial, the best trial and the remaining time."""
         self.write()
         rows = self.rows()
         row = next(r for r in rows if r.trial == int(trial.trial_id) + 1)
@@ -166,38 +196,45 @@ class Leaderboard:
         left_trials = self.max_trials - len(ended)
         if left is not None and left_trials > 0 and not self.oracle.stopped:
             parts.append(f"{left_trials} to go, about {duration(left)}")
-        self.say("; ".join(parts))
+        self.log("; ".join(parts))
 
     def time_left(self, rows: Sequence[Row]) -> float | None:
-        """Seconds for the trials to come, if they take as long as those so far, on as many workers as live now."""
+        """Estimates the remaining time from the mean time of the completed trials and the number of live workers.
+
+        Args:
+            rows: all trials.
+
+        Returns:
+            Seconds; None if no trial is completed.
+        """
         seconds = [r.metrics["seconds"] for r in rows if r.status == "completed"]
         left = self.max_trials - sum(r.status != "unfinished" for r in rows)
-        workers = max(1, len(self.oracle.workers()))
+        workers = max(1, len(self.oracle.live_workers()))
         return statistics.fmean(seconds) * left / workers if seconds else None
 
     def write(self) -> None:
-        """leaderboard.csv, best_config.json and the TensorBoard logs, complete as of now."""
+        """Writes leaderboard.csv, best_config.json and the TensorBoard logs of all trials so far."""
         rows = self.rows()
         names = list(dict.fromkeys(name for row in rows for name in row.values))
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        # A hyperparameter may be called like a metric: epochs.
+        # The prefix is necessary because a hyperparameter may have the name of a metric: epochs.
         writer.writerow([*COLUMNS, *(f"hp.{name}" for name in names), "reason"])
         for r in rows:
             ended = "" if r.ended is None else f"{r.ended:.1f}"
-            metrics = (number(r.metrics.get(m, "")) for m in METRICS)
-            values = (number(r.values.get(name, "")) for name in names)
+            metrics = (format_exact(r.metrics.get(m, "")) for m in METRICS)
+            values = (format_exact(r.values.get(name, "")) for name in names)
             writer.writerow([r.trial, r.folder, r.status, *metrics, ended, *values, r.reason])
-        files.write_atomic(self.workdir / "leaderboard.csv", out.getvalue())
+        files.write_atomic(self.folder.leaderboard_file, out.getvalue())
         config = self.best_config()
         if config:
-            content = json.dumps(config.to_dict(), indent=2) + "\n"
-            files.write_atomic(self.workdir / "best_config.json", content)
+            files.write_json(self.folder.best_config_file, config.to_dict())
         for row in rows:
             self._tensorboard(row)
 
     def _tensorboard(self, row: Row) -> None:
-        folder = self.workdir / "tensorboard" / f"trial{row.trial:03d}"
+        """Writes the TensorBoard logs of a completed trial, once."""
+        folder = self.folder.tensorboard / f"trial{row.trial:03d}"
         if row.status != "completed" or folder.exists():
             return
         writer = tf.summary.create_file_writer(str(folder))
@@ -207,23 +244,30 @@ class Leaderboard:
                 tf.summary.scalar(name, value, step=round(row.metrics["epochs"]))
         writer.close()
 
-    # -- at its end -----------------------------------------------------------------------------------------------
+    # ---- at the end
 
     def table(self, count: int = 10) -> str:
-        """The best `count` trials, as text."""
+        """A table of the best trials as text.
+
+        Args:
+            count: the largest number of trials in the table.
+
+        Returns:
+            One line for the names of the columns, and one for each trial.
+        """
         rows = [r for r in self.rows() if r.status == "completed"][:count]
         names = list(dict.fromkeys(name for row in rows for name in row.values))
         lines = [["trial", "accuracy", "epochs", "seconds", "PFLOP", *names]]
         for r in rows:
             m = r.metrics
             numbers = [f"{m['epochs']:.3g}", f"{m['seconds']:.0f}", f"{m['pflop']:.3g}"]
-            values = [text(r.values.get(name, "")) for name in names]
+            values = [format_value(r.values.get(name, "")) for name in names]
             lines.append([str(r.trial), percent(r.accuracy), *numbers, *values])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(x, widths, strict=True)) for x in lines)
 
-    def verdict(self) -> str:
-        """Whether the target was passed, when, at what cost; and whether the starting point was beaten."""
+    def conclusion(self) -> str:
+        """Three to four lines of text: the best trial, the cost until the target, and the gain over the first trial."""
         rows = sorted((r for r in self.rows() if r.ended is not None), key=lambda r: r.ended or 0)
         best = self.rows()[0]
         lines = [f"best: trial {best.trial} with {percent(best.accuracy)} validation accuracy"]
@@ -244,5 +288,7 @@ class Leaderboard:
             lines.append(f"starting point: trial 1 with {percent(start.accuracy)}; {how} ({epochs})")
         failed = sum(r.status == "failed" for r in rows)
         if failed:
-            lines.append(f"{failed} of {len(rows)} trials failed; leaderboard.csv has the reasons")
+            lines.append(
+                f"{failed} of {len(rows)} trials failed; {self.folder.leaderboard_file.name} has the reasons"
+            )
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How a search goes, as opposed to what it searches: checked values, no TensorFlow."""
+"""The options of a search, with their ranges. This module does not import TensorFlow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from cifar10_trainer.errors import ConfigError, unknown
 
 TUNERS = {
-    "random": "values at random",
-    "hyperband": "KerasTuner's brackets of short and of long trials",
-    "bayesian": "a Gaussian process proposes",
-    "halving": "asynchronous successive halving: many short trials, the best third of them longer",
+    "random": "random values",
+    "hyperband": "KerasTuner's brackets of short and long trials",
+    "bayesian": "a Gaussian process, after a few random trials",
+    "halving": "asynchronous successive halving: many short trials, and the best third of them longer",
 }
 DEFAULT_TUNER = "bayesian"
 OBJECTIVES = {"val_accuracy": "max", "val_loss": "min"}
@@ -20,23 +20,46 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `tune`. Raises ConfigError on a value that cannot be."""
+    """The options of `tune`.
+
+    Attributes:
+        workdir: the search's folder.
+        tuner: how the next trial is chosen; a key of TUNERS.
+        max_trials: the budget: the number of trials, at least 1. Failed trials count.
+        target: the validation accuracy to reach, greater than 0 and at most 1.
+        stop_at_target: whether the search ends at the first trial that reaches the target.
+        objective: what the tuner optimizes; a key of OBJECTIVES.
+        seed: of the tuner's random numbers, 0 or more.
+        baseline: whether the first trial has the default values of the space.
+        workers: the number of processes that train on this machine, at least 1. None: this process alone; beside a
+            chief, no process.
+        role: "alone": this process runs the search. "chief": it hands out trials at the address `chief`. "worker": it
+            trains trials of the chief at that address.
+        chief: the chief's address, HOST:PORT; None for the role "alone".
+        lease: seconds, at least 1, without a heartbeat of a worker after which another worker gets its trial.
+        chief_timeout: seconds, at least 1, that a worker waits for an answer of its chief.
+        overwrite: whether to replace the search that is in `workdir`.
+        verbose: 1: print progress; 0: print nothing.
+
+    Raises:
+        ConfigError: if a value is not allowed.
+    """
 
     workdir: str = "searches/search"
     tuner: str = DEFAULT_TUNER
     max_trials: int = 20
-    target: float = 0.85  # validation accuracy
+    target: float = 0.85
     stop_at_target: bool = False
     objective: str = "val_accuracy"
     seed: int = 0
-    baseline: bool = True  # the first trial has the space's defaults
-    workers: int | None = None  # processes on this machine; None: this one alone, or none beside a chief
-    role: str = "alone"  # "chief": hands out trials at `chief`; "worker": takes them from there
-    chief: str | None = None  # HOST:PORT
-    lease: float = 60.0  # seconds without a sign of life after which another worker gets a worker's trial
-    patience: float = 300.0  # seconds that a worker waits for an answer of its chief
+    baseline: bool = True
+    workers: int | None = None
+    role: str = "alone"
+    chief: str | None = None
+    lease: float = 60.0
+    chief_timeout: float = 300.0
     overwrite: bool = False
-    verbose: int = 1  # 0: nothing is printed
+    verbose: int = 1
 
     def __post_init__(self) -> None:
         choices = {"tuner": tuple(TUNERS), "objective": tuple(OBJECTIVES), "role": ROLES}
@@ -45,14 +68,14 @@ class Options:
                 raise unknown(name, getattr(self, name), allowed)
         if not 0 < self.target <= 1:
             raise ConfigError(
-                f"target is {self.target}; allowed: an accuracy greater than 0, up to 1 (85% is 0.85)"
+                f"target is {self.target}; allowed: an accuracy greater than 0 and at most 1 (85% is 0.85)"
             )
-        for name, low in (("max_trials", 1), ("seed", 0), ("lease", 1), ("patience", 1)):
+        for name, low in (("max_trials", 1), ("seed", 0), ("lease", 1), ("chief_timeout", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: {low} or more")
         if self.workers is not None and (self.workers < 1 or self.role == "worker"):
-            how = "none with --role=worker" if self.role == "worker" else "1 or more"
-            raise ConfigError(f"workers is {self.workers}; allowed: {how}")
+            text = "none with --role=worker" if self.role == "worker" else "1 or more"
+            raise ConfigError(f"workers is {self.workers}; allowed: {text}")
         if (self.role == "alone") != (self.chief is None):
             raise ConfigError(
                 f"role is {self.role} and chief is {self.chief};"
@@ -65,6 +88,6 @@ class Options:
 
     @property
     def local_workers(self) -> int:
-        """Processes to start beside this one; 0: none, and where it is alone it trains itself."""
+        """The number of worker processes to start on this machine. With 0, a process with the role "alone" trains."""
         alone = self.role == "alone" and self.workers in (None, 1)
         return 0 if alone or self.workers is None else self.workers

@@ -1,11 +1,11 @@
-"""The oracles: which hyperparameters to try next. KerasTuner's own, made to survive, and successive halving.
+"""The oracles, which choose the hyperparameters of the next trial: KerasTuner's three, and successive halving.
 
-Everything that a search remembers is in one file, written whole or not at all, so a search that is killed at any
-moment goes on as of its last event.
+The whole state of a search is in one file, which is replaced atomically. So a search that is killed at any moment
+resumes from its last event, the begin or the end of a trial.
 
-A trial may train for a share of the full number of epochs. It is then a complete run of that length, from scratch,
-whose learning rate anneals to the end: `HyperbandOracle`'s way of loading earlier weights and training on would
-tear the schedule apart. The share is in the trial's values as "tuner/share".
+A trial may train for a share of the full number of epochs. It is then a complete run of that length, from new weights,
+and its learning rate anneals to the end. KerasTuner's `HyperbandOracle` would load the weights of a shorter trial and
+continue to train them, which does not fit such a schedule. The share is in the trial's values as "tuner/share".
 """
 
 from __future__ import annotations
@@ -22,26 +22,30 @@ from keras_tuner import oracles
 from keras_tuner.engine.trial import Trial, TrialStatus
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
-from cifar10_trainer.files import write_atomic
+from cifar10_trainer.files import read_json, write_atomic
 
-SHARE, FAILURE, SEARCH = "tuner/share", "tuner/failure", "tuner/search"  # values that are no hyperparameters
-MAX_RETRIES = 2  # of a trial whose report to the chief failed; a trial that fails by itself fails again
+SHARE, FAILURE, SEARCH = "tuner/share", "tuner/failure", "tuner/search"  # values that are not hyperparameters
+MAX_RETRIES = 2  # of a trial whose report to the chief failed
 
 
-def _nothing(trial: Trial) -> None: ...
+def _ignore(trial: Trial) -> None: ...
 
 
 class SearchOracle(kt.Oracle):
-    """What every oracle here has: memory in one file, a first trial at the defaults, takeover, a stop at the target.
+    """The base of all oracles of this project.
+
+    It saves its state in one file, begins with the default values, stops at the target, and gives the trial of a worker
+    without heartbeats to another worker.
 
     Args:
-        file: where the state is kept.
-        search: a digest of what is searched, which goes along with every trial, so that a worker can tell whether
-            it was started for the same.
-        baseline: whether the first trial has the space's default values.
-        stop_at: validation accuracy at which the search is over; None: never.
-        lease: seconds without a sign of life after which a worker's trial is given to another.
-        seed: 0 is a seed like any other. (To KerasTuner it is none.)
+        file: the file of the state.
+        search: the digest of what is searched. Each trial carries it, so that a worker refuses the trials of another
+            search.
+        baseline: whether the first trial has the default values of the space.
+        stop_at: the validation accuracy, 0-1, at which the search ends; None: it does not end early.
+        lease: seconds without a heartbeat after which another worker gets a worker's trial.
+        seed: of the random numbers, 0 or more. (KerasTuner takes 0 for no seed, so it gets `seed + 1`.)
+        options: those of the KerasTuner oracle: objective, max_trials, hyperparameters and so on.
     """
 
     def __init__(
@@ -58,52 +62,56 @@ class SearchOracle(kt.Oracle):
         super().__init__(
             seed=seed + 1,
             max_retries_per_trial=MAX_RETRIES,
-            max_consecutive_failed_trials=10**9,  # failed trials are recorded, and the search goes on
+            max_consecutive_failed_trials=10**9,  # failed trials are recorded, and the search continues
             **options,
         )
         self.verbose = 0
-        self.file, self.search, self.baseline, self.stop_at, self.lease = (
-            file,
-            search,
-            baseline,
-            stop_at,
-            lease,
-        )
-        self.on_begin: Callable[[Trial], None] = _nothing
-        self.on_end: Callable[[Trial], None] = _nothing
-        self.stopped = False  # no further trial will begin
-        self.ended: dict[str, float] = {}  # trial -> seconds of the search at its end
-        self._heard: dict[str, float] = {}  # worker -> when it last gave a sign of life
-        self._unheard = -math.inf  # that time, for workers from before a restart
-        self._began, self._before = time.time(), 0.0
+        self.file, self.search, self.baseline = file, search, baseline
+        self.stop_at, self.lease = stop_at, lease
+        self.on_begin: Callable[[Trial], None] = _ignore
+        self.on_end: Callable[[Trial], None] = _ignore
+        self.stopped = False  # whether the search is over
+        self.ended: dict[str, float] = {}  # trial id -> seconds of the search at its end
+        self._last_heartbeat: dict[str, float] = {}  # worker id -> time of its last heartbeat
+        self._former_heartbeat = -math.inf  # the same for workers without one since this process started
+        self._started, self._elapsed_before = time.time(), 0.0
 
-    # -- what is asked of it --------------------------------------------------------------------------------------
+    # ---- queries
 
     def elapsed(self) -> float:
-        """Seconds that the search has run, over all its processes."""
-        return self._before + time.time() - self._began
+        """Seconds that the search has run, including those before it was resumed."""
+        return self._elapsed_before + time.time() - self._started
 
     def best_accuracy(self) -> float | None:
         """The best validation accuracy so far, 0-1."""
         done = [t for t in list(self.trials.values()) if t.status == TrialStatus.COMPLETED]
         return max((t.metrics.get_best_value("val_accuracy") for t in done), default=None)
 
-    def workers(self) -> set[str]:
-        """Those that have yet to be told that the search is over, as far as they live."""
-        return {w for w in set(self.tuner_ids) if not self._silent(w)}
+    def live_workers(self) -> set[str]:
+        """The workers that send heartbeats, and do not know yet that the search is over."""
+        return {w for w in set(self.tuner_ids) if not self._is_silent(w)}
 
     def wait_for_former_workers(self) -> None:
-        """Gives the workers of a former chief, which may still be training, as much time as any other."""
-        self._unheard = time.time()
+        """Gives the workers of an earlier chief, which may still be training, one lease to send a heartbeat."""
+        self._former_heartbeat = time.time()
 
-    def _silent(self, worker: str) -> bool:
-        return time.time() - self._heard.get(worker, self._unheard) > self.lease
+    def _is_silent(self, worker: str) -> bool:
+        return time.time() - self._last_heartbeat.get(worker, self._former_heartbeat) > self.lease
 
-    # -- KerasTuner's extension points ----------------------------------------------------------------------------
+    # ---- KerasTuner's extension points
 
     @kt.synchronized
     def create_trial(self, tuner_id: str) -> Trial:
-        self._heard[tuner_id] = time.time()
+        """Gives a worker its next trial.
+
+        Args:
+            tuner_id: the worker's id.
+
+        Returns:
+            A trial with one of these statuses. RUNNING: to train; a trial that this worker has already, a trial of a worker
+            without heartbeats, or a new one. IDLE: ask again later. STOPPED: the search is over.
+        """
+        self._last_heartbeat[tuner_id] = time.time()
         self.tuner_ids.add(tuner_id)
         if self.stop_at is not None and (self.best_accuracy() or 0) >= self.stop_at:
             self.stopped = True
@@ -111,20 +119,21 @@ class SearchOracle(kt.Oracle):
             return Trial(self.get_space(), status=TrialStatus.STOPPED)
         if tuner_id not in self.ongoing_trials:
             for other in list(self.ongoing_trials):
-                if self._silent(other):
+                if self._is_silent(other):
                     self.ongoing_trials[tuner_id] = self.ongoing_trials.pop(other)
                     self.tuner_ids.discard(other)
                     break
         trial = super().create_trial(tuner_id)
         if trial.status == TrialStatus.STOPPED and self.ongoing_trials:
-            trial.status = TrialStatus.IDLE  # a worker may yet die, and leave its trial to this one
-            self.tuner_ids.add(tuner_id)  # KerasTuner has taken it off
+            trial.status = TrialStatus.IDLE  # if another worker dies, this one gets its trial
+            self.tuner_ids.add(tuner_id)  # KerasTuner has removed it
         self.stopped = trial.status == TrialStatus.STOPPED
         if trial.status == TrialStatus.RUNNING:
             self.on_begin(trial)
         return trial
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
+        """The status and the values of a new trial: the default values for the first one, if `baseline`."""
         if self.baseline and not self.trials:
             hp = kt.HyperParameters()
             for parameter in self.hyperparameters.space:
@@ -139,17 +148,18 @@ class SearchOracle(kt.Oracle):
         return response
 
     def get_trial(self, trial_id: str) -> Trial:
-        """The trial; a worker asks for its own as a sign of life."""
+        """The trial with this id. A worker's request for its own trial is its heartbeat."""
         for worker, trial in list(self.ongoing_trials.items()):
             if trial.trial_id == trial_id:
-                self._heard[worker] = time.time()
+                self._last_heartbeat[worker] = time.time()
         return super().get_trial(trial_id)
 
     @kt.synchronized
     def end_trial(self, trial: Trial) -> None:
+        """Records a completed or failed trial. Ignores the second report of a trial that two workers have trained."""
         if trial.trial_id in self.end_order:
-            return  # reported again, by a worker that had been taken for dead
-        # A trial's message does not travel from worker to chief, but its values do.
+            return
+        # gRPC carries the values of a trial from a worker to the chief, but not its message.
         reason = trial.hyperparameters.values.pop(FAILURE, None)
         if reason:
             trial.status, trial.message = TrialStatus.FAILED, reason
@@ -161,47 +171,56 @@ class SearchOracle(kt.Oracle):
     def _compute_values_hash(self, values: dict[str, Any]) -> str:
         return super()._compute_values_hash({k: v for k, v in values.items() if not k.startswith("tuner/")})
 
-    # -- memory ---------------------------------------------------------------------------------------------------
+    # ---- state
 
     def get_state(self) -> dict[str, Any]:
+        """KerasTuner's state with all trials and times, as JSON values."""
         trials = [t.get_state() for t in self.trials.values()]
         return {**super().get_state(), "trials": trials, "elapsed": self.elapsed(), "ended": self.ended}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Restores a state from `get_state`."""
         self.trials = {t["trial_id"]: Trial.from_state(t) for t in state["trials"]}
         super().set_state(state)
-        self._before, self._began, self.ended = state["elapsed"], time.time(), state["ended"]
-        # A trial stays with its worker, which may have outlived the chief; if not, another one takes it over.
+        self._elapsed_before, self._started, self.ended = state["elapsed"], time.time(), state["ended"]
+        # A running trial stays with its worker, which may still be training. Otherwise another worker gets it later.
         ended = [w for w, t in self.ongoing_trials.items() if t.status != TrialStatus.RUNNING]
         for worker in ended:
             del self.ongoing_trials[worker]
 
     def save(self) -> None:
+        """Writes the state to the file, atomically."""
         write_atomic(self.file, json.dumps(self.get_state()))
 
     def reload(self) -> None:
+        """Restores the state from the file, if it exists. Raises RunError if it is damaged."""
         if self.file.exists():
-            self.set_state(json.loads(self.file.read_text(encoding="utf-8")))
+            self.set_state(read_json(self.file))
 
 
 class Random(SearchOracle, oracles.RandomSearchOracle):
-    """Values at random."""
+    """Random values."""
 
 
 class Bayesian(SearchOracle, oracles.BayesianOptimizationOracle):
-    """A Gaussian process that has seen a few random trials, and knows that accuracies are noisy."""
+    """A Gaussian process, as soon as there are two more trials than hyperparameters; random values until then.
+
+    The process assumes that the normalized scores are noisy, with a variance of 0.01.
+
+    Args:
+        options: as for `SearchOracle`.
+    """
 
     def __init__(self, **options: Any):
         dimensions = len(options["hyperparameters"].space)
         super().__init__(num_initial_points=dimensions + 2, alpha=1e-2, **options)
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        with threadpool_limits(
-            1
-        ):  # its matrices have a dozen rows: threads would only get in each other's way
+        """The values that the process proposes, or random values if it proposes a trial a second time."""
+        with threadpool_limits(1):  # its matrices have a dozen rows, for which threads take longer
             response = super().populate_space(trial_id)
         if response.get("values") and self._duplicate(response["values"]):
-            # On a grid, or where every trial has failed, the process asks for the same again.
+            # This happens on a grid, and if all trials have failed.
             response["values"] = self._random_values()
             if response["values"] is None:
                 return {"status": TrialStatus.STOPPED}
@@ -210,13 +229,20 @@ class Bayesian(SearchOracle, oracles.BayesianOptimizationOracle):
 
 
 class Hyperband(SearchOracle, oracles.HyperbandOracle):
-    """KerasTuner's brackets; each round trains from scratch, for all of its epochs."""
+    """KerasTuner's brackets. Each round of a bracket trains new weights, for all epochs of the round.
+
+    Args:
+        max_trials: the budget.
+        epochs: of a full run; rounded to a whole number.
+        options: as for `SearchOracle`.
+    """
 
     def __init__(self, *, max_trials: int, epochs: float, **options: Any):
         super().__init__(max_epochs=max(1, round(epochs)), hyperband_iterations=None, **options)
         self.max_trials = max_trials
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
+        """The values that the bracket determines, with the share of the epochs."""
         response = super().populate_space(trial_id)
         values = response.get("values") or {}
         if "tuner/epochs" in values:
@@ -225,11 +251,16 @@ class Hyperband(SearchOracle, oracles.HyperbandOracle):
 
 
 class HalvingOracle(kt.Oracle):
-    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934): many short runs, the best of them longer.
+    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934): many short runs, and longer runs of the best.
 
-    A trial on rung k of n trains for factor**(k - n) of the epochs; the lowest rung is the last with an epoch at
-    least. Whenever the best 1/factor of a rung's trials have one that was not promoted, it goes a rung up; else a new
-    one starts at the bottom. No worker ever waits, and there is nothing to remember beside the trials.
+    A trial on rung k of 0..n trains for factor**(k - n) of the epochs. Rung 0 has at least one epoch. If the best
+    1/factor of the completed trials of a rung include one that was not promoted, the next trial repeats it one rung up;
+    otherwise it has random values, on rung 0. So no worker waits, and the trials are the whole state.
+
+    Args:
+        epochs: of a full run.
+        factor: the ratio of the epochs of two rungs, at least 2.
+        options: as for `SearchOracle`.
     """
 
     def __init__(self, *, epochs: float, factor: int = 3, **options: Any):
@@ -238,6 +269,7 @@ class HalvingOracle(kt.Oracle):
         self.factor, self.shares = factor, [float(factor) ** -k for k in range(rungs, -1, -1)]
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
+        """The values of a trial to promote, from the highest rung that has one; otherwise random values."""
         for rung in reversed(range(len(self.shares) - 1)):
             here, above = (
                 [t for t in self.trials.values() if self._share(t) == s] for s in self.shares[rung : rung + 2]
@@ -260,11 +292,20 @@ class HalvingOracle(kt.Oracle):
 
 
 class Halving(SearchOracle, HalvingOracle):
-    """Successive halving whose every rung is a complete annealed schedule."""
+    """Successive halving with the state, the takeover and the stop of `SearchOracle`."""
 
 
-def make(tuner: str, *, epochs: float, **options: Any) -> SearchOracle:
-    """The oracle of a name in `options.TUNERS`. epochs: of a full run."""
+def make_oracle(tuner: str, *, epochs: float, **options: Any) -> SearchOracle:
+    """Makes an oracle.
+
+    Args:
+        tuner: a key of `options.TUNERS`.
+        epochs: of a full run.
+        options: as for `SearchOracle`.
+
+    Returns:
+        A new oracle without trials.
+    """
     if tuner in ("hyperband", "halving"):
         options["epochs"] = epochs
     kinds = {"random": Random, "bayesian": Bayesian, "hyperband": Hyperband, "halving": Halving}

@@ -1,9 +1,10 @@
-"""python -m tuning.search: flags -> space and options -> tune."""
+"""The command `python -m tuning.search`: flags -> space and options -> `tune`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -16,75 +17,105 @@ from cifar10_trainer.errors import ConfigError, unknown
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
 from .options import DEFAULT_TUNER, LOOPBACK, OBJECTIVES, ROLES, TUNERS, Options
-from .parallel import environment
+from .search_folder import SearchFolder
 from .space import DEFAULT_SPACE, SPACE, Space, parse
+from .worker import environment
 
 USAGE = """usage: python -m tuning.search [flags]
 
-Searches for the configuration with the best validation accuracy, around a recipe. Started again, it goes on.
+Searches for the configuration with the best validation accuracy, around a recipe. The same command resumes a search
+that was stopped.
+
 Examples:
   python -m tuning.search --target=0.87 --stop_at_target
   python -m tuning.search --space=filters,learning_rate=0.05:0.2,weight_decay --max_trials=30 --workers=2
   python -m tuning.search --dataset=digits --epochs=2 --max_trials=4      (offline, a minute)"""
-DEFAULT_RECIPE = "fast.85"  # a trial a minute
+DEFAULT_RECIPE = "fast.85"  # its trials take a minute each
 
+COMMAND = "python -m tuning.search"
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
 
 
-def _define(kind, name, text, default=None, **more):
-    kind(name, default, text, flag_values=FLAGS, module_name="python -m tuning.search", **more)
+def _define(kind: Callable[..., Any], name: str, text: str, default: Any = None) -> None:
+    """Defines a flag. `kind` is one of absl's DEFINE functions."""
+    kind(name, default, text, flag_values=FLAGS, module_name=COMMAND)
 
 
-_define(flags.DEFINE_string, "tuner", f"one of {', '.join(TUNERS)}", DEFAULT_TUNER)
-_define(flags.DEFINE_integer, "max_trials", "trials, the failed ones included", Options.max_trials)
-_define(flags.DEFINE_float, "epochs", "of a full trial; default: the recipe's")
-_define(flags.DEFINE_float, "target", "validation accuracy to pass, 0 to 1", Options.target)
-_define(flags.DEFINE_boolean, "stop_at_target", "stop as soon as a trial passes the target", False)
-_define(flags.DEFINE_string, "objective", f"one of {', '.join(OBJECTIVES)}", Options.objective)
+_define(
+    flags.DEFINE_string,
+    "tuner",
+    "how to choose the next trial: " + "; ".join(f"{name}: {text}" for name, text in TUNERS.items()),
+    DEFAULT_TUNER,
+)
+_define(flags.DEFINE_integer, "max_trials", "number of trials, including failed ones", Options.max_trials)
+_define(flags.DEFINE_float, "epochs", "epochs of a full trial; default: the recipe's")
+_define(
+    flags.DEFINE_float, "target", "validation accuracy to reach, greater than 0 and at most 1", Options.target
+)
+_define(flags.DEFINE_boolean, "stop_at_target", "end the search at the first trial that reaches it", False)
+_define(flags.DEFINE_string, "objective", f"what to optimize: {' or '.join(OBJECTIVES)}", Options.objective)
 _define(
     flags.DEFINE_list,
     "space",
-    f"the hyperparameters to search, of {', '.join(SPACE)}, each as name or name=low:high",
+    f"hyperparameters to search, each as name or name=low:high; names: {', '.join(SPACE)}",
     list(DEFAULT_SPACE),
 )
 _define(
-    flags.DEFINE_string, "recipe", f"where it starts from; default: {DEFAULT_RECIPE}, for digits fast.digits"
+    flags.DEFINE_string,
+    "recipe",
+    f"recipe to start from; default: {DEFAULT_RECIPE}, or fast.digits for digits",
 )
-_define(flags.DEFINE_boolean, "baseline", "make the recipe itself the first trial", True)
+_define(flags.DEFINE_boolean, "baseline", "train the recipe itself as the first trial", True)
 _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's")
-_define(flags.DEFINE_string, "data_dir", "where the images are, as for python -m cifar10_trainer")
-_define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
+_define(flags.DEFINE_string, "data_dir", "folder or archive of the images, as for python -m cifar10_trainer")
 _define(
-    flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
+    flags.DEFINE_integer,
+    "image_size",
+    "side in pixels to which the images of a folder are resized; default: 32",
 )
-_define(flags.DEFINE_integer, "seed", "of the search, and of every trial", Options.seed)
-_define(flags.DEFINE_integer, "workers", "processes on this machine that train at the same time; default: 1")
+_define(
+    flags.DEFINE_float,
+    "validation_fraction",
+    "share of the training images to hold out; default: the recipe's",
+)
+_define(flags.DEFINE_integer, "seed", "seed of the search and of every trial", Options.seed)
+_define(
+    flags.DEFINE_integer,
+    "workers",
+    "number of processes on this machine that train at the same time; default: 1",
+)
 _define(
     flags.DEFINE_string,
     "role",
-    f"one of {', '.join(ROLES)}: a chief hands out trials at --chief, and workers, started with the same flags on"
-    " any machine, take them from there",
+    f"one of {', '.join(ROLES)}; a chief hands out trials at the address --chief, and workers on any machine, with the"
+    " same other flags, train them",
     "alone",
 )
 _define(
     flags.DEFINE_string,
     "chief",
-    f"HOST:PORT of the chief; whoever reaches it can take part, so {LOOPBACK} keeps it to this machine",
+    f"HOST:PORT of the chief; it has no password, so use a private network, or {LOOPBACK} for this machine only",
 )
 _define(
     flags.DEFINE_float,
     "lease",
-    "seconds without a sign of life before another worker gets a trial",
+    "seconds without a heartbeat of a worker before another worker gets its trial",
     Options.lease,
 )
-_define(flags.DEFINE_float, "patience", "seconds that a worker waits for its chief", Options.patience)
-_define(flags.DEFINE_string, "workdir", "the search's folder; default: searches/<recipe>-<tuner>")
+_define(
+    flags.DEFINE_float,
+    "chief_timeout",
+    "seconds that a worker waits for an answer of its chief; the old name --patience still works",
+    Options.chief_timeout,
+)
+flags.DEFINE_alias("patience", "chief_timeout", flag_values=FLAGS, module_name=COMMAND)
+_define(flags.DEFINE_string, "workdir", "folder of the search; default: searches/<recipe>-<tuner>")
 _define(flags.DEFINE_boolean, "overwrite", "replace the search that is in --workdir", False)
 
 
 def base_from_flags() -> Config:
-    """The recipe that the search starts from, with what the flags override."""
+    """The recipe to start from, with the settings that flags override. Raises ConfigError on an unknown recipe."""
     recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
@@ -97,12 +128,24 @@ def base_from_flags() -> Config:
 
 
 def options_from_flags(recipe: str) -> Options:
+    """The options of the search.
+
+    Args:
+        recipe: for the default name of the search's folder.
+
+    Returns:
+        The options that the flags determine.
+
+    Raises:
+        ConfigError: if a flag has a value that is not allowed.
+    """
     values: dict[str, Any] = {f.name: FLAGS[f.name].value for f in fields(Options) if f.name in FLAGS}
     values["workdir"] = FLAGS.workdir or f"searches/{recipe}-{FLAGS.tuner}"
     return Options(**values)
 
 
 def main(argv: list[str]) -> None:
+    """Runs a search, or a worker of one. `argv`: positional arguments, of which none is allowed."""
     if argv:
         raise ConfigError(
             f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)"
@@ -111,26 +154,32 @@ def main(argv: list[str]) -> None:
     base = base_from_flags()
     options = options_from_flags(base.recipe)
 
-    # A chief trains nothing: its workers shall find the GPUs free.
-    leads = options.local_workers or options.role == "chief"
-    with environment({"CUDA_VISIBLE_DEVICES": "-1"} if leads else {}):
+    # A chief trains nothing and leaves the GPUs to its workers.
+    is_chief = options.local_workers or options.role == "chief"
+    with environment({"CUDA_VISIBLE_DEVICES": "-1"} if is_chief else {}):
         cli.import_tensorflow()
     from cifar10_trainer import datasets
 
     from .tuner import tune
 
     load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size)
-    found = tune(Space(base, ranges), load, **vars(options))
-    if found:
-        command = ["python", "-m", "cifar10_trainer", f"--config={found.workdir / 'best_config.json'}"]
+    result = tune(Space(base, ranges), load, **vars(options))
+    if result:
+        command = [
+            "python",
+            "-m",
+            "cifar10_trainer",
+            f"--config={SearchFolder(result.workdir).best_config_file}",
+        ]
         if FLAGS.data_dir:
             command.append(f"--data_dir={FLAGS.data_dir}")
-        print(f"train it: {shlex.join(command)}")
+        print(f"to train the best configuration: {shlex.join(command)}")
 
 
-def run() -> int:
+def command() -> int:
+    """Runs the command with the flags of `sys.argv`, and returns its exit status."""
     return cli.run(main, FLAGS, USAGE)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(command())

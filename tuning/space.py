@@ -1,7 +1,7 @@
-"""Hyperparameters -> Config, and nothing else: importing this costs no TensorFlow.
+"""The space of the command line: hyperparameters -> Config. This module does not import TensorFlow.
 
-A space is a function of KerasTuner's `hp` that gives a Config; `Space` is the one that the command line makes.
-To add a hyperparameter, add its line to SPACE.
+A space is any function of KerasTuner's `hp` that returns a Config. `Space` is such a function. To add a hyperparameter
+to the command line, add a line to SPACE.
 """
 
 from __future__ import annotations
@@ -20,36 +20,53 @@ from cifar10_trainer.models import check_options
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where a hyperparameter goes, and its range unless another is asked for.
+    """The setting of a hyperparameter, and its default range.
 
-    setting: as `Config.override` names it. Of several numbers the first is searched, and the others keep their
-    proportion; of a whole section of augmentations it is the strength, 1 being the recipe's own.
+    Attributes:
+        setting: the name that `Config.override` takes. If the setting has several numbers, the hyperparameter is the first
+            one, and the others keep their ratios to it. For an augmentation, it is the strength; the recipe's is 1.
+        low: the lower limit.
+        high: the upper limit.
+        relative: whether the limits and a linear step are multiples of the recipe's value.
+        log: whether the values are drawn from a logarithmic scale; `step` is then a factor.
+        step: the step between two values; None: any value.
     """
 
     setting: str
     low: float
     high: float
-    times: bool = False  # low, high and a linear step are multiples of the recipe's own value
-    log: bool = False  # even in the logarithm; `step` is then a factor
+    relative: bool = False
+    log: bool = False
     step: float | None = None
 
 
 SPACE = {
-    "filters": Parameter("options__filters", 0.5, 1.5, times=True, step=0.25),
+    "filters": Parameter("options__filters", 0.5, 1.5, relative=True, step=0.25),
     "dropout": Parameter("options__dropout", 0.0, 0.5, step=0.05),
-    "learning_rate": Parameter("optimizer__learning_rate", 0.25, 4, times=True, log=True),
-    "weight_decay": Parameter("optimizer__weight_decay", 0.1, 10, times=True, log=True),
-    "batch_size": Parameter("batch_size", 0.5, 2, times=True, log=True, step=2),
+    "learning_rate": Parameter("optimizer__learning_rate", 0.25, 4, relative=True, log=True),
+    "weight_decay": Parameter("optimizer__weight_decay", 0.1, 10, relative=True, log=True),
+    "batch_size": Parameter("batch_size", 0.5, 2, relative=True, log=True, step=2),
     "label_smoothing": Parameter("label_smoothing", 0.0, 0.4, step=0.05),
     "augmentation": Parameter("augmentation", 0.0, 2.0, step=0.5),
-    "epochs": Parameter("epochs", 0.5, 2, times=True, log=True),
+    "epochs": Parameter("epochs", 0.5, 2, relative=True, log=True),
 }
 DEFAULT_SPACE = ("filters", "dropout", "learning_rate")
-_ELSEWHERE = {("leaky", "options__filters"): "options__blocks"}  # what an architecture calls it
+# (architecture, setting) -> the architecture's own name of that setting
+_OPTION_NAMES = {("leaky", "options__filters"): "options__blocks"}
 
 
 def parse(texts: Sequence[str]) -> dict[str, tuple[float, float] | None]:
-    """["dropout", "learning_rate=0.1:2"] -> {"dropout": None, "learning_rate": (0.1, 2.0)}. Raises ConfigError."""
+    """Parses hyperparameters with their ranges.
+
+    Args:
+        texts: each a name of SPACE, or "name=low:high", as in ["dropout", "learning_rate=0.1:2"].
+
+    Returns:
+        name -> (low, high), or None for the default range, as in {"dropout": None, "learning_rate": (0.1, 2.0)}.
+
+    Raises:
+        ConfigError: if a name is unknown or a range is not valid, or if there is no hyperparameter.
+    """
     ranges: dict[str, tuple[float, float] | None] = {}
     for text in texts:
         name, equals, rest = (part.strip() for part in text.partition("="))
@@ -71,10 +88,16 @@ def parse(texts: Sequence[str]) -> dict[str, tuple[float, float] | None]:
 
 @dataclass(frozen=True)
 class Space:
-    """The space around `base` of the hyperparameters in `ranges`: called with `hp`, it gives a Config.
+    """A space around a recipe: a function of KerasTuner's `hp` that returns a Config.
 
-    ranges: name of SPACE -> (low, high), or None for its usual range. `base` itself is at the hyperparameters'
-    defaults, as far as the ranges hold it. Raises ConfigError where a hyperparameter cannot be, or has no effect.
+    The default value of a hyperparameter is the recipe's value, or the nearest limit of its range.
+
+    Attributes:
+        base: the recipe.
+        ranges: name of SPACE -> (low, high), or None for the default range.
+
+    Raises:
+        ConfigError: if the recipe does not have a hyperparameter, a range is not valid, or a hyperparameter has no effect.
     """
 
     base: Config
@@ -88,7 +111,7 @@ class Space:
             low, high, _ = self._range(name)
             if SPACE[name].log and low <= 0:
                 raise ConfigError(
-                    f"the range of {name} begins at {low:g}, but is searched by its logarithm;"
+                    f"the range of {name} begins at {low:g}, but its scale is logarithmic;"
                     f" allowed: low greater than 0, as in --space={name}=0.0001:0.01"
                 )
             if self._config({name: low}) == self._config({name: high}):
@@ -97,23 +120,32 @@ class Space:
                 )
 
     def __call__(self, hp: Any) -> Config:
+        """Draws the hyperparameters.
+
+        Args:
+            hp: KerasTuner's HyperParameters.
+
+        Returns:
+            The Config to train.
+        """
         values = {}
         for name in self.ranges:
-            (low, high, step), own = self._range(name), _first(self._own(name))
+            (low, high, step), own = self._range(name), _first(self._recipe_value(name))
             draw = hp.Int if isinstance(own, int) else hp.Float
             sampling = "log" if SPACE[name].log else "linear"
-            # Five digits are more than any of them is known to; the Config then reads well.
+            # Five digits are enough, and the numbers in the Config stay short.
             default = float(f"{min(max(own, low), high):.5g}")
             value = draw(name, low, high, step=step, sampling=sampling, default=type(own)(default))
             values[name] = type(own)(f"{value:.5g}")
         return self._config(values)
 
     def _setting(self, name: str) -> str:
+        """The name that `Config.override` takes."""
         setting = SPACE[name].setting
-        return _ELSEWHERE.get((self.base.architecture, setting), setting)
+        return _OPTION_NAMES.get((self.base.architecture, setting), setting)
 
-    def _own(self, name: str) -> Any:
-        """The recipe's own value; an option that it leaves open has the architecture's default."""
+    def _recipe_value(self, name: str) -> Any:
+        """The recipe's value of a setting; if the recipe has none, the architecture's default."""
         section, _, key = self._setting(name).partition("__")
         value = getattr(self.base, section)
         if section != "options":
@@ -124,25 +156,26 @@ class Space:
         return inspect.signature(build).parameters[key].default
 
     def _range(self, name: str) -> tuple[Any, Any, Any]:
-        """(low, high, step) in the units of the setting, whole numbers where it is one."""
-        parameter, own = SPACE[name], _first(self._own(name))
+        """(low, high, step) in the units of the setting; integers if the recipe's value is one."""
+        parameter, own = SPACE[name], _first(self._recipe_value(name))
         low, high = self.ranges[name] or (parameter.low, parameter.high)
         step: float | None = parameter.step
-        if parameter.times and self.ranges[name] is None:
+        if parameter.relative and self.ranges[name] is None:
             low, high = low * own, high * own
-        if parameter.times and not parameter.log and step is not None:
+        if parameter.relative and not parameter.log and step is not None:
             step = step * own
         if isinstance(own, int):
             return round(low), round(high), max(1, round(step or 1))
         return low, high, step
 
     def _config(self, values: dict[str, Any]) -> Config:
-        changes = {self._setting(n): _scaled(self._own(n), value) for n, value in values.items()}
+        """The recipe with these values of hyperparameters."""
+        changes = {self._setting(n): _scaled(self._recipe_value(n), value) for n, value in values.items()}
         return self.base.override(**changes)
 
 
 def _first(value: Any) -> float | int:
-    """The number that is searched."""
+    """The number that the hyperparameter replaces; for an augmentation, its strength."""
     if isinstance(value, Augmentation):
         return 1.0
     while isinstance(value, tuple):
@@ -151,7 +184,7 @@ def _first(value: Any) -> float | int:
 
 
 def _scaled(own: Any, value: Any) -> Any:
-    """`own` with `value` for its first number, and the rest of it in proportion."""
+    """`own` with `value` as its first number. The other numbers keep their ratios to the first one."""
     if isinstance(own, Augmentation):
         changes = {key: getattr(own, key) * value for key in ("shift", "rotation", "zoom", "cutout")}
         whole = {key: round(changes[key]) for key in ("shift", "cutout")}
@@ -161,7 +194,7 @@ def _scaled(own: Any, value: Any) -> Any:
     first = _first(own)
     if not first:
         raise ConfigError(
-            f"{own} begins with 0, so that nothing is in proportion to it; allowed: another recipe"
+            f"{own} begins with 0, to which the other numbers have no ratio; allowed: another recipe"
         )
 
     def scale(part: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Where images come from: verified uint8 arrays, their labels, and the split into training and validation.
+"""Data sets: verified uint8 images, their labels, and the split into training and validation.
 
-Nothing here runs a TensorFlow operation: strategies and logical devices can still be set up after `load`.
+Nothing here runs a TensorFlow operation, so strategies and logical devices can still be set up after `load`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ __all__ = ["CIFAR10_CLASSES", "Dataset", "fingerprint", "load", "read_image", "s
 def load(
     name: str = "cifar10", data_dir: str | os.PathLike[str] | None = None, image_size: int = 32
 ) -> Dataset:
-    """Reads a dataset into memory.
+    """Reads a data set into memory.
 
-    name: "cifar10" (50,000 + 10,000 images in the official order), "digits" (scikit-learn's 1,797, enlarged
-        to 32x32, a fifth of them for testing) or "folder" (train/<class>/*, optional val/ and test/).
-    data_dir: for cifar10 an official archive (python or binary), its extracted folder, a directory prepared
-        by TFDS, or a folder holding one of these; None looks in $CIFAR10_TRAINER_DATA, then in the caches of
-        TFDS, Keras and torchvision, then downloads. For folder the image folder. digits takes none.
-    image_size: the side in pixels, 8 to 512, to which images of a folder are resized; 32 for the others.
+    Args:
+        name: "cifar10" (50,000 + 10,000 images in the official order), "digits" (the 1,797 images of scikit-learn,
+            enlarged to 32x32; a fifth of them are test images) or "folder" (train/<class>/*, optionally val/ and
+            test/).
+        data_dir: for cifar10, an official archive (python or binary), its extracted folder, a directory that TFDS
+            prepared, or a folder that holds one of these. None: the first of $CIFAR10_TRAINER_DATA, the caches of
+            TFDS, Keras and torchvision, and a download. For folder, the folder. digits accepts only None.
+        image_size: the side in pixels, 8 to 512, that images of a folder are resized to; 32 for the other data sets.
 
-    Raises ConfigError on an unknown name, a path that does not exist or an image_size out of range, RunError
-    when the data is missing, damaged or unreadable.
+    Returns:
+        The data set.
+
+    Raises:
+        ConfigError: if `name` is unknown, a path does not exist, or `image_size` is out of range.
+        RunError: if the data is missing, damaged or unreadable.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)

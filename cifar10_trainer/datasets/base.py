@@ -1,4 +1,4 @@
-"""Images and labels in memory, and their split into training and validation."""
+"""The Dataset class, and its split into training and validation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from ..errors import ConfigError, unknown
 class Dataset:
     """Images and labels in memory.
 
-    Images are uint8 [n, height, width, 3], labels int64 [n] from 0 to num_classes - 1. The test arrays are
-    empty ([0, height, width, 3] and [0]) for a folder without test/. `source` tells people where the images
-    were read. `validation` is (images, labels) of a folder with its own val/, otherwise None.
+    All images are uint8 [n, height, width, 3], all labels int64 [n] from 0 to num_classes - 1.
+
+    Attributes:
+        name: of the data set, see `load`.
+        train_images: the training images.
+        train_labels: their labels.
+        test_images: the test images; [0, height, width, 3] for a folder without test/.
+        test_labels: their labels.
+        class_names: the name of each label.
+        source: where the images came from, for people.
+        validation: the images and labels in val/ of a folder; None if there is no val/.
     """
 
     name: str
@@ -31,10 +39,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """The number of classes."""
         return len(self.class_names)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
         height, width, channels = self.train_images.shape[1:]
         return height, width, channels
 
@@ -42,17 +52,23 @@ class Dataset:
 def split(
     dataset: Dataset, fraction: float | None, kind: str = "stratified", seed: int = 0, fold: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images, training labels, validation images, validation labels.
+    """Splits the training images into training and validation. The test images are not used.
 
-    fraction: the share of the training images to validate on, between 0 and 1: round(n * fraction) images.
-        None: train on all, the validation arrays are empty. A dataset with its own validation images keeps
-        them, whatever the fraction.
-    kind: "stratified" draws each class's share at random from `seed`; "last" takes the last images.
-    fold: which of the 1 / fraction stratified parts is the validation set, from 0. Together they are all the
-        training images, each once.
+    Args:
+        dataset: what to split. If it has validation images of its own, they are the validation set, whatever the
+            other arguments are.
+        fraction: the share of the training images to validate on, between 0 and 1: round(n * fraction) images. None:
+            train on all of them; the validation arrays are empty.
+        kind: "stratified" draws each class's share at random; "last" takes the last images.
+        seed: of the random draw of "stratified".
+        fold: which of the 1 / fraction stratified parts is the validation set, from 0. Each training image is in
+            exactly one of these parts.
 
-    Both parts keep the order of the dataset. The test images are not looked at. Raises ConfigError on a value
-    out of range, an empty validation set or a class left without a training image.
+    Returns:
+        Training images, training labels, validation images, validation labels. All keep the order of the data set.
+
+    Raises:
+        ConfigError: if a value is out of range, the validation set is empty, or a class has no training image left.
     """
     images, labels = dataset.train_images, dataset.train_labels
     if kind not in SPLITS:
@@ -60,7 +76,7 @@ def split(
     if dataset.validation is not None:
         return images, labels, *dataset.validation
     if fraction is None:
-        return images, labels, images[:0].copy(), labels[:0].copy()  # no views: they would hold all images
+        return images, labels, images[:0].copy(), labels[:0].copy()  # a view would keep all images in memory
     if not 0 < fraction < 1:
         raise ConfigError(f"validation_fraction is {fraction}; allowed: greater than 0 and less than 1")
 
@@ -74,21 +90,24 @@ def split(
             f"validation_fraction is {fraction}, which is none of {labels.size} images;"
             f" allowed: {1 / labels.size:.2g} or more"
         )
-    lost = np.setdiff1d(labels, labels[~held_out])
-    if lost.size:
-        names = ", ".join(dataset.class_names[k] for k in lost)
+    missing = np.setdiff1d(labels, labels[~held_out])
+    if missing.size:
+        names = ", ".join(dataset.class_names[k] for k in missing)
         raise ConfigError(
-            f"validation_fraction is {fraction}; with the {kind} split that leaves no training image of"
+            f"validation_fraction is {fraction}, which with the {kind} split leaves no training image of"
             f" {names}; allowed: a smaller fraction"
         )
     return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Eight letters and digits that tell apart what is trained and validated on: a crc32 of labels and some hundred images.
+    """Identifies what is trained and validated on, by a crc32 of all labels and about 500 images of each set.
 
-    It costs milliseconds, so a change to a single image may go unnoticed. The test images do not count: they change
-    nothing in a run but its last score.
+    It costs milliseconds, so a change to a single image may go unnoticed. The test images do not count, because they
+    change nothing in a run except its final score.
+
+    Returns:
+        Eight hexadecimal digits.
     """
     value = zlib.crc32("\n".join(dataset.class_names).encode())
     for images, labels in filter(None, [(dataset.train_images, dataset.train_labels), dataset.validation]):
@@ -98,7 +117,17 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def stratified_mask(labels: np.ndarray, fraction: float, seed: int, fold: int = 0) -> np.ndarray:
-    """A bool mask of round(n * fraction) images, drawn from each class in proportion; fold 1 is drawn after fold 0."""
+    """Draws round(n * fraction) images, in proportion from each class.
+
+    Args:
+        labels: integers [n], from 0.
+        fraction: the share of the images to draw, from 0 to 1.
+        seed: of the draw.
+        fold: which part to draw, from 0; different folds of one seed have no image in common.
+
+    Returns:
+        A mask of the drawn images, bool [n].
+    """
     starts, ends = (_shares(labels, min(part * fraction, 1.0)) for part in (fold, fold + 1))
     rng = np.random.default_rng(seed)
     mask = np.zeros(labels.size, bool)
@@ -108,7 +137,7 @@ def stratified_mask(labels: np.ndarray, fraction: float, seed: int, fold: int = 
 
 
 def _shares(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """How many images of each class are its share of round(n * fraction), by largest remainders."""
+    """Divides round(n * fraction) images among the classes, by largest remainders: integers [classes]."""
     exact = np.bincount(labels) * fraction
     counts = np.floor(exact).astype(int)
     short = round(labels.size * fraction) - counts.sum()

@@ -1,7 +1,7 @@
-"""CIFAR-10: finding it in whatever form it is there, and reading it.
+"""CIFAR-10: finds it in any of its common forms, and reads it.
 
-Each form comes down to the same six batches, each checked against its md5 before anything else looks at it, so every
-form gives equal arrays in the official order.
+Every form contains the same six batches. The md5 of a batch is verified before anything else reads the batch, so all
+forms lead to equal arrays in the official order.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ CIFAR10_CLASSES = (
 )
 
 _BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
-_ROWS = 10_000  # images a batch
-# A .bin file is rows of one label byte and 3,072 pixel bytes: red, green, blue plane. The others are pickles.
+_ROWS = 10_000  # images per batch
+# A row of a .bin file is one label byte and 3,072 pixel bytes: the red, the green and the blue plane. The other files
+# are pickles.
 _MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -56,8 +57,8 @@ _MD5 = {
     "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
     "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
-# What to look for in a folder, quickest to read first; each may be a form itself or a folder with one inside.
-# The second pattern takes in the names that Keras 2 and 3 give to their copies.
+# What to look for in a folder, the fastest to read first. Each is a form, or a folder that contains one. The second
+# pattern matches the names that Keras 2 and Keras 3 give to their copies.
 _PLACES = (
     "cifar-10-batches-bin",
     "cifar-10-batches-py*",
@@ -69,10 +70,22 @@ _PLACES = (
 )
 
 
-# ---- finding it
+# ---- finding the data
 
 
 def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
+    """Finds and reads CIFAR-10, or downloads it.
+
+    Args:
+        data_dir: see `datasets.load`.
+
+    Returns:
+        50,000 training and 10,000 test images, 32x32, in the official order.
+
+    Raises:
+        ConfigError: if the path does not exist.
+        RunError: if the data is missing, damaged or unreadable.
+    """
     given = data_dir or os.environ.get("CIFAR10_TRAINER_DATA")
     name = "data_dir" if data_dir else "$CIFAR10_TRAINER_DATA"
     if given:
@@ -86,32 +99,33 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
         if form is None:
             raise RunError(
                 f"{path} holds no CIFAR-10; allowed: cifar-10-python.tar.gz or cifar-10-binary.tar.gz,"
-                " either of them extracted, or cifar10/ as TFDS prepares it;"
+                " one of them extracted, or cifar10/ as TFDS prepares it;"
                 f" download {PYTHON_URL} into it, or correct {name}"
             )
         return _read(form)
     for cache in (tfds_folder(), _keras_folder(), Path("data")):
         forms: list[Path] = []
-        with contextlib.suppress(OSError):  # a cache that may not be read is none
+        with contextlib.suppress(OSError):  # a cache without read permission is skipped
             forms = list(_forms(cache))
         for form in forms:
             try:
                 return _read(form)
             except RunError as error:
-                print(f"cifar10: passing over a cached copy: {error}", file=sys.stderr)
+                print(f"cifar10: skipping a cached copy: {error}", file=sys.stderr)
     return _read(download())
 
 
 def _keras_folder() -> Path:
+    """Returns the folder of Keras's cached data sets."""
     return Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets"
 
 
 def _forms(path: Path) -> Iterator[Path]:
-    """What `path` is or holds that looks like CIFAR-10: archives and folders that `_read` takes."""
+    """Yields archives and folders at or below `path` that look like CIFAR-10 and that `_read` can try."""
     if path.is_file():
         yield path
     elif path.is_dir():
-        names = set(os.listdir(path))  # unlike glob, it raises where the folder may not be read
+        names = set(os.listdir(path))  # unlike glob, it raises if there is no read permission
         if names & {"dataset_info.json", *_MD5}:
             yield path
         else:
@@ -120,25 +134,25 @@ def _forms(path: Path) -> Iterator[Path]:
                     yield from _forms(place)
 
 
-# ---- reading it
+# ---- reading the data
 
 
 def _read(form: Path) -> Dataset:
-    """The dataset in one form: an archive, a folder of batches, or a TFDS version directory."""
+    """Reads an archive, a folder of batches, or a TFDS version directory. Raises RunError if it is damaged."""
     with _one_line_errors(form):
         if form.is_file():
             members = _archive_members(form)
         elif (form / "dataset_info.json").exists():
             members = _tfds_members(form)
         else:
-            # Lazily, so that the next file is read while the last is verified.
+            # A generator, so that the next file is read while the last one is verified.
             members = ((name, (form / name).read_bytes()) for name in _MD5 if (form / name).exists())
         train, test = _assemble(form, members)
     return Dataset("cifar10", *train, *test, CIFAR10_CLASSES, str(form))
 
 
 def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the batches in a tar archive, in one pass and without writing anything."""
+    """Yields (name, content) of the batches in a tar archive, in one pass and without writing a file."""
     with tarfile.open(path) as tar:
         for member in tar:
             name = os.path.basename(member.name)
@@ -148,10 +162,10 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _tfds_members(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the binary batches that TFDS prepared `folder` from.
+    """Yields (name, content) of the binary batches that TFDS prepared `folder` from.
 
-    TFDS stores the images shuffled, but their ids ("train_16399") count them in the official order. They are
-    read without tf.data, which would start TensorFlow's devices before anyone could configure them.
+    TFDS stores the images in shuffled order, but their ids ("train_16399") give their place in the official order.
+    They are read without tf.data, which would initialize TensorFlow's devices before a caller can configure them.
     """
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -171,32 +185,33 @@ def _tfds_members(folder: Path) -> Iterator[tuple[str, bytes]]:
                     row[1:] = np.asarray(Image.open(png, formats=("PNG",))).transpose(2, 0, 1).ravel()
     except PermissionError:
         raise
-    except Exception as error:  # TFDS, protobuf and Pillow have an error of their own each
+    except Exception as error:  # TFDS, protobuf and Pillow raise errors of different classes
         raise _damaged(folder, f"it is not CIFAR-10 as TFDS prepares it ({reason_of(error)})") from error
     for i, name in enumerate(_BATCHES):
         yield f"{name}.bin", rows[i * _ROWS : (i + 1) * _ROWS].tobytes()
 
 
 def _tfrecords(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The records of a TFRecord file: length, checksum, content, checksum. (The batches' md5 covers them.)"""
+    """Yields the records of a TFRecord file; the md5 of the batches replaces its checksums."""
     with open(path, "rb") as file:
-        while header := file.read(12):
+        while header := file.read(12):  # length and its checksum, then the content and its checksum
             (length,) = struct.unpack("<Q4x", header)
             yield file.read(length)
             file.read(4)
 
 
 def _assemble(form: Path, members: Iterable[tuple[str, bytes]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 [n, 32, 32, 3] and labels int64 [n], in order, of the training batches and of the test batch.
+    """Verifies the batches, and returns [(training images, labels), (test images, labels)] in the official order.
 
-    Each batch is verified first. Training and test arrays share no memory: either can go alone.
+    Images are uint8 [n, 32, 32, 3], labels int64 [n]. Training and test arrays share no memory, so one pair can be
+    freed without the other. Raises RunError if a batch is missing or has the wrong md5.
     """
     n = _ROWS * (len(_BATCHES) - 1)
     train, test = ((np.empty((m, 32, 32, 3), np.uint8), np.empty(m, np.int64)) for m in (n, _ROWS))
-    found = set()
+    verified = set()
     with ThreadPoolExecutor(1) as pool:
-        # Reading and hashing release the interpreter lock: a batch is hashed while the next is read. The thread
-        # allocates nothing large, which glibc would keep.
+        # Reading and hashing release the interpreter lock, so a batch is hashed while the next one is read. The thread
+        # allocates no large arrays, because glibc would not return their memory.
         hashed = ((name, content, pool.submit(_md5_of, content)) for name, content in members)
         following = next(hashed, None)
         while following:
@@ -209,8 +224,8 @@ def _assemble(form: Path, members: Iterable[tuple[str, bytes]]) -> list[tuple[np
             labels[:], planes = _parse(name, content)
             for channel in range(3):  # several times faster than one transpose
                 images[..., channel] = planes[:, channel]
-            found.add(batch)
-    missing = [batch for batch in _BATCHES if batch not in found]
+            verified.add(batch)
+    missing = [batch for batch in _BATCHES if batch not in verified]
     if len(missing) == len(_BATCHES):
         raise _damaged(form, "it holds no batch of CIFAR-10")
     if missing:
@@ -219,11 +234,12 @@ def _assemble(form: Path, members: Iterable[tuple[str, bytes]]) -> list[tuple[np
 
 
 def _md5_of(content: bytes) -> str:
+    """Returns the md5 as hexadecimal digits."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _parse(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [n] and pixels uint8 [n, 3, 32, 32] of a verified batch."""
+    """Returns labels [n] and pixels uint8 [n, 3, 32, 32] of a verified batch."""
     if name.endswith(".bin"):
         rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3072)
         return rows[:, 0], rows[:, 1:].reshape(-1, 3, 32, 32)
@@ -232,7 +248,7 @@ def _parse(name: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays and plain containers only: a second bolt behind the checksum."""
+    """Unpickles NumPy arrays and plain containers only: a second defence, after the checksum."""
 
     allowed: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # NumPy 2 moved it
@@ -241,13 +257,15 @@ class _ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        """Returns an allowed class. Raises UnpicklingError for any other."""
         try:
             return self.allowed[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a batch of images") from None
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a batch of images") from None
 
 
 def _damaged(path: Path, what: str) -> RunError:
+    """Returns the error for data that is not as published."""
     return RunError(
         f"{path} cannot be used: {what}; delete it and download it again from {PYTHON_URL},"
         " or name another copy with --data_dir"
@@ -256,7 +274,7 @@ def _damaged(path: Path, what: str) -> RunError:
 
 @contextlib.contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
-    """Turns what reading `path` can raise into a RunError that says what to do."""
+    """Replaces the errors that reading `path` can raise by a RunError that says what to do."""
     try:
         yield
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -265,4 +283,4 @@ def _one_line_errors(path: Path) -> Iterator[None]:
                 f"cannot read {error.filename or path}: {error.strerror};"
                 " correct that, or name another copy with --data_dir"
             ) from error
-        raise _damaged(path, f"it is damaged, or no archive ({reason_of(error)})") from error
+        raise _damaged(path, f"it is damaged, or not an archive ({reason_of(error)})") from error

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, built in: small runs without a download."""
+"""The handwritten digits of scikit-learn: a small data set without a download."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ import numpy as np
 from ..errors import ConfigError
 from .base import Dataset, stratified_mask
 
-_DIGITS_TEST_SEED = 8  # fixes which digits are test images, whatever a run's own seed
+_DIGITS_TEST_SEED = 8  # the test images are the same ones for every seed of a run
 
 
 def load_digits(data_dir: str | os.PathLike[str] | None) -> Dataset:
-    """scikit-learn's handwritten digits, enlarged from 8x8; always the same stratified fifth tests."""
+    """Reads scikit-learn's handwritten digits.
+
+    Args:
+        data_dir: must be None, because the images come with scikit-learn.
+
+    Returns:
+        1,797 grey images, enlarged from 8x8 to 32x32 and with three equal channels. The same stratified fifth of them
+        always are the test images.
+
+    Raises:
+        ConfigError: if there is a `data_dir`.
+    """
     if data_dir:
         raise ConfigError(f"data_dir is {data_dir}; allowed with the dataset digits: none, it is built in")
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Downloading CIFAR-10, resumably, to where TFDS looks for it."""
+"""Downloads CIFAR-10 to the folder where TFDS looks for it; an interrupted download resumes."""
 
 from __future__ import annotations
 
@@ -19,44 +19,50 @@ PYTHON_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 BINARY_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 BINARY_SIZE = 170_052_171
 BINARY_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-_ATTEMPTS = 5  # in a row without a byte received
-_PAUSE = 1.0  # seconds before the second attempt; it doubles with each
+_ATTEMPTS = 5  # in a row that receive no byte
+_PAUSE = 1.0  # seconds before the second attempt; each further attempt doubles it
 _TIMEOUT = 60.0  # seconds without a byte from the server
 
 
 def tfds_folder() -> Path:
+    """Returns the folder where TFDS keeps its data sets."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def download() -> Path:
-    """Downloads the binary archive to where TFDS looks for it, and gives its path.
+    """Downloads the binary archive to the folder where TFDS looks for it.
 
-    It is the download of TFDS: the same address, the same sha256, and `tfds.load("cifar10")` takes it from
-    <data_dir>/downloads/manual/. But TFDS's downloader starts again from nothing after a broken connection,
-    and this server has been slow enough for that to matter. TFDS's preparation is left out: the archive
-    itself reads faster than what it would be turned into.
+    The address and the sha256 are those of TFDS, and `tfds.load("cifar10")` finds the archive in
+    <data_dir>/downloads/manual/. TFDS's own downloader starts from the beginning after a broken connection, which
+    matters because this server is slow at times. TFDS's preparation step is omitted, because the archive can be read
+    faster than what TFDS makes of it.
+
+    Returns:
+        The path of the archive. If it existed before, it is returned without being read.
+
+    Raises:
+        RunError: if the download fails, has a wrong sha256, or cannot be written.
     """
     folder = tfds_folder() / "downloads" / "manual"
     archive = folder / "cifar-10-binary.tar.gz"
     part = folder / "cifar-10-binary.tar.gz.part"
     try:
         with folder_lock(folder, lambda: print("cifar10: waiting for another process", file=sys.stderr)):
-            if (
-                archive.exists()
-            ):  # another process has just brought it; or it is damaged, as reading it will tell
+            # Another process has just downloaded it, or it is damaged; then the error comes from reading it.
+            if archive.exists():
                 return archive
             print(
                 f"cifar10: not on this machine; downloading {BINARY_SIZE / 1e6:.0f} MB from {BINARY_URL}"
-                f" to {folder}. The server can be slow. If you stop, the next run goes on from there;"
-                " a copy from elsewhere is named with --data_dir.",
+                f" to {folder}. The server can be slow. If you stop, the next run resumes the download;"
+                " if you have a copy elsewhere, name it with --data_dir.",
                 file=sys.stderr,
             )
             _fetch(part)
-            received = hashlib.sha256(part.read_bytes()).hexdigest()
-            if received != BINARY_SHA256:
+            sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
+            if sha256 != BINARY_SHA256:
                 part.unlink()
                 raise RunError(
-                    f"the download from {BINARY_URL} has the sha256 {received}, not {BINARY_SHA256}, and was"
+                    f"the download from {BINARY_URL} has the sha256 {sha256}, not {BINARY_SHA256}, and was"
                     " deleted; run again, or name another copy with --data_dir"
                 )
             os.replace(part, archive)
@@ -69,27 +75,27 @@ def download() -> Path:
 
 
 def _fetch(part: Path) -> None:
-    """Completes `part` from the server, over as many connections as it takes."""
+    """Completes `part` from the server, over several connections if they break. Raises RunError if it gives up."""
     failures = 0
-    while (have := part.stat().st_size if part.exists() else 0) < BINARY_SIZE:
+    while (before := _size_of(part)) < BINARY_SIZE:
         reason = "the connection closed early"
         try:
-            _receive(part, have)
+            _receive(part, before)
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"the server answered {error.code} {error.reason}"
             if 400 <= error.code < 500 and error.code not in (408, 429):
-                failures = _ATTEMPTS
+                failures = _ATTEMPTS  # a client error stays one
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             cause = getattr(error, "reason", error)  # urllib wraps what the socket raised
             reason = reason_of(cause) if isinstance(cause, Exception) else str(cause)
-        now = part.stat().st_size if part.exists() else 0
-        if now >= BINARY_SIZE:
+        after = _size_of(part)
+        if after >= BINARY_SIZE:
             break
-        failures = 0 if now > have else failures + 1
+        failures = 0 if after > before else failures + 1
         if failures >= _ATTEMPTS:
             raise RunError(
-                f"cannot download {BINARY_URL}: {reason}; run again to go on from {now / 1e6:.1f} MB,"
+                f"cannot download {BINARY_URL}: {reason}; run again to resume from {after / 1e6:.1f} MB,"
                 f" or download {PYTHON_URL} elsewhere and name it with --data_dir"
             )
         pause = _PAUSE * 2 ** max(failures - 1, 0)
@@ -97,15 +103,20 @@ def _fetch(part: Path) -> None:
         time.sleep(pause)
 
 
-def _receive(part: Path, have: int) -> None:
-    """One request for the bytes from `have` on, appended to `part`; or from the start, if need be."""
-    request = urllib.request.Request(BINARY_URL, headers={"Range": f"bytes={have}-"} if have else {})
+def _size_of(part: Path) -> int:
+    """Returns the size in bytes of a file that may not exist."""
+    return part.stat().st_size if part.exists() else 0
+
+
+def _receive(part: Path, offset: int) -> None:
+    """Requests the bytes from `offset` on, and appends them to `part`; replaces it if the server sends all bytes."""
+    request = urllib.request.Request(BINARY_URL, headers={"Range": f"bytes={offset}-"} if offset else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-        start = have if response.status == 206 else 0  # partial content; otherwise the server sends it all
+        start = offset if response.status == 206 else 0  # 206: partial content, as requested
         length = response.headers.get("Content-Length")
         if length is not None and start + int(length) != BINARY_SIZE:
             raise RunError(
-                f"{BINARY_URL} gives {start + int(length):,} bytes, not {BINARY_SIZE:,}: perhaps the page of"
+                f"{BINARY_URL} sends {start + int(length):,} bytes, not {BINARY_SIZE:,}: perhaps the page of"
                 " a proxy; check the network, or name another copy with --data_dir"
             )
         progress = _progress(start)
@@ -116,7 +127,10 @@ def _receive(part: Path, have: int) -> None:
 
 
 def _progress(start: int) -> Callable[[int], None]:
-    """Shows megabytes, rate and time left: on a terminal in one line, otherwise a line each half minute."""
+    """Returns a function of the bytes received so far, which prints megabytes, rate and time left.
+
+    On a terminal it updates one line; otherwise it prints a line every 30 seconds.
+    """
     terminal = sys.stderr.isatty()
     interval = 0.2 if terminal else 30.0
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""A folder of images: train/<class>/*, and if you like val/<class>/* and test/<class>/*."""
+"""A folder of images: train/<class>/*, and optionally val/<class>/* and test/<class>/*."""
 
 from __future__ import annotations
 
@@ -12,10 +12,23 @@ from ..errors import ConfigError, RunError, reason_of
 from .base import Dataset
 from .images import read_image
 
-_FOLDER_LAYOUT = "a folder with train/<class>/* and, if you like, val/<class>/* and test/<class>/*"
+_FOLDER_LAYOUT = "a folder with train/<class>/* and, optionally, val/<class>/* and test/<class>/*"
 
 
 def load_folder(data_dir: str | os.PathLike[str] | None, size: int) -> Dataset:
+    """Reads a folder of images.
+
+    Args:
+        data_dir: the folder; the names of the folders in its train/ are the class names.
+        size: the side in pixels that each image is resized to.
+
+    Returns:
+        The data set, with classes and files in sorted order.
+
+    Raises:
+        ConfigError: if the folder does not exist, or if val/ or test/ has a class that train/ has not.
+        RunError: if there are fewer than two classes, an empty class, or a file that is not an image.
+    """
     if not data_dir:
         raise ConfigError(f"data_dir is not set; allowed with the dataset folder: {_FOLDER_LAYOUT}")
     root = Path(data_dir).expanduser()
@@ -24,7 +37,7 @@ def load_folder(data_dir: str | os.PathLike[str] | None, size: int) -> Dataset:
             raise ConfigError(f"data_dir is {root}, which does not exist; allowed: {_FOLDER_LAYOUT}")
         if not (root / "train").is_dir():
             raise RunError(f"{root} has no folder train/; allowed: {_FOLDER_LAYOUT}")
-        # List and check everything before reading the first image.
+        # Before the first image is read, so that a mistake shows at once.
         parts = [part for part in ("train", "val", "test") if (root / part).exists()]
         files = {part: _list_images(root / part) for part in parts}
     except OSError as error:
@@ -33,13 +46,13 @@ def load_folder(data_dir: str | os.PathLike[str] | None, size: int) -> Dataset:
     if len(class_names) < 2:
         raise RunError(
             f"{root / 'train'} has {len(class_names)} class folder ({', '.join(class_names) or 'none'});"
-            f" at least two are needed: {_FOLDER_LAYOUT}"
+            f" allowed: two or more, in {_FOLDER_LAYOUT}"
         )
     for part, classes in files.items():
-        strangers = sorted(set(classes) - set(class_names))
-        if strangers:
+        extra = sorted(set(classes) - set(class_names))
+        if extra:
             raise ConfigError(
-                f"{root / part} has the class {', '.join(strangers)}, which train/ lacks;"
+                f"{root / part} has the class {', '.join(extra)}, which train/ lacks;"
                 f" allowed: {', '.join(class_names)}"
             )
 
@@ -59,7 +72,7 @@ def load_folder(data_dir: str | os.PathLike[str] | None, size: int) -> Dataset:
 
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """{class name: its files}, both sorted, hidden ones left out."""
+    """Returns {class name: its files}, both sorted and without hidden ones. Raises RunError if one is empty."""
     classes = {}
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):

@@ -1,6 +1,6 @@
-"""The architectures: one file each, whose `build` gives an uncompiled functional `keras.Model` on raw images.
+"""The architectures: one file each, whose `build` returns an uncompiled functional `keras.Model` on raw images.
 
-Importing this package costs no Keras; an architecture's own file is imported when it is asked for.
+Importing this package does not import Keras. The file of an architecture is imported when a function here needs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import ConfigError, unknown
 if TYPE_CHECKING:
     import keras
 
-# Name -> what it is. Each is the file of that name in this folder.
+# Name -> description. Each name is that of a file in this folder.
 ARCHITECTURES: dict[str, str] = {
     "fast": "whitened patches, then three wide two-convolution blocks with batch norm: the project's own",
     "practical": "three convolutions with batch norm and a dense layer (tutorial 1)",
@@ -27,7 +27,8 @@ ARCHITECTURES: dict[str, str] = {
     "transfer": "a Keras Applications backbone, pretrained on ImageNet, with a new head",
 }
 
-_GIVEN = ("input_shape", "num_classes", "mean", "std")  # by the data, so no option of a recipe
+# These arguments of a build function depend on the data, so they are not options of a recipe.
+_DATA_ARGUMENTS = ("input_shape", "num_classes", "mean", "std")
 
 
 def build(
@@ -38,13 +39,23 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> keras.Model:
-    """The uncompiled model of `config.architecture` with `config.options`.
+    """Builds the model of `config.architecture` with `config.options`.
 
-    input_shape: (height, width, channels); mean, std: one float a channel, in units of 0-1 pixels, or None.
-    The model takes images [n, height, width, channels], uint8 or float, 0-255, and gives float32
-    probabilities [n, num_classes]. Raises ConfigError where no such network can be.
+    Args:
+        config: the architecture and its options.
+        input_shape: height, width and channels of the images.
+        num_classes: the number of classes.
+        mean: one number per channel, in units of 0-1 pixels, that preprocessing subtracts; None: 0.
+        std: one number per channel, in units of 0-1 pixels, by which preprocessing divides; None: 1.
+
+    Returns:
+        An uncompiled functional model: images [n, height, width, channels], uint8 or float, 0-255, to float32
+        probabilities [n, num_classes].
+
+    Raises:
+        ConfigError: if the architecture or an option is unknown, or if a value is invalid.
     """
-    function = _build_function(config.architecture)
+    build_function = _build_function(config.architecture)
     check_options(config.architecture, config.options)
     if len(input_shape) != 3 or any(side is not None and side < 1 for side in input_shape):
         raise ConfigError(
@@ -53,21 +64,27 @@ def build(
     if num_classes < 2:
         raise ConfigError(f"num_classes is {num_classes}; allowed: 2 or more")
     try:
-        return function(
+        return build_function(
             input_shape=tuple(input_shape), num_classes=num_classes, mean=mean, std=std, **config.options
         )
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:  # Keras's own, about the value of an option
         raise ConfigError(
-            f"{config.architecture} cannot be built with {dict(config.options)}: {error}"
+            f"options is {dict(config.options)}; allowed with the architecture {config.architecture}:"
+            f" values that Keras accepts ({error})"
         ) from error
 
 
 def forward_flops(model: keras.Model, side: int | None = None) -> int:
-    """Floating-point operations of the convolutions and dense layers for one image: two a multiply-add.
+    """Counts the FLOPs (floating-point operations) of a forward pass on one image: two per multiply-add.
 
-    side: of a square image, where it is not the model's own input.
+    Args:
+        model: functional. Only its convolutions and dense layers are counted.
+        side: of a square image, in pixels; None: the input shape of the model.
+
+    Returns:
+        The number of operations.
     """
     import keras
 
@@ -77,23 +94,28 @@ def forward_flops(model: keras.Model, side: int | None = None) -> int:
     total = 0
     for layer in model.layers:
         if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-            places = 1
+            positions = 1
             for length in layer.output.shape[1:-1]:
-                places *= length
-            total += 2 * places * int(layer.kernel.shape.num_elements())
+                positions *= length
+            total += 2 * positions * int(layer.kernel.shape.num_elements())
     return total
 
 
 def check_options(architecture: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError on an unknown architecture, or an option that its build function does not take."""
+    """Checks that an architecture has these options; their values are not checked.
+
+    Raises:
+        ConfigError: if the architecture or the name of an option is unknown.
+    """
     parameters = inspect.signature(_build_function(architecture)).parameters
-    allowed = [name for name in parameters if name not in _GIVEN]
+    allowed = [name for name in parameters if name not in _DATA_ARGUMENTS]
     for name in options:
         if name not in allowed:
             raise unknown(f"option of {architecture}", name, allowed)
 
 
 def _build_function(architecture: str) -> Callable[..., keras.Model]:
+    """Imports the build function of an architecture. Raises ConfigError if the architecture is unknown."""
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)
     return importlib.import_module(f"{__name__}.{architecture}").build

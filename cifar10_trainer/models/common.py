@@ -1,4 +1,4 @@
-"""What the architectures share: their first and last layers, and the checks on the way."""
+"""Layers and checks that the architectures share."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from ..errors import ConfigError
 def preprocess(
     x: keras.KerasTensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> keras.KerasTensor:
-    """(x / 255 - mean) / std, of pixels 0-255, as one plain layer.
+    """Computes (x / 255 - mean) / std in one layer, named "preprocess".
 
-    mean, std: one float a channel, in units of 0-1 pixels; None: 0 and 1. Always in float32: in
-    bfloat16 the subtraction would lose bits. Raises ConfigError on a wrong length or a std of 0 or less.
+    It is always float32, because the subtraction would lose bits in bfloat16.
+
+    Args:
+        x: images [n, height, width, channels], 0-255.
+        mean: one number per channel, in units of 0-1 pixels; None: 0.
+        std: one number per channel, in units of 0-1 pixels; None: 1.
+
+    Returns:
+        float32 [n, height, width, channels].
+
+    Raises:
+        ConfigError: if the length of `mean` or `std` is wrong, or if a `std` is 0 or less.
     """
     channels = x.shape[-1]
     mean = [0.0] * channels if mean is None else [float(m) for m in mean]
     std = [1.0] * channels if std is None else [float(s) for s in std]
     if not len(mean) == len(std) == channels or min(std) <= 0:
         raise ConfigError(
-            f"mean is {mean} and std {std}; allowed: {channels} numbers each, those of std positive"
+            f"mean is {mean} and std is {std}; allowed: {channels} numbers each, all positive in std"
         )
     return layers.Rescaling(
         scale=[1 / (255 * s) for s in std],
@@ -36,42 +46,46 @@ def preprocess(
 def classifier_head(
     x: keras.KerasTensor, num_classes: int, regularizer: keras.Regularizer | None = None
 ) -> keras.KerasTensor:
-    """Features [n, f] -> float32 probabilities [n, num_classes]: layers "logits", "probabilities"."""
+    """Maps features [n, f] to float32 probabilities [n, num_classes], by layers "logits" and "probabilities"."""
     x = layers.Dense(num_classes, kernel_regularizer=regularizer, dtype="float32", name="logits")(x)
     return layers.Activation("softmax", dtype="float32", name="probabilities")(x)
 
 
 def pool(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    """Halves the maps [n, h, w, c] by their maxima. Raises ConfigError where nothing would be left."""
+    """Halves the maps [n, h, w, c] by 2x2 max pooling. Raises ConfigError if no pixel would be left."""
     check_side(x, 2, name)
     return layers.MaxPooling2D(2, name=name)(x)
 
 
 def flatten(x: keras.KerasTensor) -> keras.KerasTensor:
-    """[n, h, w, c] -> [n, h * w * c]. Raises ConfigError where height and width are not fixed."""
+    """Reshapes [n, h, w, c] to [n, h * w * c]. Raises ConfigError if height or width is not fixed."""
     if None in x.shape[1:]:
         raise ConfigError(f"input_shape leads to maps of {x.shape[1:]}; allowed: a fixed height and width")
     return layers.Flatten(name="flatten")(x)
 
 
 def dropout(x: keras.KerasTensor, rate: float, name: str) -> keras.KerasTensor:
-    """Dropout; no layer at all where `rate` is 0."""
+    """Applies dropout, or returns `x` if `rate` is 0."""
     return layers.Dropout(rate, name=name)(x) if rate else x
 
 
 def check_side(x: keras.KerasTensor, side: int, name: str) -> None:
-    """Raises ConfigError where the maps [n, h, w, c] are smaller than the window of the layer `name`."""
+    """Raises ConfigError if the maps [n, h, w, c] are smaller than the window of the layer `name`."""
     height, width = x.shape[1:3]
     if any(length is not None and length < side for length in (height, width)):
         raise ConfigError(
             f"the network is too deep for the image: {name} receives maps of {height}x{width};"
-            f" allowed: {side}x{side} at least, by larger images or fewer layers"
+            f" allowed: at least {side}x{side}; use larger images or fewer layers"
         )
 
 
 def per_block(name: str, value: float | Sequence[float], count: int) -> tuple[float, ...]:
-    """The option `name` as `count` numbers: one stands for all. Raises ConfigError on another length."""
+    """Returns the option `name` as one number per block: a single number stands for all `count` blocks.
+
+    Raises:
+        ConfigError: if there are neither one nor `count` numbers.
+    """
     values = (value,) * count if isinstance(value, int | float) else tuple(value)
     if len(values) != count:
-        raise ConfigError(f"{name} is {values}; allowed: one number, or {count}")
+        raise ConfigError(f"{name} is {values}; allowed: one number, or {count} numbers")
     return values

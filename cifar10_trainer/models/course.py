@@ -21,11 +21,24 @@ def build(
     dropout: float = 0.25,
     head_dropout: float = 0.5,
 ) -> keras.Model:
-    """Images [n, h, w, c], uint8 or float, 0-255 -> float32 probabilities [n, num_classes].
+    """Builds the network: blocks of convolution, ReLU, batch norm, max pooling and dropout, and a hidden dense layer.
 
-    filters: one block each, of a convolution without padding, ReLU, batch norm, max-pooling and dropout;
-    dense: units of the hidden dense layer, with ReLU, batch norm and `head_dropout`.
-    Raises ConfigError where the image is too small.
+    Args:
+        input_shape: height, width and channels of the images.
+        num_classes: the number of classes.
+        mean: one number per channel, in units of 0-1 pixels, that preprocessing subtracts; None: 0.
+        std: one number per channel, in units of 0-1 pixels, by which preprocessing divides; None: 1.
+        filters: the filters of each block's convolution, which has no padding.
+        dense: units of the hidden dense layer, which is followed by ReLU, batch norm and dropout.
+        dropout: the rate in the blocks.
+        head_dropout: the rate after the hidden dense layer.
+
+    Returns:
+        An uncompiled functional model: images [n, height, width, channels], uint8 or float, 0-255, to float32
+        probabilities [n, num_classes].
+
+    Raises:
+        ConfigError: if the image is too small.
     """
     images = keras.Input(input_shape, dtype="float32", name="images")
     x = common.preprocess(images, mean, std)

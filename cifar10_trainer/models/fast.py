@@ -1,11 +1,13 @@
 """The project's own network: patch whitening, then three blocks of two 3x3 convolutions, and a small head.
 
-1,973,920 parameters with the default widths, whitening included. After airbench94's (Jordan 2024,
-arXiv:2404.00498), as natural Keras: batch norm without scale, convolutions that start near the identity,
-logits divided by nine. The last pooling is global, so that it also takes smaller images.
+It has 1,973,920 parameters with the default widths, whitening included. It follows airbench94 (Jordan 2024,
+arXiv:2404.00498) in idiomatic Keras: batch norm without scale, convolutions whose initial kernels are close to the
+identity, logits divided by nine. The last pooling is global, so the network also accepts smaller images.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -17,48 +19,35 @@ from .common import preprocess
 
 def build(
     *,
-    input_shape: tuple[int, int, int] = (32, 32, 3),
+    input_shape: Sequence[int] = (32, 32, 3),
     num_classes: int = 10,
-    mean: tuple[float, ...] | None = (0.4914, 0.4822, 0.4465),
-    std: tuple[float, ...] | None = (0.2470, 0.2435, 0.2616),
-    filters: tuple[int, ...] = (64, 256, 256),
+    mean: Sequence[float] | None = (0.4914, 0.4822, 0.4465),
+    std: Sequence[float] | None = (0.2470, 0.2435, 0.2616),
+    filters: Sequence[int] = (64, 256, 256),
     depth: int = 2,
     dropout: float = 0.0,
     activation: str = "silu",
 ) -> keras.Model:
-    """Builds the network, uncompiled. Images [n, height, width, channels] of 0-255 in, float32 probabilities out.
+    """Builds the network.
 
     Args:
-        input_shape: height, width, channels.
-        num_classes: outputs.
-        mean, std: of the data's channels in 0-1 units, for the preprocessing that the model holds.
-        filters: width of each block.
-        depth: convolutions of a block; from the third on each has a shortcut around it.
-        dropout: rate before the head.
-        activation: a Keras activation's name.
+        input_shape: height, width and channels of the images.
+        num_classes: the number of classes.
+        mean: one number per channel, in units of 0-1 pixels, that preprocessing subtracts; None: 0.
+        std: one number per channel, in units of 0-1 pixels, by which preprocessing divides; None: 1.
+        filters: the filters of each block's convolutions.
+        depth: the number of convolutions in each block; from the third on, a shortcut leads around each of them.
+        dropout: the rate before the head, from 0 to less than 1.
+        activation: the name of a Keras activation.
 
-    Raises ConfigError for an image too small for the blocks, or a value out of range.
+    Returns:
+        An uncompiled functional model: images [n, height, width, channels], uint8 or float, 0-255, to float32
+        probabilities [n, num_classes].
+
+    Raises:
+        ConfigError: if the image is too small, or if an option is out of range.
     """
-    if not filters or min(filters) < 1:
-        raise ConfigError(f"filters is {tuple(filters)}; allowed: one positive width a block")
-    if depth < 1:
-        raise ConfigError(f"depth is {depth}; allowed: 1 or more")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"dropout is {dropout}; allowed: 0 to less than 1")
-    smallest = 2 ** len(filters) + 1
-    if min(input_shape[:2]) < smallest:
-        raise ConfigError(
-            f"{len(filters)} blocks need images of {smallest}x{smallest}, not {input_shape[:2]}"
-        )
-
-    def convolution(x, width, name):
-        # Uniform within 1 / sqrt(fan in), the default of the networks this one descends from.
-        start = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
-        return layers.Conv2D(width, 3, padding="same", use_bias=False, kernel_initializer=start, name=name)(x)
-
-    def norm(x, name):
-        return layers.BatchNormalization(scale=False, momentum=0.6, epsilon=1.001e-5, name=name)(x)
-
+    _check_options(input_shape, filters, depth, dropout)
     images = keras.Input(input_shape, name="images")
     x = preprocess(images, mean, std)
     x = layers.Conv2D(2 * 4 * input_shape[-1], 2, use_bias=False, name="whitening")(x)
@@ -67,10 +56,10 @@ def build(
         for c in range(1, depth + 1):
             name = f"block{b}_conv{c}"
             shortcut = x
-            x = convolution(x, width, name)
+            x = _convolution(x, width, name)
             if c == 1:
                 x = layers.MaxPooling2D(name=f"block{b}_pool")(x)
-            x = norm(x, f"block{b}_norm{c}")
+            x = _norm(x, f"block{b}_norm{c}")
             if c > 2:
                 x = layers.Add(name=f"block{b}_add{c}")([x, shortcut])
             x = layers.Activation(activation, name=f"block{b}_activation{c}")(x)
@@ -87,8 +76,37 @@ def build(
     return model
 
 
+def _check_options(input_shape: Sequence[int], filters: Sequence[int], depth: int, dropout: float) -> None:
+    """Raises ConfigError as `build` does."""
+    if not filters or min(filters) < 1:
+        raise ConfigError(f"filters is {tuple(filters)}; allowed: one positive width per block")
+    if depth < 1:
+        raise ConfigError(f"depth is {depth}; allowed: 1 or more")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout is {dropout}; allowed: 0 to less than 1")
+    smallest = 2 ** len(filters) + 1
+    if min(input_shape[:2]) < smallest:
+        raise ConfigError(
+            f"input_shape is {tuple(input_shape)}, but {len(filters)} blocks need images of {smallest}x{smallest};"
+            " allowed: larger images or fewer blocks"
+        )
+
+
+def _convolution(x: keras.KerasTensor, width: int, name: str) -> keras.KerasTensor:
+    """A 3x3 convolution without bias, initially uniform within 1 / sqrt(fan in), which is PyTorch's default."""
+    initializer = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+    return layers.Conv2D(width, 3, padding="same", use_bias=False, kernel_initializer=initializer, name=name)(
+        x
+    )
+
+
+def _norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
+    """Batch norm without scale. Its epsilon is the smallest one that cuDNN accepts."""
+    return layers.BatchNormalization(scale=False, momentum=0.6, epsilon=1.001e-5, name=name)(x)
+
+
 def _start_as_identity(layer: layers.Conv2D) -> None:
-    """Makes the first filters of a 3x3 convolution pass their input channels on, as far as there are filters."""
+    """Sets the first filters of a 3x3 convolution so that filter i copies channel i of the input."""
     kernel = np.array(layer.kernel)
     size = min(kernel.shape[2:])
     kernel[:, :, :, :size] = 0
@@ -96,34 +114,46 @@ def _start_as_identity(layer: layers.Conv2D) -> None:
     layer.kernel.assign(kernel)
 
 
-def whiten(model: keras.Model, images: np.ndarray, mean, std, epsilon: float = 5e-4) -> None:
-    """Sets the layer "whitening" to the eigenvectors of the images' 2x2 patches, and freezes it.
+def whiten(
+    model: keras.Model,
+    images: np.ndarray,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    epsilon: float = 5e-4,
+) -> None:
+    """Sets the layer "whitening" so that it whitens 2x2 patches, and freezes it.
 
-    Filter i is eigenvector i of the patches' second moments over sqrt(eigenvalue + epsilon); the second half of
-    the filters are the first half's negatives. The largest entry of an eigenvector is positive, so that the filters do
-    not depend on the machine where no two eigenvalues are equal. Some 2,000 images, from all over, are used.
+    Filter i is eigenvector i of the second moments of the patches, divided by sqrt(eigenvalue + epsilon). The second
+    half of the filters is the negative of the first half. The entry of an eigenvector with the largest magnitude is
+    made positive, so the filters do not depend on the machine unless two eigenvalues are equal. About 2,000 images,
+    evenly spaced in `images`, are used.
 
     Args:
-        images: uint8 [n, height, width, channels]; mean, std: as the model's preprocessing has them.
+        model: what `build` returned.
+        images: uint8 [n, height, width, channels].
+        mean: of the model's preprocessing.
+        std: of the model's preprocessing.
+        epsilon: is added to the eigenvalues, whose unit is the square of preprocessed pixels.
 
-    Raises ConfigError where the model has no such layer.
+    Raises:
+        ConfigError: if the model has no layer "whitening".
     """
     if "whitening" not in (layer.name for layer in model.layers):
         raise ConfigError(f"whitening is True; allowed with the architecture {model.name}: False")
     shift = np.reshape(0.0 if mean is None else mean, (-1, 1, 1, 1))
     scale = np.reshape(1.0 if std is None else std, (-1, 1, 1, 1))
 
-    def moments(part):
-        """Sums [4 * channels, 4 * channels] of products of the numbers of a patch: its pixels, and their channels."""
+    def moments(part: np.ndarray) -> np.ndarray:
+        """Returns sums over all patches, [4 * channels, 4 * channels], of products of two entries of a patch."""
         x = (part.transpose(3, 0, 1, 2).astype(np.float64, order="C") / 255 - shift) / scale
         h, w = x.shape[2:]
         pixels = [x[:, :, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1)]
         patches = np.stack(pixels).reshape(4 * len(x), -1)
         return patches @ patches.T
 
-    images = images[:: max(1, len(images) // 2000)]  # a folder's images are sorted by class
+    images = images[:: max(1, len(images) // 2000)]  # the images of a folder are sorted by class
     n, h, w, channels = images.shape
-    # Few images at a time stay in the cache.
+    # A few images at a time, so that the arrays stay in the cache of the processor.
     total = sum(moments(images[i : i + 20]) for i in range(0, n, 20))
     values, vectors = np.linalg.eigh(total / (n * (h - 1) * (w - 1)))
     largest = vectors[np.abs(vectors).argmax(axis=0), range(len(vectors))]

@@ -1,4 +1,4 @@
-"""The plain model that a run starts with: drawn from the seed, with what it knows of the training images."""
+"""The plain model that a run starts with: its weights depend on the seed, its preprocessing on the training images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ from . import build, fast
 
 
 def initial_model(config: Config, images: np.ndarray, num_classes: int) -> keras.Model:
-    """The plain model that a run starts with."""
-    keras.utils.set_random_seed(
-        config.seed
-    )  # of the weights and of dropout; the data's order has its own seeds
+    """Builds the plain model that a run starts with.
+
+    Args:
+        config: architecture, options, seed, `pixels` and `whitening`.
+        images: the training images, uint8 [n, height, width, channels].
+        num_classes: the number of classes.
+
+    Returns:
+        An uncompiled functional model, see `models.build`.
+
+    Raises:
+        ConfigError: if the config and the images do not fit together.
+    """
+    # Weights and dropout depend on the global seed; the order of the data has seeds of its own.
+    keras.utils.set_random_seed(config.seed)
     mean, std = pixel_statistics(config.pixels, images)
     model = build(config, input_shape=images.shape[1:], num_classes=num_classes, mean=mean, std=std)
     if config.whitening:
@@ -26,12 +37,21 @@ def initial_model(config: Config, images: np.ndarray, num_classes: int) -> keras
 def pixel_statistics(
     pixels: str, images: np.ndarray
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """(mean, std) of the channels in 0-1 units, as far as `pixels` asks for them."""
+    """Computes the statistics of the channels that `pixels` requires.
+
+    Args:
+        pixels: "unit", "centred" or "standardised", as in a Config.
+        images: uint8 [n, height, width, channels].
+
+    Returns:
+        (mean, std), each one number per channel in units of 0-1 pixels, std at least 1e-3. "unit" requires neither and
+        "centred" no std; what is not required is None.
+    """
     if pixels == "unit":
         return None, None
     channels = images.shape[-1]
     rows, n = images.reshape(len(images), -1), images.size // channels
-    # Sums of 8-bit numbers and of their squares are exact in 64 bits, and need no float copy of the images.
+    # Sums of 8-bit integers and of their squares are exact in 64 bits, and need no float copy of the images.
     sums = rows.sum(0, dtype=np.uint64), np.einsum("np,np->p", rows, rows, dtype=np.uint64)
     total, squares = (s.reshape(-1, channels).sum(0).tolist() for s in sums)
     mean = tuple(t / n / 255 for t in total)

@@ -22,11 +22,25 @@ def build(
     dense: Sequence[int] = (256,),
     dropout: float = 0.5,
 ) -> keras.Model:
-    """Images [n, h, w, c], uint8 or float, 0-255 -> float32 probabilities [n, num_classes].
+    """Builds the network: convolutions with batch norm and ReLU, some with max pooling, and hidden dense layers.
 
-    filters: one convolution each; pools: how many of them, from the first, are followed by max-pooling;
-    dense: units of each hidden dense layer; dropout: after each of these.
-    Raises ConfigError where the image is too small.
+    Args:
+        input_shape: height, width and channels of the images.
+        num_classes: the number of classes.
+        mean: one number per channel, in units of 0-1 pixels, that preprocessing subtracts; None: 0.
+        std: one number per channel, in units of 0-1 pixels, by which preprocessing divides; None: 1.
+        filters: the filters of each convolution.
+        kernel_size: the side of the kernels, in pixels.
+        pools: the number of convolutions that max pooling follows, counted from the first.
+        dense: units of each hidden dense layer, which is followed by batch norm, ReLU and dropout.
+        dropout: the rate after each hidden dense layer.
+
+    Returns:
+        An uncompiled functional model: images [n, height, width, channels], uint8 or float, 0-255, to float32
+        probabilities [n, num_classes].
+
+    Raises:
+        ConfigError: if the image is too small.
     """
     images = keras.Input(input_shape, dtype="float32", name="images")
     x = common.preprocess(images, mean, std)
@@ -37,9 +51,9 @@ def build(
         if block <= pools:
             x = common.pool(x, f"block{block}_pool")
     x = common.flatten(x)
-    for number, units in enumerate(dense, start=1):
-        x = layers.Dense(units, name=f"head_dense{number}")(x)
-        x = layers.BatchNormalization(name=f"head_norm{number}")(x)
-        x = layers.ReLU(name=f"head_relu{number}")(x)
-        x = common.dropout(x, dropout, f"head_dropout{number}")
+    for i, units in enumerate(dense, start=1):
+        x = layers.Dense(units, name=f"head_dense{i}")(x)
+        x = layers.BatchNormalization(name=f"head_norm{i}")(x)
+        x = layers.ReLU(name=f"head_relu{i}")(x)
+        x = common.dropout(x, dropout, f"head_dropout{i}")
     return keras.Model(images, common.classifier_head(x, num_classes), name="practical")

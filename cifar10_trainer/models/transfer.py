@@ -1,6 +1,6 @@
 """A Keras Applications backbone, pretrained on ImageNet, under a new head: the extension of tutorial 2.
 
-The backbone's own preprocessing is part of the model, as everywhere here: it takes raw images.
+The backbone's own preprocessing is part of the model, so this model takes raw images like all others here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ from . import common
 
 
 class Backbone(NamedTuple):
-    """A name in `keras.applications`, and what its weights expect of RGB pixels: (x / 255 - mean) / std."""
+    """A backbone and the preprocessing that its weights expect: (x / 255 - mean) / std of RGB pixels.
+
+    Attributes:
+        application: its name in `keras.applications`.
+        mean: one number per channel, in units of 0-1 pixels.
+        std: one number per channel, in units of 0-1 pixels.
+        bgr: whether the weights expect blue first, as those from Caffe do.
+    """
 
     application: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    bgr: bool = False  # the weights come from Caffe, whose images have blue first
+    bgr: bool = False
 
 
 BACKBONES = {
@@ -32,7 +39,7 @@ BACKBONES = {
     "resnet50v2": Backbone("ResNet50V2", (0.5,) * 3, (0.5,) * 3),
     "densenet121": Backbone("DenseNet121", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-SMALLEST = 32  # side of the smallest image that these backbones leave a map of
+SMALLEST = 32  # side in pixels of the smallest image that every backbone accepts
 
 
 def build(
@@ -48,58 +55,82 @@ def build(
     dense: Sequence[int] = (256,),
     dropout: float = 0.5,
 ) -> keras.Model:
-    """Images [n, h, w, 3], uint8 or float, 0-255 -> float32 probabilities [n, num_classes].
+    """Builds the network: preprocessing, the backbone, global average pooling, and hidden dense layers.
 
-    weights: "imagenet" (cached by Keras, or downloaded), a weights file of this backbone, or None for random
-    ones; frozen: train the head alone, unless the weights are random; image_size: side, in pixels, to which
-    the images are resized first, None for as they are; dense: units of each hidden dense layer; dropout:
-    after each of these.
-    Raises ConfigError on a mean or std, since the backbone brings its own, and on images that are too small;
-    RunError where the weights cannot be had.
+    Args:
+        input_shape: height, width and channels of the images; there must be 3 channels.
+        num_classes: the number of classes.
+        mean: must be None, because the backbone brings its own preprocessing.
+        std: must be None, because the backbone brings its own preprocessing.
+        backbone: a key of BACKBONES.
+        weights: "imagenet" (from Keras's cache, or downloaded), a weights file of this backbone, or None for random
+            weights.
+        frozen: whether to train the head alone. Random weights are always trained.
+        image_size: the side in pixels that images are resized to first; None: the images as they are.
+        dense: units of each hidden dense layer, which is followed by ReLU and dropout.
+        dropout: the rate after each hidden dense layer.
+
+    Returns:
+        An uncompiled functional model: images [n, height, width, 3], uint8 or float, 0-255, to float32 probabilities
+        [n, num_classes].
+
+    Raises:
+        ConfigError: if the images are too small, or if an argument is invalid.
+        RunError: if the weights cannot be loaded.
     """
-    if backbone not in BACKBONES:
-        raise unknown("backbone", backbone, BACKBONES)
-    if mean is not None or std is not None:
-        raise ConfigError(
-            f"mean is {mean} and std {std}, but {backbone} brings its own; allowed: None (pixels='unit')"
-        )
-    if input_shape[-1] != 3:
-        raise ConfigError(f"input_shape is {tuple(input_shape)}; allowed for transfer: three channels")
+    _check_arguments(backbone, input_shape, mean, std)
     chosen = BACKBONES[backbone]
 
     images = keras.Input(input_shape, dtype="float32", name="images")
     x = common.preprocess(images, chosen.mean, chosen.std)
     if image_size is not None:
-        # Said here, because this layer takes a bare call of the model for training, and batch norm after it too.
+        # Without `training`, a bare call of the model would count as training, even for batch norm after this layer.
         x = layers.Resizing(image_size, image_size, dtype="float32", name="resize")(x, training=False)
     common.check_side(x, SMALLEST, backbone)
     base = _pretrained(backbone, x, weights)
     if chosen.bgr and weights is not None:
-        # Turning the first kernel around once equals turning every image around.
+        # Reversing the channels of the first kernel once equals reversing those of every image.
         kernel = next(layer for layer in base.layers if isinstance(layer, layers.Conv2D)).kernel
         kernel.assign(kernel.numpy()[:, :, ::-1, :])
     for layer in base.layers:
         layer.trainable = weights is None or not frozen
 
     x = layers.GlobalAveragePooling2D(name="head_pool")(base.output)
-    for number, units in enumerate(dense, start=1):
-        x = layers.Dense(units, name=f"head_dense{number}")(x)
-        x = layers.ReLU(name=f"head_relu{number}")(x)
-        x = common.dropout(x, dropout, f"head_dropout{number}")
+    for i, units in enumerate(dense, start=1):
+        x = layers.Dense(units, name=f"head_dense{i}")(x)
+        x = layers.ReLU(name=f"head_relu{i}")(x)
+        x = common.dropout(x, dropout, f"head_dropout{i}")
     return keras.Model(images, common.classifier_head(x, num_classes), name="transfer")
 
 
+def _check_arguments(
+    backbone: str,
+    input_shape: Sequence[int | None],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    """Raises ConfigError if an argument of `build` is invalid."""
+    if backbone not in BACKBONES:
+        raise unknown("backbone", backbone, BACKBONES)
+    if mean is not None or std is not None:
+        raise ConfigError(
+            f"mean is {mean} and std is {std}, but {backbone} brings its own; allowed: None (pixels='unit')"
+        )
+    if input_shape[-1] != 3:
+        raise ConfigError(f"input_shape is {tuple(input_shape)}; allowed for transfer: three channels")
+
+
 def _pretrained(backbone: str, x: keras.KerasTensor, weights: str | None) -> keras.Model:
-    """The backbone without its top on `x`, in one graph with it. Raises as `build` does."""
+    """Returns the backbone, without its top, as one graph with its input `x`. Raises as `build` does."""
     application = getattr(keras.applications, BACKBONES[backbone].application)
     if weights not in ("imagenet", None) and not os.path.isfile(weights):
         raise ConfigError(f"weights is {weights!r}; allowed: 'imagenet', an existing file, or None")
-    make = dict(include_top=False, input_tensor=x, input_shape=x.shape[1:])
+    options = dict(include_top=False, input_tensor=x, input_shape=x.shape[1:])
     if weights is None:
-        return application(weights=None, **make)
+        return application(weights=None, **options)
     try:
-        return application(weights=weights, **make)
-    except Exception as error:  # Keras raises no narrower class when a download fails
+        return application(weights=weights, **options)
+    except Exception as error:  # Keras raises a plain Exception when a download fails
         if weights != "imagenet":
             raise RunError(
                 f"{weights} does not hold the weights of {backbone} without its top: {error}"
@@ -108,6 +139,6 @@ def _pretrained(backbone: str, x: keras.KerasTensor, weights: str | None) -> ker
         file = re.search(r"https?://\S+/([^\s/]+\.h5)", str(error))
         remedy = f"put {file[1]} into {folder}" if file else f"replace its file in {folder}"
         raise RunError(
-            f"the ImageNet weights of {backbone} cannot be had ({error}): {remedy},"
+            f"cannot load the ImageNet weights of {backbone} ({error}): {remedy},"
             " or train from scratch with weights=None (--set options.weights=null)"
         ) from error

@@ -23,11 +23,23 @@ def build(
     dense: Sequence[int] = (1024, 512),
     dropout: float = 0.2,
 ) -> keras.Model:
-    """Images [n, h, w, c], uint8 or float, 0-255 -> float32 probabilities [n, num_classes].
+    """Builds the network: blocks of two convolutions with dropout between them and max pooling, and wide dense layers.
 
-    filters: one block each, of two convolutions with dropout between them, then max-pooling;
-    dense: units of each hidden dense layer; dropout: the rate everywhere, also before and after these.
-    Raises ConfigError where the image is too small.
+    Args:
+        input_shape: height, width and channels of the images.
+        num_classes: the number of classes.
+        mean: one number per channel, in units of 0-1 pixels, that preprocessing subtracts; None: 0.
+        std: one number per channel, in units of 0-1 pixels, by which preprocessing divides; None: 1.
+        filters: the filters of each block's two convolutions.
+        dense: units of each hidden dense layer.
+        dropout: the rate in the blocks, before the first dense layer and after each hidden one.
+
+    Returns:
+        An uncompiled functional model: images [n, height, width, channels], uint8 or float, 0-255, to float32
+        probabilities [n, num_classes].
+
+    Raises:
+        ConfigError: if the image is too small.
     """
     images = keras.Input(input_shape, dtype="float32", name="images")
     x = common.preprocess(images, mean, std)
@@ -40,8 +52,8 @@ def build(
         x = common.pool(x, f"block{block}_pool")
     x = common.flatten(x)
     x = common.dropout(x, dropout, "flatten_dropout")
-    for number, units in enumerate(dense, start=1):
-        x = layers.Dense(units, name=f"head_dense{number}")(x)
-        x = layers.ReLU(name=f"head_relu{number}")(x)
-        x = common.dropout(x, dropout, f"head_dropout{number}")
+    for i, units in enumerate(dense, start=1):
+        x = layers.Dense(units, name=f"head_dense{i}")(x)
+        x = layers.ReLU(name=f"head_relu{i}")(x)
+        x = common.dropout(x, dropout, f"head_dropout{i}")
     return keras.Model(images, common.classifier_head(x, num_classes), name="wide_head")

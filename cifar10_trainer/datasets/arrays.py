@@ -1,0 +1,150 @@
+"""Somebody's own arrays, or a finite `tf.data.Dataset`, as a Dataset."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from .base import Dataset
+
+SOURCE = "arrays in memory"
+Pair = tuple[Any, Any]
+
+
+def from_arrays(
+    train: Any,
+    validation: Any = None,
+    test: Any = None,
+    class_names: Sequence[str] | None = None,
+) -> Dataset:
+    """A Dataset of arrays. The arrays are not copied where their types fit.
+
+    Args:
+        train: (images, labels), or a finite `tf.data.Dataset` of such pairs, batched or not. Images are uint8 [n, height,
+            width, 3], raw pixels 0-255; grey ones [n, height, width] or [n, height, width, 1] become three equal channels.
+            Labels are integers [n] from 0, or one-hot [n, classes].
+        validation, test: the same, for validation and for the final score; None: none.
+        class_names: one for each class; None: the numbers of the classes.
+
+    Raises: ConfigError on another shape, dtype, length or range. Float images are refused, because 0-1 and 0-255 cannot be
+        told apart safely.
+    """
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        if part is not None:
+            images, labels = _pair(name, part)
+            images = _images(f"{name} images", images)
+            parts[name] = images, _labels(f"{name} labels", labels, len(images))
+    shape = parts["train"][0].shape[1:]
+    for name, (images, _) in parts.items():
+        if images.shape[1:] != shape:
+            raise ConfigError(
+                f"{name} images are {images.shape[1:]}; allowed: {shape}, as the training images"
+            )
+    if len(parts["train"][1]) == 0:
+        raise ConfigError("train images has length 0; allowed: one image or more")
+    count = 1 + max(int(labels.max()) for _, labels in parts.values() if len(labels))
+    names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(max(count, 2))))
+    if len(names) < max(count, 2) or len(set(names)) != len(names):
+        raise ConfigError(
+            f"class_names is {names}, but the labels go up to {count - 1}; allowed: at least {max(count, 2)} different names"
+        )
+    present = np.unique(parts["train"][1])
+    missing = [names[k] for k in range(len(names)) if k not in present]
+    if missing:
+        raise ConfigError(
+            f"train labels holds no image of {', '.join(missing[:10])}; allowed: at least one image of each of the"
+            f" {len(names)} classes"
+        )
+    empty = parts["train"][0][:0].copy(), np.zeros(0, np.int64)
+    (train_images, train_labels), (test_images, test_labels) = parts["train"], parts.get("test", empty)
+    return Dataset(
+        "arrays", train_images, train_labels, test_images, test_labels, names, SOURCE, parts.get("validation")
+    )
+
+
+def as_dataset(data: Any, validation: Any = None, test: Any = None) -> Dataset:
+    """`data` itself where it is a Dataset, else `from_arrays` of the arguments. Raises ConfigError."""
+    if not isinstance(data, Dataset):
+        return from_arrays(data, validation, test)
+    if validation is not None or test is not None:
+        raise ConfigError(
+            "validation_data or test_data with a Dataset, which holds its own; allowed: with arrays, or data alone"
+        )
+    return data
+
+
+def _pair(name: str, part: Any) -> Pair:
+    """(images, labels) of a pair or of a tf.data.Dataset."""
+    tf = sys.modules.get("tensorflow")  # a tf.data.Dataset exists only where TensorFlow was imported
+    if tf is not None and isinstance(part, tf.data.Dataset):
+        return _collect(name, part, tf)
+    if not isinstance(part, tuple | list) or len(part) != 2:
+        raise ConfigError(
+            f"{name} data is {type(part).__name__}; allowed: (images, labels), a Dataset, or a finite tf.data.Dataset"
+        )
+    return part[0], part[1]
+
+
+def _collect(name: str, data: Any, tf: Any) -> Pair:
+    """All elements of a finite tf.data.Dataset of (image, label) pairs or batches of them."""
+    spec = data.element_spec
+    if not isinstance(spec, tuple) or len(spec) != 2:
+        raise ConfigError(f"{name} data has the elements {spec}; allowed: (images, labels)")
+    if data.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ConfigError(
+            f"{name} data is an infinite tf.data.Dataset; allowed: a finite one, without repeat()"
+        )
+    batched = spec[0].shape.rank is None or spec[0].shape.rank > 3
+    elements = list(data.as_numpy_iterator())
+    if not elements:
+        raise ConfigError(f"{name} data has no elements; allowed: one image or more")
+    join = np.concatenate if batched else np.stack
+    return join([x for x, _ in elements]), join([np.asarray(y) for _, y in elements])
+
+
+def _images(name: str, images: Any) -> np.ndarray:
+    """uint8 [n, height, width, 3]. Raises ConfigError."""
+    array = np.asarray(images)
+    if array.dtype.kind == "f":
+        high = float(array.max()) if array.size else 0.0
+        how = "(images * 255).round().astype('uint8')" if high <= 1 else "images.round().astype('uint8')"
+        raise ConfigError(
+            f"{name} has dtype {array.dtype} and values up to {high:.4g}; allowed: uint8, raw pixels 0-255; for pixels"
+            f" {'0-1' if high <= 1 else '0-255'} convert them with {how}"
+        )
+    if array.dtype != np.uint8:
+        raise ConfigError(f"{name} has dtype {array.dtype}; allowed: uint8, raw pixels 0-255")
+    if array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 1):
+        array = np.repeat(array.reshape(*array.shape[:3], 1), 3, axis=3)
+    if array.ndim != 4 or array.shape[3] != 3 or min(array.shape[1:3]) < 1:
+        raise ConfigError(
+            f"{name} has shape {array.shape}; allowed: (n, height, width, 3), or for grey images (n, height, width)"
+        )
+    return array
+
+
+def _labels(name: str, labels: Any, n: int) -> np.ndarray:
+    """int64 [n]. Raises ConfigError."""
+    array = np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if len(array.shape) not in (1, 2) or len(array) != n:
+        raise ConfigError(
+            f"{name} has shape {array.shape}; allowed: ({n},) or one-hot ({n}, classes), one for each image"
+        )
+    if array.ndim == 2:
+        if not (np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all()):
+            raise ConfigError(
+                f"{name} has shape {array.shape} and is not one-hot; allowed: one 1 in each row, else 0"
+            )
+        return array.argmax(axis=1).astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise ConfigError(f"{name} has dtype {array.dtype}; allowed: integers from 0, or one-hot rows")
+    if array.size and array.min() < 0:
+        raise ConfigError(f"{name} has the value {array.min()}; allowed: integers from 0")
+    return array.astype(np.int64, copy=False)

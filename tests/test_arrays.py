@@ -1,0 +1,123 @@
+"""Somebody's own arrays as a data set: what is taken, what becomes of it, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from cifar10_trainer.datasets.arrays import as_dataset, from_arrays
+from cifar10_trainer.errors import ConfigError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (6, 8, 10, 3), np.uint8)
+LABELS = np.array([0, 1, 2, 2, 1, 0])
+ONE_HOT = np.eye(3, dtype=np.float32)[LABELS]
+
+
+def test_arrays_are_taken_as_they_are():
+    data = from_arrays((IMAGES, LABELS), validation=(IMAGES[:2], LABELS[:2]), test=(IMAGES[2:], LABELS[2:]))
+    assert np.shares_memory(data.train_images, IMAGES)
+    np.testing.assert_array_equal(data.train_labels, LABELS)
+    np.testing.assert_array_equal(data.test_images, IMAGES[2:])
+    np.testing.assert_array_equal(data.validation[1], LABELS[:2])
+    assert (data.name, data.source, data.class_names) == ("arrays", "arrays in memory", ("0", "1", "2"))
+    assert data.train_labels.dtype == np.int64 and data.input_shape == (8, 10, 3)
+
+
+def test_without_validation_and_test_there_is_none():
+    data = from_arrays((IMAGES, LABELS), class_names=["cat", "dog", "owl"])
+    assert (
+        data.validation is None and data.test_images.shape == (0, 8, 10, 3) and data.test_labels.shape == (0,)
+    )
+    assert data.class_names == ("cat", "dog", "owl")
+
+
+@pytest.mark.parametrize(
+    "labels", [ONE_HOT, ONE_HOT.astype(bool), LABELS[:, None], LABELS.astype(np.uint8), list(LABELS)]
+)
+def test_labels_are_integers_or_one_hot(labels):
+    np.testing.assert_array_equal(from_arrays((IMAGES, labels)).train_labels, LABELS)
+
+
+@pytest.mark.parametrize("grey", [IMAGES[..., 0], IMAGES[..., :1]])
+def test_grey_images_get_three_equal_channels(grey):
+    images = from_arrays((grey, LABELS)).train_images
+    assert images.shape == IMAGES.shape
+    for channel in range(3):
+        np.testing.assert_array_equal(images[..., channel], IMAGES[..., 0])
+
+
+@pytest.mark.parametrize("batch", [None, 4, 6])
+def test_a_finite_tf_data_set(batch):
+    data = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS))
+    found = from_arrays(data if batch is None else data.batch(batch))
+    np.testing.assert_array_equal(found.train_images, IMAGES)
+    np.testing.assert_array_equal(found.train_labels, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("train", "text"),
+    [
+        (
+            (IMAGES / 255, LABELS),
+            "dtype float64 and values up to 1; allowed: uint8, raw pixels 0-255; for pixels 0-1",
+        ),
+        (
+            (IMAGES.astype(np.float32), LABELS),
+            "for pixels 0-255 convert them with images.round().astype('uint8')",
+        ),
+        ((IMAGES.astype(np.int32), LABELS), "train images has dtype int32; allowed: uint8"),
+        (
+            (IMAGES[0], LABELS[:1]),
+            "train labels has shape (1,); allowed: (8,)",
+        ),  # an image is taken for grey ones
+        ((IMAGES[..., :2], LABELS), "train images has shape (6, 8, 10, 2); allowed: (n, height, width, 3)"),
+        ((IMAGES[:, 0, 0], LABELS), "train images has shape (6, 3); allowed"),
+        ((IMAGES, LABELS[:5]), "train labels has shape (5,); allowed: (6,)"),
+        ((IMAGES, LABELS - 1), "train labels has the value -1; allowed: integers from 0"),
+        (
+            (IMAGES, LABELS.astype(np.float32)),
+            "train labels has dtype float32; allowed: integers from 0, or one-hot rows",
+        ),
+        ((IMAGES, ONE_HOT * 0.5), "is not one-hot; allowed: one 1 in each row"),
+        (
+            (IMAGES, LABELS * 2),
+            "train labels holds no image of 1, 3; allowed: at least one image of each of the 5 classes",
+        ),
+        ((IMAGES, LABELS * 0), "train labels holds no image of 1"),
+        ((IMAGES[:0], LABELS[:0]), "train images has length 0; allowed: one image or more"),
+        (IMAGES, "train data is ndarray; allowed: (images, labels), a Dataset, or a finite tf.data.Dataset"),
+        ("pictures", "train data is str; allowed"),
+        ((IMAGES, LABELS, LABELS), "train data is tuple; allowed: (images, labels)"),
+    ],
+)
+def test_what_is_refused_is_one_line(train, text):
+    with pytest.raises(ConfigError) as caught:
+        from_arrays(train)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_endless_and_empty_tf_data_sets():
+    data = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS))
+    with pytest.raises(
+        ConfigError, match=r"is an infinite tf\.data\.Dataset; allowed: a finite one, without repeat"
+    ):
+        from_arrays(data.repeat())
+    with pytest.raises(ConfigError, match="train data has no elements"):
+        from_arrays(data.take(0))
+    with pytest.raises(ConfigError, match=r"allowed: \(images, labels\)"):
+        from_arrays(data.map(lambda x, y: x))
+
+
+def test_parts_must_fit_together():
+    with pytest.raises(ConfigError, match=r"test images are \(8, 9, 3\); allowed: \(8, 10, 3\)"):
+        from_arrays((IMAGES, LABELS), test=(IMAGES[:, :, :9], LABELS))
+    with pytest.raises(ConfigError, match=r"the labels go up to 2; allowed: at least 3 different names"):
+        from_arrays((IMAGES, LABELS), class_names=("cat", "dog"))
+    with pytest.raises(ConfigError, match="at least 3 different names"):
+        from_arrays((IMAGES, LABELS), class_names=("cat", "cat", "dog"))
+    data = from_arrays((IMAGES, LABELS))
+    assert as_dataset(data) is data
+    with pytest.raises(ConfigError, match="validation_data or test_data with a Dataset"):
+        as_dataset(data, test=(IMAGES, LABELS))

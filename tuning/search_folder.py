@@ -1,0 +1,94 @@
+"""The search's folder: the names of its files, its lock, and the record of what is searched."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar10_trainer.errors import ConfigError, FolderBusyError
+from cifar10_trainer.files import cannot_write, folder_lock, read_json, remove_files, write_json
+
+# What a search writes, and --overwrite removes.
+SEARCH_FILES = ("trials", "tensorboard", "search.json", "leaderboard.csv", "best_config.json", "search.png")
+
+
+class SearchFolder:
+    """The folder of one search.
+
+    A search first writes search.json, which records what it searches. Each trial is a run folder in trials/, and the
+    state of the oracle is a file beside them. The search updates its other files after each trial.
+
+    Args:
+        path: the folder. It need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.search_file = self.path / "search.json"
+        self.trials = self.path / "trials"
+        self.state_file = self.trials / "search_state.json"
+        self.leaderboard_file = self.path / "leaderboard.csv"
+        self.best_config_file = self.path / "best_config.json"
+        self.figure_file = self.path / "search.png"
+        self.tensorboard = self.path / "tensorboard"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Makes the folder, and locks it against other processes. Removes it again if it was made and left empty.
+
+        Raises:
+            FolderBusyError: if another process searches in the folder.
+            RunError: if the folder cannot be made.
+        """
+
+        def busy() -> None:
+            raise FolderBusyError(f"another process is searching in {self}; choose another --workdir")
+
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(folder_lock(self.path, busy))
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            yield
+
+    def begin(self, record: Mapping[str, Any], overwrite: bool) -> None:
+        """Writes `record` to search.json, unless the folder holds another search.
+
+        Args:
+            record: what is searched, as JSON values. A resumed search must have the same record.
+            overwrite: whether to remove the search that is in the folder first.
+
+        Raises:
+            ConfigError: if the folder holds a search with another record.
+            RunError: if search.json is damaged or cannot be written.
+        """
+        if overwrite:
+            remove_files(self.path, self.search_file.name, SEARCH_FILES)
+        if self.search_file.exists():
+            for key, was, now in _differences(read_json(self.search_file), record):
+                raise ConfigError(
+                    f"{self} holds another search: {key} was {was!r}, now {now!r};"
+                    " choose another --workdir, or replace it with --overwrite"
+                )
+        write_json(self.search_file, record)
+
+
+def trial_folder(trial_id: str) -> str:
+    """The folder of a trial, relative to the search's folder. KerasTuner determines its name."""
+    return f"trials/trial_{trial_id}"
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) of each difference, also within sections; None for a missing value."""
+    for key in dict.fromkeys([*a, *b]):
+        was, now = a.get(key), b.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now)
+        elif was != now:
+            yield key, was, now
