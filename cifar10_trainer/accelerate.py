@@ -15,6 +15,8 @@ The trained weights are copied to the plain model, and that model is saved.
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -27,8 +29,11 @@ from .layers import (
     FastSiLU,
     FusedBatchNormalization,
 )
+from .models.own import logits_of
 
-FLOAT32_LAYERS = {"preprocess", "head", "logits"}  # whose results lose too much in 16 bits
+# Layers whose results lose too much in 16 bits.
+FLOAT32_LAYERS = {"preprocess", "head", "logits"}
+PREPROCESSING_LAYERS = (keras.layers.Rescaling, keras.layers.Normalization, keras.layers.Resizing)
 
 
 def make_training_model(
@@ -42,7 +47,7 @@ def make_training_model(
     """Makes the training model of `model`: up to the logits, with equal variables in the same order.
 
     Args:
-        model: functional, with a layer "logits".
+        model: functional; it ends in probabilities, and before them in logits.
         policy: a Keras dtype policy's name. Preprocessing, and everything from the head on, stays in float32.
         any_size: whether the training model accepts images of any height and width.
         synchronize: whether batch norm computes its statistics over all replicas, by Keras's own, unfused kernels.
@@ -53,16 +58,36 @@ def make_training_model(
         the values of those of `model`, but they are copies.
     """
 
-    def clone(layer: keras.Layer) -> keras.Layer:
+    logits, softmax_layer = logits_of(model)
+
+    body = keras.Model(model.inputs[0], logits)
+
+    def clone(layer: Any) -> keras.Layer:
+        if layer.name == body.output_names[0] and not isinstance(layer, keras.Model):
+            linear = {"activation": "linear"} if layer is softmax_layer else {}
+            return layer.__class__.from_config({**layer.get_config(), **linear, "dtype": "float32"})
         return _training_layer(layer, policy, any_size=any_size, synchronize=synchronize, compiled=compiled)
 
-    body = keras.Model(model.input, model.get_layer("logits").output)
     shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
-    result = keras.models.clone_model(body, input_tensors=keras.Input(shape), clone_function=clone)
-    for old, new in zip(body.layers, result.layers, strict=True):
-        new.trainable = old.trainable
+    nested = any(isinstance(layer, keras.Model) for layer in body.layers)
+    result = keras.models.clone_model(
+        body,
+        input_tensors=keras.Input(shape),
+        clone_function=clone,
+        **({"recursive": True} if nested else {}),
+    )
+    _copy_trainable(body, result)
     result.set_weights(body.get_weights())
     return result
+
+
+def _copy_trainable(model: keras.Model, result: keras.Model) -> None:
+    """Freezes the layers of `result` whose counterparts in `model` are frozen, inside nested models too."""
+    for old, new in zip(model.layers, result.layers, strict=True):
+        if isinstance(old, keras.Model):
+            _copy_trainable(old, new)
+        else:
+            new.trainable = old.trainable
 
 
 def _training_layer(
@@ -70,8 +95,11 @@ def _training_layer(
 ) -> keras.Layer:
     """Returns a new layer, without weights, that stands for `layer` in the training model."""
     config = layer.get_config()
-    if layer.name not in FLOAT32_LAYERS:
+    is_float32 = layer.name in FLOAT32_LAYERS or isinstance(layer, PREPROCESSING_LAYERS)
+    if not is_float32 and layer.dtype_policy.name == "float32":
         config["dtype"] = policy
+    if len(layer._inbound_nodes) > 1:  # a layer that is used several times has several outputs
+        return layer.__class__.from_config(config)
     # `type`, not `isinstance`: a subclass may compute something else.
     kind, cpu = type(layer), not tf.config.list_logical_devices("GPU")
     if kind is keras.layers.BatchNormalization and config["axis"] in (-1, len(layer.output.shape) - 1):

@@ -1,10 +1,12 @@
-"""Random augmentation of image batches, as Keras layers without state.
+"""Random augmentation of image batches, as Keras layers.
 
-Each layer is a pure function of a uint8 batch and of uniform draws from [0, 1), `layer.draws` of them per image:
-`transform(images, numbers)`. When it is called as a layer, it makes the draws from a seed of two integers:
-`layer(images, seed=(7, 0))`, or `seed=tf.stack([7, step])` where the step is a tensor. So each image is augmented
-independently, equal seeds give equal images, and the same layer runs eagerly, inside `tf.data` and inside a compiled
-training step.
+Each layer can be used in two ways.
+
+- As a pure function of a batch and of uniform draws from [0, 1), `layer.draws` of them per image: `transform(images,
+  numbers)`. `layer(images, seed=(7, 0))` makes the draws from a seed of two integers, which may be tensors, as in
+  `seed=tf.stack([7, step])`. Equal seeds give equal images, eagerly, inside `tf.data` and inside a compiled step.
+- As Keras's own augmentation layers, in a model or in `dataset.map(lambda x, y: (layer(x), y))`: without a seed, the layer
+  draws anew at each call. It augments in training only: `predict` and `evaluate` leave the images as they are.
 
 A flip or a shift only maps each output pixel to a source pixel, and a cutout only selects the pixels to blank.
 `fetch` composes these maps, so that a single gather reads a batch from the data set and augments it.
@@ -31,6 +33,9 @@ Matrix: TypeAlias = tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tenso
 class RandomLayer(keras.layers.Layer):
     """Base class: maps images [batch, height, width, channels] to images of the same shape and dtype.
 
+    Args:
+        seed: of the draws of calls without a seed; None: another one for each layer.
+
     Attributes:
         draws: how many uniform draws the layer needs per image.
         compilable: whether XLA can compile the layer.
@@ -39,21 +44,37 @@ class RandomLayer(keras.layers.Layer):
     draws: ClassVar[int] = 1
     compilable: ClassVar[bool] = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, seed: int | None = None, **kwargs: Any) -> None:
         # Keras must not cast the pixels, whatever the global dtype policy is.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
+        self.seed = seed
+        self.seed_generator: keras.random.SeedGenerator | None = None
 
-    def call(self, images: tf.Tensor, seed: tf.Tensor | Sequence[int]) -> tf.Tensor:
+    def build(self, input_shape: Any) -> None:
+        """Makes the seed generator. Not sooner, because the training pipeline makes layers inside graphs, without need."""
+        with tf.init_scope():  # the layer may be built inside `dataset.map`
+            self.seed_generator = keras.random.SeedGenerator(self.seed)
+        super().build(input_shape)
+
+    def call(
+        self, images: tf.Tensor, seed: tf.Tensor | Sequence[int] | None = None, training: bool = True
+    ) -> tf.Tensor:
         """Augments each image with `draws` uniform draws of its own.
 
         Args:
-            images: uint8 [batch, height, width, channels].
-            seed: two integers, as of TensorFlow's stateless random operations.
+            images: [batch, height, width, channels], pixels 0-255, uint8 or float.
+            seed: two integers, as of TensorFlow's stateless random operations; None: from the layer's own generator.
+            training: False returns the images as they are.
 
         Returns:
             The augmented images, of the same shape and dtype.
         """
+        if not training:
+            return images
+        if seed is None:
+            assert self.seed_generator is not None  # `build` made it
+            seed = tf.convert_to_tensor(self.seed_generator.next())
         numbers = tf.random.stateless_uniform([tf.shape(images)[0], self.draws], tf.cast(seed, tf.int32))
         return self.transform(images, numbers)
 
@@ -69,9 +90,15 @@ class RandomLayer(keras.layers.Layer):
         """
         raise NotImplementedError
 
-    def compute_output_spec(self, images: keras.KerasTensor, seed: Any) -> keras.KerasTensor:
+    def compute_output_spec(
+        self, images: keras.KerasTensor, seed: Any = None, training: bool = True
+    ) -> keras.KerasTensor:
         """Returns the shape and dtype of the images: the layer changes neither."""
         return keras.KerasTensor(images.shape, images.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        return {**super().get_config(), "seed": self.seed}
 
 
 class Reindex(RandomLayer):
@@ -217,7 +244,7 @@ class Projective(RandomLayer):
             fill_mode=self.fill.upper(),
             fill_value=0.0,
         )
-        return tf.cast(tf.round(mapped), images.dtype)
+        return tf.cast(tf.round(mapped) if images.dtype.is_integer else mapped, images.dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""

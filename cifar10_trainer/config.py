@@ -32,6 +32,7 @@ RECORDED = (  # what config.json holds besides the Config
     "data_source",
     "fingerprint",
     "parameters",
+    "own_model",
     "command",
     "environment",
 )

@@ -27,6 +27,7 @@ from .accelerate import check_sizes, make_training_model
 from .config import Config
 from .errors import ConfigError, RunError
 from .models.initial import initial_model
+from .models.own import plain_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
 
 EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding
@@ -53,7 +54,7 @@ class Engine:
     """Trains `model` on arrays in memory.
 
     Args:
-        model: plain, functional, uncompiled; its last layers are "logits" and "probabilities".
+        model: plain, functional, uncompiled; it ends in probabilities, and before them in logits.
         config: batch size, seed, augmentation, optimizer, schedule and so on.
         images: the training images, uint8 [n, height, width, channels].
         labels: the training labels, integers [n] from 0 to num_classes - 1.
@@ -223,6 +224,7 @@ class Engine:
             )
             smoothing = self.config.label_smoothing
             smoothed = targets * (1 - smoothing) + smoothing / self.num_classes
+            logits = tf.cast(logits, tf.float32)  # in 16 bits where somebody's own model ends in a nested one
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)
             # Keras optimizers sum over replicas, so each replica adds its share of the mean over the global batch.
             loss = tf.reduce_sum(losses) / self.config.batch_size
@@ -514,7 +516,7 @@ class Engine:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the sum of losses and the number of correct predictions of one `padded_slice`."""
         images, labels, weight = batch
-        logits = self.training_model(images, training=False)
+        logits = tf.cast(self.training_model(images, training=False), tf.float32)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         correct = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
         return tf.reduce_sum(losses * weight), tf.reduce_sum(correct * weight)
@@ -525,7 +527,7 @@ class Engine:
         """Returns the variables of the state, by the first part of their names there."""
         return {
             "weights": self.training_model.trainable_variables,
-            "non_trainable": self.training_model.non_trainable_variables,
+            "others": self.training_model.non_trainable_variables,  # the name in the files of version 1.0.0
             "optimizer": self.optimizer.variables,
             "averages": self.averages,
         }
@@ -594,10 +596,23 @@ def make_engine(
     num_classes: int,
     strategy: tf.distribute.Strategy,
     policy: str,
+    model: keras.Model | None = None,
 ) -> Engine:
-    """Makes the engine at the start of a run; its model is `initial_model` of the config and the images.
+    """Makes the engine at the start of a run.
 
-    The arguments are those of `Engine`.
+    Args:
+        model: somebody's own classifier, see `models.own.plain_model`; None: `initial_model` of the config and the images.
+
+    The other arguments are those of `Engine`.
+
+    Raises:
+        ConfigError: if the engine cannot train the model, or the config does not fit it.
     """
-    model = initial_model(config, images, num_classes)
+    if model is None:
+        model = initial_model(config, images, num_classes)
+    else:
+        if config.whitening:
+            raise ConfigError("whitening is True; allowed with a model of your own: False")
+        model = plain_model(model, images.shape[1:], num_classes)
+        keras.utils.set_random_seed(config.seed)  # of dropout; the weights are the model's own
     return Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes)

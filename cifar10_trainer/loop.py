@@ -18,6 +18,7 @@ from .run_folder import RunFolder
 # What Keras's EarlyStopping and ReduceLROnPlateau learn. Their other attributes are settings, and one of these changes
 # its sign in use.
 CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
+RECIPE_MODEL = "that of the config"
 SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one sooner
 CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
 
@@ -51,6 +52,7 @@ class TrainingLoop:
         verbose: 0: nothing; 1: a progress bar; 2: one line per epoch.
         full_report: whether to write TensorBoard logs.
         since: when this process's part of the run began, as from `time.time()`.
+        model_digest: of somebody's own model; None: the model is that of the config.
         overwrite: whether the command asked to replace an earlier run; only for the message of an interruption.
     """
 
@@ -66,10 +68,11 @@ class TrainingLoop:
         full_report: bool,
         since: float,
         overwrite: bool,
+        model_digest: str | None = None,
     ):
         self.engine, self.config, self.folder = engine, engine.config, folder
         self.fingerprint, self.chief, self.full_report = fingerprint, chief, full_report
-        self.overwrite = overwrite
+        self.overwrite, self.model_digest = overwrite, model_digest
         self.history: list[dict[str, Any]] = []
         self.best: float | None = None
         self.best_epoch: int | None = None
@@ -285,7 +288,8 @@ class TrainingLoop:
         try:
             meta = json.loads(str(arrays["meta"]))
             now = self._environment()
-            data, before = meta["data"], {name: meta["environment"][name] for name in now}
+            before = {"model": RECIPE_MODEL, **meta["environment"]}  # version 1.0.0 knew no other models
+            data, before = meta["data"], {name: before[name] for name in now}
             self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
             self.target = meta["target"] and tuple(meta["target"])
             self.images, self.step_seconds = meta["images"], meta["step_seconds"]
@@ -313,4 +317,8 @@ class TrainingLoop:
 
     def _environment(self) -> dict[str, str | int]:
         """What "auto" and the machine decide, and results depend on."""
-        return {"precision": self.engine.policy, "replicas": self.engine.replicas}
+        return {
+            "precision": self.engine.policy,
+            "replicas": self.engine.replicas,
+            "model": self.model_digest or RECIPE_MODEL,
+        }

@@ -14,7 +14,6 @@ exceptions are mixup and CutMix, which mix an image with its neighbour in the re
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,9 @@ import tensorflow as tf
 
 from . import augment
 from .config import Augmentation
+from .datasets.arrays import check_images, check_labels
+from .errors import ConfigError
+from .machine import cpu_count
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
 # a second in total.
@@ -225,15 +227,76 @@ def training_data(
             images = tf.compat.v1.placeholder_with_default(tf.cast(images, tf.float32), shape)
         return images, targets
 
-    data = index_data(sampler, start, stop, context)
-    data = data.map(make_batch, num_parallel_calls=os.cpu_count()).prefetch(4)
-    if any_size:
-        # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so
-        # it waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
-        options = tf.data.Options()
-        options.threading.max_intra_op_parallelism = os.cpu_count() or 1
-        data = data.with_options(options)
-    return data
+    cores = cpu_count()
+    data = _indices(sampler, start, stop, context).map(make_batch, num_parallel_calls=cores).prefetch(4)
+    # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so it
+    # waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
+    return data.with_options(tuned_by_hand(cores if any_size else 1))
+
+
+def make_dataset(
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    *,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    epochs: int | None = None,
+    one_hot: bool = False,
+) -> tf.data.Dataset:
+    """Makes the cached, shuffled, augmented and prefetched input pipeline of this project for anybody's `fit`.
+
+    The order and the augmentation of an epoch are a function of the seed and of the number of the epoch alone. They are
+    those that `train` uses for the same seed, batch size and augmentation.
+
+    Args:
+        images: uint8 [n, height, width, 3], raw pixels 0-255.
+        labels: integers [n] from 0, or one-hot [n, classes].
+        batch_size: 1 to n. Each epoch has n // batch_size whole batches; which images are left over differs.
+        augmentation: None: none.
+        seed: 0 to 2**31 - 1.
+        epochs: None: each pass over the data set is the next epoch, as `fit(dataset, epochs=10)` needs it. A number: one
+            pass over the data set is so many epochs, and every pass is the same.
+        one_hot: whether the labels are one-hot float32 [batch, classes]; else int32 [batch]. mixup and cutmix need it.
+
+    Returns:
+        (images, labels) of a batch. Images are uint8, or float32 in 0-255 if they are mixed.
+
+    Raises:
+        ConfigError: on another shape, dtype, length or range.
+    """
+    images = check_images("images", images)
+    labels = check_labels("labels", labels, len(images))
+    augmentation = Augmentation() if augmentation is None else augmentation
+    if not 1 <= batch_size <= len(images):
+        raise ConfigError(f"batch_size is {batch_size}; allowed: from 1 to the {len(images)} images")
+    if epochs is not None and epochs < 1:
+        raise ConfigError(f"epochs is {epochs}; allowed: None, or 1 or more")
+    if (augmentation.mixup or augmentation.cutmix) and not one_hot:
+        raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
+    for layer in augment.layers_of(augmentation):
+        if isinstance(layer, augment.RandomShift):
+            layer.check(*images.shape[1:3])
+    sampler = EpochSampler(len(images), batch_size, seed, augmentation)
+    batch_maker = BatchMaker(augmentation, int(labels.max()) + 1)
+    table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
+    steps = sampler.steps_per_epoch
+
+    @no_autograph
+    def make_batch(index: tf.Tensor, numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        batch, hot = batch_maker(table, targets, index, numbers)
+        return batch, hot if one_hot else tf.gather(targets, index)
+
+    if epochs is not None:
+        indices, count = sampler.dataset(0, epochs * steps), epochs * steps
+    else:
+        passes, count = tf.Variable(-1, dtype=tf.int64, trainable=False), steps
+        one_pass = tf.data.Dataset.range(1).map(lambda _: passes.assign_add(1))
+        indices = one_pass.flat_map(
+            lambda epoch: tf.data.Dataset.from_tensor_slices(tuple(x[:, 0] for x in sampler.batches(epoch)))
+        )
+    data = indices.map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
+    return data.with_options(tuned_by_hand()).apply(tf.data.experimental.assert_cardinality(count))
 
 
 def index_data(
@@ -250,19 +313,29 @@ def index_data(
     Returns:
         The elements of `EpochSampler.dataset`.
     """
+    return _indices(sampler, start, stop, context).with_options(tuned_by_hand())
+
+
+def _indices(
+    sampler: EpochSampler, start: int, stop: int, context: tf.distribute.InputContext | None
+) -> tf.data.Dataset:
+    """Returns `index_data` without its options. TensorFlow warns where options are set twice."""
     worker, workers = (context.input_pipeline_id, context.num_input_pipelines) if context else (0, 1)
     local = sampler.replicas // workers
-    return sampler.dataset(start, stop, worker * local, local).prefetch(2).with_options(tuned_by_hand())
+    return sampler.dataset(start, stop, worker * local, local).prefetch(2)
 
 
-def tuned_by_hand() -> tf.data.Options:
+def tuned_by_hand(threads: int = 1) -> tf.data.Options:
     """Returns tf.data options without autotuning.
 
-    The autotuner runs in a thread, and an iterator that ends waits for this thread for up to a minute. Each batch is
-    made by one thread, several batches at a time: that is up to a sixth faster than several threads per batch.
+    The autotuner runs in a thread, and an iterator that ends waits for this thread for up to a minute.
+
+    Args:
+        threads: for each batch. With one thread per batch and several batches at a time, a pipeline is up to a sixth
+            faster than with several threads per batch.
     """
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
-    options.threading.max_intra_op_parallelism = 1
+    options.threading.max_intra_op_parallelism = threads
     return options

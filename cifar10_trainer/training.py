@@ -24,6 +24,7 @@ from .engine import Engine, make_engine
 from .errors import ConfigError
 from .files import cannot_write
 from .loop import TrainingLoop
+from .models import own
 from .run_folder import RunFolder
 
 Log = Callable[[str], None]
@@ -33,6 +34,11 @@ def train_and_evaluate(
     config: Config,
     workdir: str | os.PathLike | None = None,
     *,
+    data: Any = None,
+    validation_data: Any = None,
+    test_data: Any = None,
+    class_names: Sequence[str] | None = None,
+    model: keras.Model | None = None,
     data_dir: str | None = None,
     dataset: Dataset | None = None,
     overwrite: bool = False,
@@ -52,8 +58,15 @@ def train_and_evaluate(
     Args:
         config: what to do.
         workdir: the run folder; None: runs/<recipe>-<time>.
-        data_dir: where the images are; see `datasets.load`.
-        dataset: images already loaded, instead.
+        data: images to train on: (images uint8 [n, height, width, 3], labels), a `Dataset`, or a finite `tf.data.Dataset`;
+            see `datasets.from_arrays`. None: the data set that the config names.
+        validation_data, test_data: the same, beside arrays. Without validation data the config's share of the training
+            images is held out; without test data there is no test score.
+        class_names: of the arrays, one for each class; None: numbers.
+        model: somebody's own functional Keras classifier of raw pixels, to be trained instead of the config's model. At the
+            end it holds the kept weights.
+        data_dir: where the images of the config's data set are; see `datasets.load`.
+        dataset: as `data`, the name in version 1.0.0.
         overwrite: whether an earlier run in `workdir` may be replaced.
         callbacks: further Keras callbacks. Their `model` is the plain model, with its weights as of the last epoch.
         verbose: 0: nothing is printed; 1: messages and a progress bar; 2: messages and one line per epoch; "auto": 1 on a
@@ -83,17 +96,20 @@ def train_and_evaluate(
         saved = None if overwrite else folder.unfinished_state(config)
 
         # ---- data and model
-        data = dataset or datasets.load(config.dataset, data_dir, config.image_size)
-        fingerprint, n_test = datasets.fingerprint(data), len(data.test_images)
-        engine, data, validation = _prepare(config, data, strategy, policy, log)
-        n_train, n_validation = len(data.train_labels), len(validation[1])
-        parameters = engine.model.count_params()
-        record = _record(config, data, data_dir, parameters, fingerprint)
+        found = data if data is not None else dataset
+        if found is None:
+            found = datasets.load(config.dataset, data_dir, config.image_size)
+        found = datasets.as_dataset(found, validation_data, test_data, class_names)
+        fingerprint = datasets.fingerprint(found)
+        engine, found, validation = _prepare(config, found, model, strategy, policy, log)
+        digest = None if model is None else own.digest(engine.model)
+        record = _record(config, found, data_dir, engine.model.count_params(), fingerprint, digest)
         if overwrite and chief:
             folder.remove_run()  # not sooner, so that a failure until here costs nothing
         loop = TrainingLoop(
             engine, folder, fingerprint,
             chief=chief, callbacks=callbacks, verbose=verbose, full_report=full_report, since=since, overwrite=overwrite,
+            model_digest=digest,
         )  # fmt: skip
         if saved:
             loop.restore(saved)
@@ -112,26 +128,11 @@ def train_and_evaluate(
         # ---- evaluate
         if not folder.model_file.exists():  # only the chief writes
             log(f"no scores here: {folder} is not the chief's folder; give all workers the same --workdir")
-        elif hdf5 and chief:
-            folder.save_model(keras.models.load_model(folder.model_file, compile=False), folder.hdf5_file)
-        probabilities, scores = _score(folder.model_file, data, validation, config.views, score_test)
-        metrics = {
-            "recipe": config.recipe,
-            "dataset": data.name,
-            "n_train": n_train,
-            "n_validation": n_validation,
-            "n_test": n_test,
-            "params": parameters,
-            **trained,
-            **scores,
-            "views": config.views,
-            "pflop": engine.pflop(),
-            "strategy": runtime.strategy_name(strategy),
-            "replicas": engine.replicas,
-            "precision": policy,
-            "seed": config.seed,
-            "total_seconds": round(loop.elapsed(), 2),
-        }
+        kept = _kept_model(folder, engine, model)
+        if kept is not None and hdf5 and chief:
+            folder.save_model(kept, folder.hdf5_file)
+        probabilities, scores = _score(kept if score_test else None, found, validation, config.views)
+        metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief:
             if full_report:
                 report.write_report(
@@ -139,7 +140,7 @@ def train_and_evaluate(
                     config=record,
                     metrics=metrics,
                     history=loop.history,
-                    dataset=data,
+                    dataset=found,
                     test_probabilities=probabilities,
                 )
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
@@ -148,7 +149,12 @@ def train_and_evaluate(
 
 
 def _prepare(
-    config: Config, data: Dataset, strategy: tf.distribute.Strategy, policy: str, log: Log
+    config: Config,
+    data: Dataset,
+    model: keras.Model | None,
+    strategy: tf.distribute.Strategy,
+    policy: str,
+    log: Log,
 ) -> tuple[Engine, Dataset, tuple[np.ndarray, np.ndarray]]:
     """The engine at the start of a run, the data set as the run splits it, and its validation images and labels.
 
@@ -165,10 +171,10 @@ def _prepare(
         f"{len(validation[0]):,} to validate, {len(data.test_images):,} to test"
     )
     engine = make_engine(
-        config, images, labels, num_classes=data.num_classes, strategy=strategy, policy=policy
+        config, images, labels, num_classes=data.num_classes, strategy=strategy, policy=policy, model=model
     )
     log(
-        f"model: {config.recipe}, {engine.model.count_params():,} parameters; "
+        f"model: {config.recipe if model is None else model.name}, {engine.model.count_params():,} parameters; "
         f"{engine.steps:,} steps of {config.batch_size}"
     )
     if engine.compiled:
@@ -194,9 +200,14 @@ def _train(loop: TrainingLoop, validation: tuple[np.ndarray, np.ndarray], folder
 
 
 def _record(
-    config: Config, data: Dataset, data_dir: str | None, parameters: int, fingerprint: str
+    config: Config,
+    data: Dataset,
+    data_dir: str | None,
+    parameters: int,
+    fingerprint: str,
+    own_model: str | None,
 ) -> dict[str, Any]:
-    """What config.json holds: the config, and what the run found (`config.RECORDED`)."""
+    """What config.json holds: the config, and what the run found (`config.RECORDED`). own_model: its digest."""
     return {
         **config.to_dict(),
         "class_names": list(data.class_names),
@@ -204,25 +215,38 @@ def _record(
         "data_source": data.source,
         "fingerprint": fingerprint,
         "parameters": parameters,
+        **({} if own_model is None else {"own_model": own_model}),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "environment": runtime.describe(),
     }
 
 
-def _score(
-    model_file: Path, data: Dataset, validation: Sequence[np.ndarray], views: int, score_test: bool
-) -> tuple[np.ndarray, dict[str, float | None]]:
-    """Probabilities [n, classes] of the test images by the model in `model_file`, and their scores for metrics.json.
+def _kept_model(folder: RunFolder, engine: Engine, model: keras.Model | None) -> keras.Model | None:
+    """The model with the kept weights; None where there is no model file, which only a chief writes.
 
-    Without test images: the probabilities of the validation images, and scores of None. Where `score_test` is False, or
-    there is no model file, which only a chief writes: neither.
+    A model of the config is read from the file, so that what is scored is what was saved. Somebody's own model gets the
+    weights of the file: it may hold layers that Keras cannot make without their code.
+    """
+    if not folder.model_file.exists():
+        return None
+    if model is None:
+        return keras.models.load_model(folder.model_file, compile=False)
+    engine.model.load_weights(folder.model_file)
+    return engine.model
+
+
+def _score(
+    model: keras.Model | None, data: Dataset, validation: Sequence[np.ndarray], views: int
+) -> tuple[np.ndarray, dict[str, float | None]]:
+    """Probabilities [n, classes] of the test images, and their scores for metrics.json.
+
+    Without test images: the probabilities of the validation images, and scores of None. Without a model: neither.
     """
     scores: dict[str, float | None] = {"test_loss": None, "test_accuracy": None, "test_accuracy_views": None}
     has_test = len(data.test_labels) > 0
     images, labels = (data.test_images, data.test_labels) if has_test else validation
-    if not (score_test and len(labels) and model_file.exists()):
+    if model is None or len(labels) == 0:
         return np.zeros((0, data.num_classes), np.float32), scores
-    model = keras.models.load_model(model_file, compile=False)
     averaged = scoring.predict_probabilities(model, images, views=views)
     if has_test:
         plain = scoring.predict_probabilities(model, images) if views > 1 else averaged
@@ -233,6 +257,35 @@ def _score(
             "test_accuracy_views": several["accuracy"],
         }
     return averaged, scores
+
+
+def _metrics(
+    config: Config,
+    data: Dataset,
+    engine: Engine,
+    trained: dict[str, Any],
+    scores: dict[str, float | None],
+    seconds: float,
+) -> dict[str, Any]:
+    """What metrics.json holds."""
+    assert data.validation is not None  # `_prepare` set it
+    return {
+        "recipe": config.recipe,
+        "dataset": data.name,
+        "n_train": len(data.train_labels),
+        "n_validation": len(data.validation[1]),
+        "n_test": len(data.test_labels),
+        "params": engine.model.count_params(),
+        **trained,
+        **scores,
+        "views": config.views,
+        "pflop": engine.pflop(),
+        "strategy": runtime.strategy_name(engine.strategy),
+        "replicas": engine.replicas,
+        "precision": engine.policy,
+        "seed": config.seed,
+        "total_seconds": round(seconds, 2),
+    }
 
 
 def _new_folder(config: Config, strategy: tf.distribute.Strategy) -> str:

@@ -121,7 +121,7 @@ def train(name: str, folder: Path) -> dict[str, str]:
 
 def resumed(folder: Path) -> dict[str, str]:
     """The run `fast`, interrupted by SIGTERM as soon as it trains, and resumed. It must have the digests of `fast`."""
-    words = ["-m", "cifar10_trainer", *RUNS["fast"], "--dataset=digits", f"--workdir={folder}"]
+    words = ["-m", "cifar10_trainer", *RUNS["fast"], "--dataset=digits", f"--workdir={folder}", "--verbose"]
     with subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:

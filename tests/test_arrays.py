@@ -119,5 +119,5 @@ def test_parts_must_fit_together():
         from_arrays((IMAGES, LABELS), class_names=("cat", "cat", "dog"))
     data = from_arrays((IMAGES, LABELS))
     assert as_dataset(data) is data
-    with pytest.raises(ConfigError, match="validation_data or test_data with a Dataset"):
+    with pytest.raises(ConfigError, match="test_data is set beside a Dataset, which holds its own"):
         as_dataset(data, test=(IMAGES, LABELS))

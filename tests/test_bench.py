@@ -103,6 +103,20 @@ def test_what_other_processes_take(monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_training_command_shows_its_first_step_in_a_pipe(tmp_path, monkeypatch):
+    """The progress bar of the command that `start_rows` measures, on the digits."""
+    commands = []
+    monkeypatch.setattr(timing, "first_step", lambda words: commands.append(words) or 1.0)
+    cpu.start_rows(TINY)
+    monkeypatch.undo()
+    (ours,) = [words for words in commands if "cifar10_trainer" in words]
+    changes = {"--recipe": "--dataset=digits", "--workdir": f"--workdir={tmp_path}/run"}
+    words = [changes.get(word.partition("=")[0], word) for word in ours]
+    assert 0 < timing.first_step([*words, "--epochs=200"]) < 120
+    assert not (tmp_path / "run" / "history.csv").exists()  # it was in the first epoch, not after it
+
+
+@pytest.mark.slow
 def test_a_training_in_a_process_of_its_own():
     found = timing.trained("--dataset=digits", "--epochs=2", "--set", "options.filters=[4,8]")
     assert found["dataset"] == "digits" and len(found["history"]) == found["epochs"] == 2

@@ -345,7 +345,7 @@ def test_the_smallest_image_that_fits_is_taken():
             {"dropout": 1.5},
             r"options is \{.*1\.5.*\}; allowed with the architecture vgg: values that Keras accepts",
         ),
-        ({"filters": 32}, r"options is \{.*'filters': 32.*\}; allowed with the architecture vgg"),
+        ({"filters": 32}, r"filters is 32; allowed: a sequence of integers"),
         ({"filters": (-1,)}, r"options is \{.*\(-1,\).*\}; allowed with the architecture vgg"),
     ],
 )

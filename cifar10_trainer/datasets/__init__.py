@@ -10,11 +10,21 @@ import os
 from ..config import DATASETS
 from ..errors import ConfigError, unknown
 from . import cifar10, digits, folder
+from .arrays import as_dataset, from_arrays
 from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .images import read_image
 
-__all__ = ["CIFAR10_CLASSES", "Dataset", "fingerprint", "load", "read_image", "split"]
+__all__ = [
+    "CIFAR10_CLASSES",
+    "Dataset",
+    "as_dataset",
+    "fingerprint",
+    "from_arrays",
+    "load",
+    "read_image",
+    "split",
+]
 
 
 def load(

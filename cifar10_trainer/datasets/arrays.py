@@ -37,8 +37,8 @@ def from_arrays(
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if part is not None:
             images, labels = _pair(name, part)
-            images = _images(f"{name} images", images)
-            parts[name] = images, _labels(f"{name} labels", labels, len(images))
+            images = check_images(f"{name} images", images)
+            parts[name] = images, check_labels(f"{name} labels", labels, len(images))
     shape = parts["train"][0].shape[1:]
     for name, (images, _) in parts.items():
         if images.shape[1:] != shape:
@@ -67,14 +67,17 @@ def from_arrays(
     )
 
 
-def as_dataset(data: Any, validation: Any = None, test: Any = None) -> Dataset:
+def as_dataset(
+    data: Any, validation: Any = None, test: Any = None, class_names: Sequence[str] | None = None
+) -> Dataset:
     """`data` itself where it is a Dataset, else `from_arrays` of the arguments. Raises ConfigError."""
     if not isinstance(data, Dataset):
-        return from_arrays(data, validation, test)
-    if validation is not None or test is not None:
-        raise ConfigError(
-            "validation_data or test_data with a Dataset, which holds its own; allowed: with arrays, or data alone"
-        )
+        return from_arrays(data, validation, test, class_names)
+    for name, value in (("validation_data", validation), ("test_data", test), ("class_names", class_names)):
+        if value is not None:
+            raise ConfigError(
+                f"{name} is set beside a Dataset, which holds its own; allowed: with arrays only"
+            )
     return data
 
 
@@ -107,7 +110,7 @@ def _collect(name: str, data: Any, tf: Any) -> Pair:
     return join([x for x, _ in elements]), join([np.asarray(y) for _, y in elements])
 
 
-def _images(name: str, images: Any) -> np.ndarray:
+def check_images(name: str, images: Any) -> np.ndarray:
     """uint8 [n, height, width, 3]. Raises ConfigError."""
     array = np.asarray(images)
     if array.dtype.kind == "f":
@@ -128,7 +131,7 @@ def _images(name: str, images: Any) -> np.ndarray:
     return array
 
 
-def _labels(name: str, labels: Any, n: int) -> np.ndarray:
+def check_labels(name: str, labels: Any, n: int) -> np.ndarray:
     """int64 [n]. Raises ConfigError."""
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, RunError, reason_of
+from ..machine import cpu_count
 from .base import Dataset
 from .images import read_image
 
@@ -64,7 +65,7 @@ def load_folder(data_dir: str | os.PathLike[str] | None, size: int) -> Dataset:
             images[i] = image
         return images, np.array(labels, np.int64)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         train = read(files["train"])
         validation = read(files["val"]) if "val" in files else None
         test = read(files.get("test", {}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,22 +58,58 @@ def build(
     """
     build_function = _build_function(config.architecture)
     check_options(config.architecture, config.options)
-    if len(input_shape) != 3 or any(side is not None and side < 1 for side in input_shape):
-        raise ConfigError(
-            f"input_shape is {tuple(input_shape)}; allowed: (height, width, channels), all positive"
-        )
-    if num_classes < 2:
+    data = {"input_shape": tuple(input_shape), "num_classes": num_classes, "mean": mean, "std": std}
+    return _call(build_function, config.architecture, {**data, **config.options})
+
+
+def build_model(
+    architecture: str = "fast",
+    *,
+    input_shape: Sequence[int | None] = (32, 32, 3),
+    num_classes: int = 10,
+    **options: Any,
+) -> keras.Model:
+    """Builds an uncompiled Keras model of one of this project's architectures.
+
+    Args:
+        architecture: a name in ARCHITECTURES; each is a file in `cifar10_trainer/models`.
+        input_shape: height, width and channels of the images.
+        num_classes: the number of classes, 2 or more.
+        options: further arguments of the architecture's build function, such as filters, dropout, mean and std.
+
+    Returns:
+        A functional model: images [n, height, width, channels], uint8 or float, 0-255, to float32 probabilities
+        [n, num_classes].
+
+    Raises:
+        ConfigError: if the architecture or an option is unknown, or if a value has the wrong type or is out of range.
+    """
+    function = _build_function(architecture)
+    allowed = list(inspect.signature(function).parameters)
+    for name in options:
+        if name not in allowed:
+            raise unknown(f"option of {architecture}", name, allowed)
+    return _call(function, architecture, {"input_shape": input_shape, "num_classes": num_classes, **options})
+
+
+def _call(
+    function: Callable[..., keras.Model], architecture: str, arguments: Mapping[str, Any]
+) -> keras.Model:
+    """Calls a build function. Raises ConfigError where an argument has a wrong value."""
+    shape, num_classes = arguments["input_shape"], arguments["num_classes"]
+    sides = shape if isinstance(shape, list | tuple) else ()
+    if len(sides) != 3 or not all(side is None or (isinstance(side, int) and side >= 1) for side in sides):
+        raise ConfigError(f"input_shape is {shape}; allowed: (height, width, channels), all positive")
+    if isinstance(num_classes, int) and num_classes < 2:
         raise ConfigError(f"num_classes is {num_classes}; allowed: 2 or more")
     try:
-        return build_function(
-            input_shape=tuple(input_shape), num_classes=num_classes, mean=mean, std=std, **config.options
-        )
+        return function(**{**arguments, "input_shape": tuple(sides)})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:  # Keras's own, about the value of an option
+        options = {k: v for k, v in arguments.items() if k not in _DATA_ARGUMENTS}
         raise ConfigError(
-            f"options is {dict(config.options)}; allowed with the architecture {config.architecture}:"
-            f" values that Keras accepts ({error})"
+            f"options is {options}; allowed with the architecture {architecture}: values that Keras accepts ({error})"
         ) from error
 
 
@@ -80,7 +117,8 @@ def forward_flops(model: keras.Model, side: int | None = None) -> int:
     """Counts the FLOPs (floating-point operations) of a forward pass on one image: two per multiply-add.
 
     Args:
-        model: functional. Only its convolutions and dense layers are counted.
+        model: functional. Its convolutions, depthwise and separable ones too, and dense layers are counted, also those
+            of models inside it.
         side: of a square image, in pixels; None: the input shape of the model.
 
     Returns:
@@ -88,16 +126,22 @@ def forward_flops(model: keras.Model, side: int | None = None) -> int:
     """
     import keras
 
+    scale = 1.0
     if side is not None:
+        scale = side / (model.input_shape[1] or side)
         shape = (side, side, model.input_shape[-1])
         model = keras.models.clone_model(model, input_tensors=keras.Input(shape))
     total = 0
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-            positions = 1
-            for length in layer.output.shape[1:-1]:
-                positions *= length
-            total += 2 * positions * int(layer.kernel.shape.num_elements())
+        if isinstance(layer, keras.Model):
+            inner = layer.input_shape[1]
+            total += forward_flops(layer, inner and round(inner * scale) if scale != 1 else None)
+        elif isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D | keras.layers.Dense):
+            # Each number of a kernel takes part in one multiply-add per position, in a depthwise kernel too.
+            total += 2 * math.prod(layer.output.shape[1:-1]) * math.prod(layer.kernel.shape)
+        elif isinstance(layer, keras.layers.SeparableConv2D):
+            kernels = math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
+            total += 2 * math.prod(layer.output.shape[1:-1]) * kernels
     return total
 
 

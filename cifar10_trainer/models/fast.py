@@ -14,9 +14,11 @@ import numpy as np
 from keras import layers
 
 from ..errors import ConfigError
-from .common import preprocess
+from .arguments import checked
+from .common import per_block, preprocess
 
 
+@checked
 def build(
     *,
     input_shape: Sequence[int] = (32, 32, 3),
@@ -25,7 +27,7 @@ def build(
     std: Sequence[float] | None = (0.2470, 0.2435, 0.2616),
     filters: Sequence[int] = (64, 256, 256),
     depth: int = 2,
-    dropout: float = 0.0,
+    dropout: float | Sequence[float] = 0.0,
     activation: str = "silu",
 ) -> keras.Model:
     """Builds the network.
@@ -37,7 +39,7 @@ def build(
         std: one number per channel, in units of 0-1 pixels, by which preprocessing divides; None: 1.
         filters: the filters of each block's convolutions.
         depth: the number of convolutions in each block; from the third on, a shortcut leads around each of them.
-        dropout: the rate before the head, from 0 to less than 1.
+        dropout: the rate before the head; or one rate per block, after its last convolution. From 0 to less than 1.
         activation: the name of a Keras activation.
 
     Returns:
@@ -63,8 +65,10 @@ def build(
             if c > 2:
                 x = layers.Add(name=f"block{b}_add{c}")([x, shortcut])
             x = layers.Activation(activation, name=f"block{b}_activation{c}")(x)
+        if not isinstance(dropout, int | float) and dropout[b - 1]:
+            x = layers.Dropout(dropout[b - 1], name=f"block{b}_dropout")(x)
     x = layers.GlobalMaxPooling2D(name="pool")(x)
-    if dropout:
+    if isinstance(dropout, int | float) and dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
     x = layers.Dense(num_classes, use_bias=False, dtype="float32", name="head")(x)
     x = layers.Rescaling(1 / 9, dtype="float32", name="logits")(x)
@@ -76,13 +80,15 @@ def build(
     return model
 
 
-def _check_options(input_shape: Sequence[int], filters: Sequence[int], depth: int, dropout: float) -> None:
+def _check_options(
+    input_shape: Sequence[int], filters: Sequence[int], depth: int, dropout: float | Sequence[float]
+) -> None:
     """Raises ConfigError as `build` does."""
     if not filters or min(filters) < 1:
         raise ConfigError(f"filters is {tuple(filters)}; allowed: one positive width per block")
     if depth < 1:
         raise ConfigError(f"depth is {depth}; allowed: 1 or more")
-    if not 0 <= dropout < 1:
+    if not all(0 <= rate < 1 for rate in per_block("dropout", dropout, len(filters))):
         raise ConfigError(f"dropout is {dropout}; allowed: 0 to less than 1")
     smallest = 2 ** len(filters) + 1
     if min(input_shape[:2]) < smallest:

@@ -8,8 +8,10 @@ import keras
 from keras import layers
 
 from . import common
+from .arguments import checked
 
 
+@checked
 def build(
     *,
     input_shape: Sequence[int | None] = (32, 32, 3),

@@ -15,6 +15,7 @@ from keras import layers
 
 from ..errors import ConfigError, RunError, unknown
 from . import common
+from .arguments import checked
 
 
 class Backbone(NamedTuple):
@@ -42,6 +43,7 @@ BACKBONES = {
 SMALLEST = 32  # side in pixels of the smallest image that every backbone accepts
 
 
+@checked
 def build(
     *,
     input_shape: Sequence[int | None] = (32, 32, 3),

@@ -1,0 +1,206 @@
+"""Somebody's own Keras classifier on this engine: what is taken, what becomes of it, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+from cifar10_trainer import Config, Optimizer, load_data, train
+from cifar10_trainer.accelerate import make_training_model
+from cifar10_trainer.errors import ConfigError, RunInterrupted
+from cifar10_trainer.layers import FastDropout, FusedBatchNormalization
+from cifar10_trainer.models.own import plain_model
+
+CONFIG = Config(
+    recipe="mine",
+    epochs=2,
+    batch_size=100,
+    optimizer=Optimizer(name="adam", learning_rate=0.005),
+    precision="float32",
+    pixels="unit",
+)
+ENDINGS = (
+    "dense softmax",
+    "softmax layer",
+    "activation layer",
+    "softmax operation",
+    "logits",
+    "scaled logits",
+)
+
+
+def classifier(ending="dense softmax", seed=1):
+    """A small network with a model inside it, a frozen layer, and a layer that is used twice."""
+    keras.utils.set_random_seed(seed)
+    images = keras.Input((32, 32, 3))
+    x = keras.layers.Rescaling(1 / 255)(images)
+    inner = keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.Conv2D(8, 3, strides=2), keras.layers.ReLU()]
+    )
+    x = keras.layers.BatchNormalization()(inner(x))
+    frozen = keras.layers.Conv2D(8, 1, trainable=False)
+    twice = keras.layers.Conv2D(8, 3, padding="same", activation="relu")
+    x = keras.layers.MaxPooling2D()(twice(twice(frozen(x))))
+    x = keras.layers.Dropout(0.1)(keras.layers.Flatten()(x))
+    dense = keras.layers.Dense(10, activation="softmax" if ending == "dense softmax" else None)
+    x = dense(x)
+    if ending == "softmax layer":
+        x = keras.layers.Softmax()(x)
+    elif ending == "activation layer":
+        x = keras.layers.Activation("softmax")(x)
+    elif ending == "softmax operation":
+        x = keras.ops.softmax(x)
+    elif ending == "scaled logits":
+        x = keras.layers.Rescaling(0.5)(x)
+    return keras.Model(images, x)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=1, keepdims=True))
+    return x / x.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_training_model_gives_the_logits_of_the_model(ending, digits):
+    model, images = classifier(ending), digits.test_images[:20]
+    trained = make_training_model(plain_model(model, (32, 32, 3), 10), "float32")
+    logits = trained(images, training=False).numpy()
+    outputs = model.predict(images, verbose=0)
+    expected = softmax(outputs) if "logits" in ending else outputs
+    np.testing.assert_allclose(softmax(logits), expected, atol=1e-5)
+    kinds = {type(layer) for layer in trained.layers}
+    assert {FusedBatchNormalization, FastDropout} <= kinds  # faster where the engine knows how
+
+
+def test_in_16_bits_the_logits_and_the_preprocessing_stay_in_32():
+    trained = make_training_model(plain_model(classifier(), (32, 32, 3), 10), "mixed_bfloat16")
+    policies = {type(layer).__name__: layer.dtype_policy.name for layer in trained.layers}
+    assert policies["Rescaling"] == policies["Dense"] == "float32"
+    assert policies["Conv2D"] == policies["FusedBatchNormalization"] == "mixed_bfloat16"
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("strategy", ["none", "mirrored"])
+def test_a_run_ends_with_the_kept_weights_in_the_model(tmp_path, digits, strategy, precision):
+    model = classifier("logits")
+    frozen = next(layer for layer in model.layers if not layer.trainable and layer.weights)
+    before = frozen.get_weights()[0]
+    metrics = train(
+        CONFIG.override(strategy=strategy, precision=precision),
+        tmp_path,
+        data=(digits.train_images, digits.train_labels),
+        test_data=(digits.test_images, np.eye(10)[digits.test_labels]),
+        model=model,
+        verbose=0,
+    )
+    predicted = model.predict(digits.test_images, verbose=0).argmax(axis=1)
+    assert metrics["test_accuracy"] == pytest.approx((predicted == digits.test_labels).mean(), abs=0.004)
+    assert (
+        metrics["best_val_accuracy"] > 0.5
+        and metrics["dataset"] == "arrays"
+        and metrics["strategy"] == strategy
+    )
+    np.testing.assert_array_equal(frozen.get_weights()[0], before)
+    saved = keras.models.load_model(tmp_path / "model.keras")
+    for one, other in zip(saved.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    probabilities = saved.predict(digits.test_images, verbose=0)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)  # its softmax is part of the file
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert len(record["own_model"]) == 16 or len(record["own_model"]) == 8
+    assert (tmp_path / "report.html").exists()
+
+
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_it_resumes_exactly_and_with_its_own_kind_of_model_only(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)
+    options = {"data": digits, "verbose": 0, "full_report": False}
+    whole = classifier()
+    train(CONFIG, tmp_path / "whole", model=whole, **options)
+    with pytest.raises(RunInterrupted):
+        train(CONFIG, tmp_path / "parts", model=classifier(), callbacks=[StopAt(5)], **options)
+    with pytest.raises(ConfigError, match="unfinished run with model"):
+        train(CONFIG, tmp_path / "parts", **options)
+    other = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(10)])
+    with pytest.raises(ConfigError, match="unfinished run with model"):
+        train(CONFIG, tmp_path / "parts", model=other, **options)
+    resumed = classifier(seed=7)  # other initial weights, which the state replaces
+    train(CONFIG, tmp_path / "parts", model=resumed, **options)
+    for one, expected in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_a_compiled_model_stays_compiled(tmp_path, digits):
+    model = classifier()
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    train(CONFIG.override(epochs=1), tmp_path, data=digits, model=model, verbose=0, full_report=False)
+    assert len(model.evaluate(digits.test_images, digits.test_labels, verbose=0)) == 2
+
+
+class Subclassed(keras.Model):
+    def call(self, images):
+        return images
+
+
+def inputs(n):
+    return [keras.Input((32, 32, 3)) for _ in range(n)]
+
+
+def refused():
+    one, (a, b) = keras.Input((32, 32, 3)), inputs(2)
+    flat = keras.layers.Flatten()(one)
+    dense = keras.layers.Dense(10)
+    yield "dense", "model is str"
+    yield Subclassed(), "model is Subclassed, a subclassed model"
+    yield keras.Sequential([keras.layers.Dense(10)]), "a Sequential model without an input shape"
+    both = keras.layers.Flatten()(keras.layers.Add()([a, b]))
+    yield keras.Model([a, b], keras.layers.Dense(10)(both)), "model has 2 inputs and 1 outputs"
+    yield keras.Model(one, [dense(flat), keras.layers.Dense(3)(flat)]), "model has 1 inputs and 2 outputs"
+    yield (
+        keras.Model(one, keras.layers.Dense(9)(flat)),
+        r"returns \(None, 9\), but the data set has 10 classes",
+    )
+    yield (
+        keras.Model(one, keras.layers.Dense(10, activation="sigmoid")(flat)),
+        "ends in the activation sigmoid",
+    )
+    small = keras.Input((28, 28, 3))
+    yield (
+        keras.Model(small, keras.layers.Dense(10)(keras.layers.Flatten()(small))),
+        r"takes \(None, 28, 28, 3\), but the images are \(32, 32, 3\)",
+    )
+    yield keras.Model(one, keras.layers.Conv2D(10, 3)(one)), r"returns \(None, 30, 30, 10\)"
+
+
+@pytest.mark.parametrize("case", range(9))
+def test_what_the_engine_cannot_train_is_refused_in_a_line(case, tmp_path, digits):
+    model, text = list(refused())[case]
+    with pytest.raises(ConfigError, match=text) as caught:
+        train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
+    assert "allowed: a functional or built Sequential Keras model" in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_whitening_needs_the_networks_of_this_project(tmp_path, digits):
+    with pytest.raises(ConfigError, match="whitening is True; allowed with a model of your own: False"):
+        train(CONFIG.override(whitening=True), tmp_path / "run", data=digits, model=classifier(), verbose=0)
