@@ -1,12 +1,12 @@
-"""Shows that a change to the code changes no result: digests of a dozen small runs, equal to the byte.
+"""Shows that a change of the code changes no result: it compares digests of a dozen small runs before and after.
 
     python scripts/freeze.py --out=before.json        # before the change
     python scripts/freeze.py --compare=before.json    # after it
     python scripts/freeze.py digits folds             # only these runs
 
-Each run is a process of the commands that users call, on the embedded digits, offline. A digest covers the final
+Each run is a process of a command that users call, on the embedded digits, offline. Its digests cover the final
 weights, the history without its seconds, and the scores and first probabilities that `evaluate` prints. Digests depend
-on the processor, the number of its cores and the library versions, so both files must come from one machine, and from
+on the processor, the number of its cores and the library versions, so both files must come from the same machine and
 the same Python environment. All runs together take about four minutes on two cores.
 """
 
@@ -53,7 +53,7 @@ LEAKY = [
     "--set", "early_stopping=1",
 ]  # fmt: skip
 
-# name -> flags of `python -m cifar10_trainer`, besides data set and folder
+# name -> flags of `python -m cifar10_trainer`, apart from data set and folder
 RUNS: dict[str, list[str]] = {
     "digits": ["--epochs=3"],
     "digits-float32": ["--epochs=3", "--precision=float32", "--seed=1"],
@@ -67,7 +67,7 @@ RUNS: dict[str, list[str]] = {
     "mirrored-2": ["--epochs=2", "--strategy=mirrored", "--precision=float32"],
     "mirrored-2-sync": [*FAST, "--epochs=2", "--strategy=mirrored", "--sync_batch_norm"],
 }
-# Two logical CPU devices have to be there before anything else starts TensorFlow.
+# The two logical CPU devices must exist before anything else starts TensorFlow.
 TWO_DEVICES = (
     "import sys, tensorflow as tf; cpu = tf.config.list_physical_devices('CPU')[0];"
     "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2);"
@@ -77,19 +77,20 @@ OTHERS = ("resumed", "folds", "search")
 
 
 def digest(content: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 hash."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def run(*words: str, status: int = 0) -> str:
-    """What a Python command prints. Raises RunError where it ends with another status."""
+    """What a Python command prints. Raises RunError where its exit status is not `status`."""
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     if done.returncode != status:
-        raise RunError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise RunError(f"{' '.join(words)} gave exit status {done.returncode}: {done.stderr.strip()[-500:]}")
     return done.stdout
 
 
 def history_of(folder: Path) -> str:
-    """history.csv without its seconds."""
+    """The rows of history.csv as JSON, without the column of seconds."""
     with open(folder / "history.csv", newline="") as file:
         return json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)])
 
@@ -111,6 +112,7 @@ def digests_of(folder: Path) -> dict[str, str]:
 
 
 def train(name: str, folder: Path) -> dict[str, str]:
+    """Trains one of RUNS in `folder`, and returns its digests."""
     where = ("--dataset=digits", f"--workdir={folder}")
     start = ("-c", TWO_DEVICES) if name.startswith("mirrored-2") else ("-m", "cifar10_trainer")
     run(*start, *RUNS[name], *where)
@@ -118,7 +120,7 @@ def train(name: str, folder: Path) -> dict[str, str]:
 
 
 def resumed(folder: Path) -> dict[str, str]:
-    """The run `fast`, ended by SIGTERM as soon as it trains, and resumed. Its digests must be those of `fast`."""
+    """The run `fast`, interrupted by SIGTERM as soon as it trains, and resumed. It must have the digests of `fast`."""
     words = ["-m", "cifar10_trainer", *RUNS["fast"], "--dataset=digits", f"--workdir={folder}", "--verbose"]
     with subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -131,7 +133,7 @@ def resumed(folder: Path) -> dict[str, str]:
         process.stdout.read()
     if process.returncode != 1 or not (folder / "state.npz").exists():
         raise RunError(
-            f"the run to be resumed ended with {process.returncode}, before it could be interrupted"
+            f"the run to resume ended with exit status {process.returncode} before it was interrupted"
         )
     run(*words)
     return digests_of(folder)
@@ -163,8 +165,8 @@ def search(folder: Path) -> dict[str, str]:
     }
 
 
-def results(names: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(name, digests) of each run, as soon as it is done."""
+def digest_all(names: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields (name, digests) of each run when it ends."""
     others = {"resumed": resumed, "folds": folds, "search": search}
     with tempfile.TemporaryDirectory() as parent:
         for name in names:
@@ -191,8 +193,10 @@ def main(argv: list[str]) -> None:
 
     environment = runtime.describe()
     if before and before["environment"] != environment:
-        raise ConfigError(f"{FLAGS.compare} is of another machine or other versions: {before['environment']}")
-    found = dict(results(argv or known))
+        raise ConfigError(
+            f"{FLAGS.compare} is from another machine or other versions: {before['environment']}"
+        )
+    found = dict(digest_all(argv or known))
     if "fast" in found and "resumed" in found and found["fast"] != found["resumed"]:
         raise RunError(
             f"the resumed run differs from the uninterrupted one: {found['resumed']}, {found['fast']}"
@@ -201,9 +205,9 @@ def main(argv: list[str]) -> None:
         Path(FLAGS.out).write_text(json.dumps({"environment": environment, "runs": found}, indent=1) + "\n")
     different = [name for name in found if before and found[name] != before["runs"].get(name)]
     if different:
-        raise RunError(f"other results than in {FLAGS.compare}: {', '.join(different)}")
+        raise RunError(f"results differ from {FLAGS.compare}: {', '.join(different)}")
     if before:
-        print(f"all {len(found)} as in {FLAGS.compare}")
+        print(f"all {len(found)} runs have the digests of {FLAGS.compare}")
 
 
 if __name__ == "__main__":

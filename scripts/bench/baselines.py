@@ -1,9 +1,11 @@
-"""Other people's code, the way its author or its documentation has it: what benchmark.py compares this project with.
+"""The baselines: other people's code, written as its author or its documentation shows it. Nothing here is tuned.
 
-    python scripts/peers.py               # an epoch of the fourth tutorial's own code, and its seconds as JSON
-    python scripts/peers.py --steps=20    # only so many steps of it
+The fourth tutorial's code is also a command, because memory and start-up time need a process of its own:
 
-Nothing here is tuned. PyTorch and airbench are used where they are installed; nothing depends on them.
+    python scripts/bench/baselines.py               # trains one epoch, and prints its seconds as JSON
+    python scripts/bench/baselines.py --steps=20    # trains 20 steps of it
+
+PyTorch and airbench are used where they are installed; nothing depends on them.
 """
 
 from __future__ import annotations
@@ -17,25 +19,31 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
 from cifar10_trainer import RunError, cli
 
+if TYPE_CHECKING:
+    import keras
+    import torch
+
+    from cifar10_trainer.datasets import Dataset
+
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-flags.DEFINE_integer("steps", None, "of training; default: an epoch", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_string("data_dir", None, "where CIFAR-10 is", flag_values=FLAGS)
+flags.DEFINE_integer("steps", None, "steps to train; default: one epoch", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "folder or archive of CIFAR-10", flag_values=FLAGS)
 
 # ---- the fourth tutorial ---------------------------------------------------------------------------------
 
 TUTORIAL_BATCH = 128
 
 
-def tutorial_four(dtype: str = "float32", **compile_options):
-    """The fourth tutorial's network as its own code builds it: plain Keras, compiled, float pixels in."""
+def tutorial_four(dtype: str = "float32", **compile_options: Any) -> keras.Model:
+    """The fourth tutorial's network as its own code builds it: plain Keras, compiled; takes float pixels, 0-1."""
     import keras
     from keras import layers
 
@@ -57,8 +65,13 @@ def tutorial_four(dtype: str = "float32", **compile_options):
     return model
 
 
-def tutorial_fit(images, labels, dtype: str = "float32", **compile_options) -> Callable[[], float]:
-    """What measures the seconds of `Model.fit` of that network over float images; batch_size as the tutorial's."""
+def tutorial_fit(
+    images: np.ndarray, labels: np.ndarray, dtype: str = "float32", **compile_options: Any
+) -> Callable[[], float]:
+    """A function that trains that network for one epoch with `Model.fit` and returns the seconds.
+
+    images: float [n, 32, 32, 3], 0-1. compile_options: for `Model.compile`; batch_size: other than the tutorial's.
+    """
     batch = compile_options.pop("batch_size", TUTORIAL_BATCH)
     model = tutorial_four(dtype, **compile_options)
 
@@ -70,11 +83,17 @@ def tutorial_fit(images, labels, dtype: str = "float32", **compile_options) -> C
     return measure
 
 
-def tutorial_run(data, steps: int | None) -> dict[str, float]:
-    """What the tutorial's notebook does with the images: all as float32, the last tenth held out, `fit`.
+def tutorial_run(data: Dataset, steps: int | None) -> dict[str, float]:
+    """Trains as the tutorial's notebook does: all images as float32, the last tenth held out, `Model.fit`.
 
-    Returns the seconds of an epoch with its validation or, of `steps` steps, as many epochs' as they are; and the
-    steps. Two steps and their validation come first and do not count, so that tracing does not.
+    Two steps and their validation come first and are not counted, so that tracing is not.
+
+    Args:
+        data: CIFAR-10.
+        steps: how many steps to train. None: a whole epoch and its validation.
+
+    Returns:
+        The seconds of an epoch, from `steps` steps those that a whole epoch would take; and both numbers of steps.
     """
     x, y = data.train_images.astype("float32") / 255, data.train_labels
     x_test = data.test_images.astype("float32") / 255  # as the notebook, which holds them while it trains
@@ -97,8 +116,8 @@ def tutorial_run(data, steps: int | None) -> dict[str, float]:
 # ---- input pipelines -------------------------------------------------------------------------------------
 
 
-def keras_layers(images, labels, batch: int, batches: int) -> Callable[[], float]:
-    """Images a second of Keras's preprocessing layers in `map`, as Keras's documentation has it: flip and shift."""
+def keras_layers(images: np.ndarray, labels: np.ndarray, batch: int, batches: int) -> Callable[[], float]:
+    """A function that measures images per second of Keras's preprocessing layers: flip and shift in `map`."""
     import keras
     import tensorflow as tf
 
@@ -107,13 +126,13 @@ def keras_layers(images, labels, batch: int, batches: int) -> Callable[[], float
         keras.layers.RandomTranslation(2 / 32, 2 / 32, "reflect", dtype="float32"),
     ]
 
-    def change(x, y):
+    def augment(x: Any, y: Any) -> tuple[Any, Any]:
         for layer in layers:
             x = layer(x, training=True)
         return x, y
 
     data = tf.data.Dataset.from_tensor_slices((images, labels)).cache().shuffle(len(images)).batch(batch)
-    data = data.map(change, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    data = data.map(augment, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
     def measure() -> float:
         start = time.perf_counter()
@@ -123,8 +142,10 @@ def keras_layers(images, labels, batch: int, batches: int) -> Callable[[], float
     return measure
 
 
-def image_data_generator(images, labels, batch: int, batches: int) -> Callable[[], float]:
-    """Images a second of the old ImageDataGenerator: flip and shift, image by image."""
+def image_data_generator(
+    images: np.ndarray, labels: np.ndarray, batch: int, batches: int
+) -> Callable[[], float]:
+    """A function that measures images per second of Keras's old ImageDataGenerator: flip and shift, image by image."""
     from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
     generator = ImageDataGenerator(
@@ -143,7 +164,7 @@ def image_data_generator(images, labels, batch: int, batches: int) -> Callable[[
 # ---- PyTorch ---------------------------------------------------------------------------------------------
 
 
-def torch_network():
+def torch_network() -> torch.nn.Module:
     """The fourth tutorial's network in PyTorch."""
     from torch import nn
 
@@ -159,10 +180,18 @@ def torch_network():
     return nn.Sequential(*parts, nn.Linear(512, 10))
 
 
-def torch_steps(images, labels, compiled: tuple[bool, ...]) -> dict[str, Callable[[], float]]:
-    """name -> what measures the seconds of a pass of that network; none where PyTorch is not installed.
+def torch_steps(
+    images: np.ndarray, labels: np.ndarray, compiled: tuple[bool, ...]
+) -> dict[str, Callable[[], float]]:
+    """PyTorch's variants of that network: float32 or bfloat16, NCHW or channels last, `compiled` or not.
 
-    images: float32 [n, 32, 32, 3]. float32 or bfloat16, NCHW or channels last, and `compiled` or not.
+    Args:
+        images: float32 [n, 32, 32, 3], 0-1.
+        labels: integers [n].
+        compiled: (False,), or (False, True) for `torch.compile` too.
+
+    Returns:
+        name -> a function that trains one epoch and returns its seconds; empty where PyTorch is not installed.
     """
     if not importlib.util.find_spec("torch"):
         return {}
@@ -208,12 +237,23 @@ def torch_steps(images, labels, compiled: tuple[bool, ...]) -> dict[str, Callabl
 AIRBENCH = ("airbench94.py", "airbench94_muon.py", "airbench94_compiled.py")
 
 
-def airbench(checkout: str, name: str, data, runs: int, limit: float) -> dict[str, list[float]]:
-    """Seconds and accuracies, plain and with averaged views, of `runs` runs of one of airbench's own scripts.
+def airbench(checkout: str, name: str, data: Dataset, runs: int, limit: float) -> dict[str, list[float]]:
+    """Runs one of airbench's own scripts, and reads its times and scores from the table that it prints.
 
-    The script runs as it is but for how many runs it makes; its own clock and scores are read from the table that it
-    prints, and its first run, which warms it, is left out. What it has printed after `limit` seconds counts.
-    Raises RunError where that is nothing.
+    Only the number of runs is changed in the script. Its first run, a warm-up, is left out.
+
+    Args:
+        checkout: the folder of airbench's checkout.
+        name: the script's file name.
+        data: CIFAR-10.
+        runs: how many runs count.
+        limit: seconds after which the script is stopped; the runs that it has printed until then count.
+
+    Returns:
+        Of each run the seconds, and the test accuracies, 0-1: "plain", and "tta" with test-time augmentation.
+
+    Raises:
+        RunError: the script is not there, is not as expected, or has printed no scores.
     """
     found = sorted(Path(checkout).rglob(name))
     if not found:
@@ -224,30 +264,30 @@ def airbench(checkout: str, name: str, data, runs: int, limit: float) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         _airbench_images(Path(folder, "cifar10"), data)
         Path(folder, name).write_text(text)
-        with open(Path(folder, "said"), "w+") as said:
+        with open(Path(folder, "output"), "w+") as output:
             try:
                 subprocess.run(
                     [sys.executable, "-u", name],
                     cwd=folder,
-                    stdout=said,
-                    stderr=said,
+                    stdout=output,
+                    stderr=output,
                     timeout=limit,
                     check=False,
                 )
             except subprocess.TimeoutExpired:
                 print(f"  {name}: stopped after {limit:.0f} s", flush=True)
-            said.seek(0)
-            lines = said.read().splitlines()
+            output.seek(0)
+            lines = output.read().splitlines()
     table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if "|" in line]
     scores = [[float(cell) for cell in row[-3:]] for row in table if row[0] == "eval"][1:]
     if not scores:
         raise RunError(f"{name} printed no scores; its last line: {(lines or ['none'])[-1][:300]}")
-    plain, views, seconds = (list(column) for column in zip(*scores, strict=True))
-    return {"seconds": seconds, "plain": plain, "views": views}
+    plain, tta, seconds = (list(column) for column in zip(*scores, strict=True))
+    return {"seconds": seconds, "plain": plain, "tta": tta}
 
 
-def _airbench_images(folder: Path, data) -> None:
-    """The files that airbench's loader leaves behind once it has downloaded the images."""
+def _airbench_images(folder: Path, data: Dataset) -> None:
+    """Writes the files that airbench's loader keeps after it has downloaded the images."""
     import torch
 
     folder.mkdir()
@@ -264,6 +304,7 @@ def _airbench_images(folder: Path, data) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Trains the fourth tutorial's code as a process of its own."""
     cli.import_tensorflow()
     from cifar10_trainer import datasets
 

@@ -1,4 +1,4 @@
-"""How benchmark.py measures: candidates in turn, processes of their own, medians, ratios and goals."""
+"""How the benchmark measures: interleaved rounds, processes of their own, medians, ratios and goals."""
 
 from __future__ import annotations
 
@@ -12,46 +12,60 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from results.records import ROOT
 
 from cifar10_trainer import RECIPES, RunError
 
-ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from cifar10_trainer.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much a section does."""
+    """How much a section measures."""
 
     quick: bool = False
-    rounds: int = 7  # that count; one more goes before
-    batches: int = 20  # of 128 images, in what is timed at once
-    images: int = 50_000  # of a made-up data set
-    seeds: int = 5  # of what is trained
-    data_dir: str | None = None
+    rounds: int = 7  # rounds that count, after one that does not
+    batches: int = 20  # batches of 128 images in one measurement
+    images: int = 50_000  # size of a synthetic data set
+    seeds: int = 5  # runs of what is trained
+    data_dir: str | None = None  # the folder of CIFAR-10
     airbench: str | None = None  # a checkout of airbench
-    deadline: float = math.inf  # of its scripts, by time.perf_counter()
+    deadline: float = math.inf  # when airbench's scripts are stopped, by time.perf_counter()
+
+
+# What a section of the benchmark is: its rows and, as "verdicts", its results with their goals; maybe its "runs".
+Section = Callable[[Options], dict[str, Any]]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------
 
 
-def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """name -> `rounds` samples of each candidate, A B A B, after one round that is not counted."""
+def interleaved(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measures all candidates once in each round, A B A B, after a first round that is not counted.
+
+    Returns:
+        name -> the values of the `rounds` rounds.
+    """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds + 1):
         for name, measure in candidates.items():
             value = measure()
             if round_:
                 samples[name].append(value)
-        print(f"  round {round_} of {rounds}" if round_ else "  warm", flush=True)
+        print(f"  round {round_} of {rounds}" if round_ else "  warm-up", flush=True)
     return samples
 
 
 def rows_of(samples: Mapping[str, Sequence[float]], unit: str, base: str | None = None) -> dict[str, Any]:
-    """name -> median, range, samples, and the ratio to the median of the row `base`; printed, too."""
+    """Prints the rows of a section and returns them.
+
+    Returns:
+        name -> unit, median, range, samples and, with `base`, the ratio to the median of that row.
+    """
     rows = {}
     for name, values in samples.items():
         median = statistics.median(values)
@@ -66,31 +80,32 @@ def rows_of(samples: Mapping[str, Sequence[float]], unit: str, base: str | None 
             row["ratio"] = median / statistics.median(samples[base])
         rows[name] = row
         ratio = f"   {row['ratio']:.2f}" if base else ""
-        print(f"  {name:55s} {number(median):>9} ({spread(row)}) {unit}{ratio}", flush=True)
+        print(f"  {name:55s} {number(median):>9} ({min_to_max(row)}) {unit}{ratio}", flush=True)
     return rows
 
 
-def verdict(what: str, value: float, goal: str = "", unit: str = "") -> dict[str, Any]:
-    """A number that a section comes to, and what it should be; printed, too."""
+def against_goal(what: str, value: float, goal: str = "", unit: str = "") -> dict[str, Any]:
+    """Prints a result of a section with its goal, and returns both."""
     print(f"  => {what}: {number(value)}{unit}" + (f" (goal: {goal})" if goal else ""), flush=True)
     return {"what": what, "value": value, "unit": unit, "goal": goal}
 
 
 def number(value: float) -> str:
-    """Three digits that count, or all before the point; whole numbers as they are."""
+    """Three significant digits, or all digits before the point; integers as they are."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
 
 
-def spread(row: Mapping[str, Any]) -> str:
+def min_to_max(row: Mapping[str, Any]) -> str:
+    """The range of a row's samples."""
     return f"{number(row['min'])} - {number(row['max'])}"
 
 
 def others_share(seconds: float = 1.0) -> float | None:
-    """The share of all processors' time, 0-1, that others take while this process waits; None where unknown.
+    """The share of all processors' time, 0-1, that other processes take while this one waits; None where unknown.
 
-    Contention does not slow all peers alike: PyTorch's threads wait for one another at every operation.
+    Contention does not slow all baselines alike: PyTorch's threads wait for one another at every operation.
     """
 
     def ticks() -> tuple[int, int]:
@@ -109,14 +124,19 @@ def others_share(seconds: float = 1.0) -> float | None:
 # ---- this project ----------------------------------------------------------------------------------------
 
 
-def made_up(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random images [n, 32, 32, 3] and labels: what a step takes does not depend on them."""
+def synthetic_data(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images, uint8 [n, 32, 32, 3], and labels, int64 [n]. The time of a step does not depend on them."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n)
 
 
-def engine_for(recipe: str, images, labels, *, strategy: str = "none", **changes):
-    """An Engine on `images` for a recipe with `changes`, in the precision that suits the device; it does not end."""
+def engine_for(
+    recipe: str, images: np.ndarray, labels: np.ndarray, *, strategy: str = "none", **changes: Any
+) -> Engine:
+    """An Engine that trains a recipe with `changes` on `images`, in the precision that suits the device.
+
+    It trains for so many epochs that no benchmark reaches the end.
+    """
     from cifar10_trainer import runtime
     from cifar10_trainer.engine import make_engine
 
@@ -126,8 +146,8 @@ def engine_for(recipe: str, images, labels, *, strategy: str = "none", **changes
     return make_engine(config, images, labels, num_classes=10, strategy=chosen, policy=policy)
 
 
-def seconds_of(engine, steps: int) -> Callable[[], float]:
-    """What measures the seconds of `steps` steps of an engine."""
+def seconds_of(engine: Engine, steps: int) -> Callable[[], float]:
+    """A function that trains `steps` steps and returns their seconds."""
 
     def measure() -> float:
         start = time.perf_counter()
@@ -140,14 +160,14 @@ def seconds_of(engine, steps: int) -> Callable[[], float]:
 # ---- processes of their own ------------------------------------------------------------------------------
 
 
-def command(*flags: str, data_dir: str | None = None) -> list[str]:
-    """The command line of this project's training."""
+def training_command(*flags: str, data_dir: str | None = None) -> list[str]:
+    """The command line that trains with this project."""
     return [sys.executable, "-m", "cifar10_trainer", *flags, *_data(data_dir)]
 
 
-def peer(*flags: str, data_dir: str | None = None) -> list[str]:
-    """The command line of the fourth tutorial's own code."""
-    return [sys.executable, str(ROOT / "scripts" / "peers.py"), *flags, *_data(data_dir)]
+def baseline_command(*flags: str, data_dir: str | None = None) -> list[str]:
+    """The command line that trains with the fourth tutorial's own code."""
+    return [sys.executable, str(Path(__file__).with_name("baselines.py")), *flags, *_data(data_dir)]
 
 
 def _data(data_dir: str | None) -> list[str]:
@@ -158,17 +178,17 @@ def output_of(words: Sequence[str]) -> str:
     """What a command prints. Raises RunError with the last line of its errors where it fails."""
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
         raise RunError(f"{' '.join(words[1:4])} ... gave exit status {done.returncode}: {last[:300]}")
     return done.stdout
 
 
 def trained(*flags: str, data_dir: str | None = None) -> dict[str, Any]:
-    """metrics.json of a run of the training command, with "history", the rows of its history.csv."""
+    """Runs the training command; the contents of its metrics.json, and "history", the rows of its history.csv."""
     from cifar10_trainer.run_folder import RunFolder
 
     with tempfile.TemporaryDirectory() as folder:
-        output_of(command(*flags, f"--workdir={folder}/run", data_dir=data_dir))
+        output_of(training_command(*flags, f"--workdir={folder}/run", data_dir=data_dir))
         run = RunFolder(f"{folder}/run")
         return {**run.read_metrics(), "history": run.read_history()}
 
@@ -176,8 +196,8 @@ def trained(*flags: str, data_dir: str | None = None) -> dict[str, Any]:
 def peak_memory(words: Sequence[str]) -> float:
     """Peak resident memory of a command, MB.
 
-    A process between the two starts it: what a child is said to have used includes its parent's memory
-    at the time, and this one holds TensorFlow.
+    A small process starts the command, because Linux counts the memory of the parent at that moment as the child's,
+    and this process holds TensorFlow.
     """
     between = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
@@ -187,17 +207,17 @@ def peak_memory(words: Sequence[str]) -> float:
 
 
 def first_step(words: Sequence[str]) -> float:
-    """Seconds from the start of a command that trains to its progress bar's first accuracy; then ends it."""
+    """Seconds from the start of a training command until its progress bar shows an accuracy; ends the command then."""
     start = time.perf_counter()
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
-        seen = b""
+        output = b""
         try:
             while part := os.read(process.stdout.fileno(), 4096):
-                seen += part
-                if b"accuracy: " in seen:
+                output += part
+                if b"accuracy: " in output:
                     return time.perf_counter() - start
-            said = process.stderr.read().decode(errors="replace")[-300:]
+            errors = process.stderr.read().decode(errors="replace")[-300:]
         finally:
             process.kill()
-    raise RunError(f"{' '.join(words[1:4])} ... ended before its first step: {' '.join(said.split())}")
+    raise RunError(f"{' '.join(words[1:4])} ... ended before its first step: {' '.join(errors.split())}")

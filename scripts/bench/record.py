@@ -1,0 +1,131 @@
+"""The record of the benchmark, a JSON file, and the table and the bars that are made from it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from results.records import ROOT
+
+from cifar10_trainer import ConfigError
+from results import records, tables
+
+from . import cpu, gpu
+from .timing import min_to_max, number
+
+RECORD = ROOT / "results" / "benchmark.json"  # the one that docs/benchmarks.md shows
+FIGURE = ROOT / "docs" / "benchmark.png"
+QUIET = 0.05  # the share of the processors that other processes may take
+
+# Words in older records -> the words that the table shows.
+RENAMED = {"with averaged views": "with TTA", "averaged views": "with TTA"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record at `path`; an empty one where there is no file. Raises ConfigError where the file is something else."""
+    if not path.exists():
+        return {"sections": {}}
+    try:
+        return {"sections": dict(json.loads(path.read_text())["sections"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"record is {path}, which is no record of the benchmark; allowed: a new file, or a record of this command"
+        ) from error
+
+
+def keep(path: Path, name: str, found: dict[str, Any], *, command: str, quick: bool) -> dict[str, Any]:
+    """Writes the numbers of a section into the record at `path`, with their date, commit, command and environment.
+
+    Returns:
+        The record.
+    """
+    from cifar10_trainer import files, runtime
+
+    record = read(path)
+    record["sections"][name] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": records.commit(),
+        "command": command,
+        "quick": quick,
+        "environment": runtime.describe(),
+        **found,
+    }
+    files.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def publish(record: dict[str, Any], changed: str) -> None:
+    """Replaces the table in its document and, where the section `changed` is in the figure, the figure."""
+    tables.publish("benchmark", table(record))
+    if changed in ("step", "loader"):
+        bars(record, FIGURE)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The Markdown table of the record: a block for each section, and the machines at the end."""
+    lines = ["| | median | from - to | ratio |", "|---|--:|--:|--:|"]
+    made: dict[str, list[str]] = {}
+    for name, section in {**cpu.SECTIONS, **gpu.SECTIONS}.items():
+        if name not in record["sections"]:
+            continue
+        part = record["sections"][name]
+        lines.append(f"| **{name}**: {(section.__doc__ or '').strip().rstrip('.')} | | | |")
+        for row_name, row in part["rows"].items():
+            ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            median = f"{number(row['median'])} {row['unit']}"
+            lines.append(f"| {present_words(row_name)} | {median} | {min_to_max(row)} | {ratio} |")
+        for result in part["verdicts"]:
+            goal = f"goal: {result['goal']}" if result["goal"] else ""
+            value = f"{number(result['value'])}{result['unit']}"
+            lines.append(f"| *{present_words(result['what'])}* | **{value}** | {goal} | |")
+        made.setdefault(origin(part), []).append(name)
+    return "\n".join([*lines, "", *(f"{', '.join(names)}: {how}." for how, names in made.items())])
+
+
+def present_words(text: str) -> str:
+    """The name of a row, without the words that only older records use."""
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return text
+
+
+def origin(part: dict[str, Any]) -> str:
+    """The machine, versions and date of a section's numbers."""
+    where = part["environment"]
+    device = where["processor"] + ("" if where["gpus"] == "none" else f", {where['gpus']}")
+    versions = f"TensorFlow {where['tensorflow']}, Keras {where['keras']}"
+    notes = ", with --quick" if part["quick"] else ""
+    notes += ", beside other work" if (part["others_share"] or 0) > QUIET else ""
+    return f"{device}; {versions}; {part['date']}{notes}"
+
+
+def bars(record: dict[str, Any], path: Path) -> None:
+    """Draws the medians and ranges of the sections step and loader to the PNG file `path`; nothing where both are missing."""
+    from cifar10_trainer.figures import BLUE, FAINT, INK, new_figure, save_figure, style_axes
+
+    found = [(n, record["sections"][n]) for n in ("step", "loader") if n in record["sections"]]
+    if not found:
+        return
+    heights = [len(section["rows"]) for _, section in found]
+    figure = new_figure(9, 0.28 * sum(heights) + 0.9 * len(found))
+    panels = figure.subplots(len(found), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (name, section) in zip(panels, found, strict=True):
+        rows = section["rows"]
+        unit = next(iter(rows.values()))["unit"]
+        titles = {"step": f"A training step, {unit}", "loader": f"The input pipeline, {unit}"}
+        style_axes(axes, titles[name], grid="x")
+        medians = [row["median"] for row in rows.values()]
+        colours = [BLUE if row_name.startswith(cpu.OURS) else FAINT for row_name in rows]
+        axes.barh(range(len(rows)), medians, color=colours, height=0.72)
+        for i, row in enumerate(rows.values()):
+            axes.plot([row["min"], row["max"]], [i, i], color=INK, linewidth=1)
+            axes.annotate(
+                number(row["median"]), (row["max"], i), (4, 0), textcoords="offset points",
+                va="center", fontsize=8.5, color=INK,
+            )  # fmt: skip
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.12 * max(row["max"] for row in rows.values()))
+    save_figure(figure, path)

@@ -1,0 +1,1 @@
+"""The records in results/, and the tables and figures that are made from them."""

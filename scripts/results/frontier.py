@@ -1,0 +1,189 @@
+"""Accuracy against cost: the default recipe at 2 to 40 epochs beside the tutorials' recipes, as a table and a figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar10_trainer.recipes import DEFAULT_RECIPE
+
+from .records import ROOT, Record, group
+from .tables import TUTORIALS, duration, epochs_run, publish
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EPOCHS = (2, 4, 8, 16, 40)
+FIGURE = ROOT / "docs" / "frontier.png"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The records of one recipe with one number of epochs: means over the seeds, and the median of the times."""
+
+    recipe: str
+    source: str
+    epochs: float
+    epochs_run: str  # the epochs trained, and of how many
+    runs: int
+    seconds: float  # of the whole process
+    pflop: float
+    validation: float | None  # accuracies, 0-1
+    test: float
+    test_with_tta: float | None  # None: the recipe uses no TTA
+
+
+def points_of(records: Sequence[Record]) -> list[Point]:
+    """A Point for each recipe and number of epochs that was scored on CIFAR-10's test images, by PFLOP."""
+    scored = [
+        r
+        for r in records
+        if r["metrics"]["dataset"] == "cifar10" and r["metrics"]["test_accuracy"] is not None
+    ]
+    points = []
+    for (recipe, epochs), some in group(scored).items():
+        runs = [r["metrics"] for r in some]
+        held_out = [r["best_val_accuracy"] for r in runs if r["best_val_accuracy"] is not None]
+        with_tta = [r["test_accuracy_views"] for r in runs if r["views"] > 1]
+        points.append(
+            Point(
+                recipe,
+                some[0]["config"]["origin"]["source"],
+                epochs,
+                epochs_run(recipe, some),
+                len(runs),
+                statistics.median(r["total_seconds"] for r in runs),
+                statistics.mean(r["pflop"] for r in runs),
+                statistics.mean(held_out) if held_out else None,
+                statistics.mean(r["test_accuracy"] for r in runs),
+                statistics.mean(with_tta) if with_tta else None,
+            )
+        )
+    return sorted(points, key=lambda p: p.pflop)
+
+
+def ours(points: Sequence[Point]) -> list[Point]:
+    """The points of the default recipe, by epochs."""
+    return sorted((p for p in points if p.recipe == DEFAULT_RECIPE), key=lambda p: p.epochs)
+
+
+def tutorials(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """ "tutorial 1" ... "tutorial 5" -> the points of its recipes, the best validation accuracy first."""
+    names = [f"tutorial {i}" for i in TUTORIALS]
+    found = {n: [p for p in points if p.source.startswith(f"{n},")] for n in names}
+    return {n: sorted(some, key=lambda p: -(p.validation or 0)) for n, some in found.items() if some}
+
+
+def missing(records: Sequence[Record]) -> list[int]:
+    """The numbers of epochs for which the default recipe has no record yet."""
+    there = {p.epochs for p in ours(points_of(records))}
+    return [n for n in EPOCHS if n not in there]
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+def table(points: Sequence[Point]) -> str:
+    """The Markdown table: the default recipe by epochs, then the best recipe of each tutorial."""
+
+    def percent(x: float | None) -> str:
+        return "" if x is None else f"{100 * x:.2f}"
+
+    lines = [
+        "| recipe | epochs | time | PFLOP | validation | test | test with TTA |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for p in [*ours(points), *(best for best, *_ in tutorials(points).values())]:
+        tutorial = next((n for n, some in tutorials(points).items() if p in some), "")
+        cells = [
+            f"`{p.recipe}`" + (f" ({tutorial})" if tutorial else ""),
+            p.epochs_run,
+            duration(p.seconds),
+            f"{p.pflop:.3g}",
+            *(percent(x) for x in (p.validation, p.test, p.test_with_tta)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def publish_points(records: Sequence[Record]) -> None:
+    """Draws the figure and replaces the table in its document."""
+    points = points_of(records)
+    draw(points, FIGURE)
+    publish("frontier", table(points))
+
+
+# ---- the figure ------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Draws test accuracy over time and over PFLOP to the PNG file `path`."""
+    from cifar10_trainer.figures import INK, new_figure, save_figure, style_axes
+
+    figure = new_figure(10, 4.6)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, cost, title in zip(
+        panels, ("seconds", "pflop"), ("Seconds of the whole run", "PFLOP of training"), strict=True
+    ):
+        style_axes(axes, title, grid="both")
+        draw_ours(axes, cost, ours(points))
+        draw_tutorials(axes, cost, tutorials(points))
+        scale_axes(axes)
+    panels[0].set_ylabel("test accuracy", fontsize=9, color=INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+    if handles:
+        figure.legend(handles, labels, fontsize=9, labelcolor=INK, **where)
+    save_figure(figure, path)
+
+
+def draw_ours(axes: Axes, cost: str, own: Sequence[Point]) -> None:
+    """Draws the default recipe's two lines, with and without TTA, and labels its points with the epochs."""
+    from cifar10_trainer.figures import BLUE, GREEN
+
+    line: dict[str, Any] = {"linewidth": 1.6, "markersize": 4, "zorder": 3}
+    for quantity, colour, words in (("test_with_tta", GREEN, " with TTA"), ("test", BLUE, "")):
+        shown = [(getattr(p, cost), 100 * getattr(p, quantity)) for p in own if getattr(p, quantity)]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=DEFAULT_RECIPE + words, **line)
+    for p in own:
+        words = f"{p.epochs:g}" + (" epochs" if p is own[0] else "")
+        axes.annotate(words, (getattr(p, cost), 100 * p.test), (0, -12), color=BLUE, **SMALL)
+
+
+def draw_tutorials(axes: Axes, cost: str, others: Mapping[str, Sequence[Point]]) -> None:
+    """Draws the tutorials' recipes as squares, and labels the best recipe of each tutorial."""
+    from cifar10_trainer.figures import FAINT, INK, VERMILION
+
+    style: dict[str, Any] = {"markersize": 6, "markeredgecolor": INK, "markeredgewidth": 0.5}
+    best_words = "a tutorial's best recipe, run by this project"
+    for words, colour, some in (
+        (best_words, VERMILION, [best for best, *_ in others.values()]),
+        ("its other recipes", FAINT, [p for _, *rest in others.values() for p in rest]),
+    ):
+        if some:
+            x = [getattr(p, cost) for p in some]
+            axes.plot(x, [100 * p.test for p in some], "s", color=colour, label=words, **style)
+    places = {name: (getattr(best, cost), 100 * best.test) for name, (best, *_) in others.items()}
+    for name, (x, y) in places.items():
+        # The label is under its point where another point would cover it.
+        covered = any(x / 1.5 < u < 1.5 * x and 0 < v - y < 3 for u, v in places.values())
+        axes.annotate(name, (x, y), (0, -14 if covered else 7), color=INK, **SMALL)
+
+
+def scale_axes(axes: Axes) -> None:
+    """A logarithmic cost axis with plain numbers, and percent on the other axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    axes.margins(x=0.12, y=0.1)
+    axes.yaxis.set_major_formatter("{x:g}%")

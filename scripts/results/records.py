@@ -1,0 +1,167 @@
+"""The records in results/runs: how one is made from a run folder, how they are read and how they are grouped.
+
+A record is a JSON file <recipe>-<epochs>-<seed>.json: the date, commit and command of a finished run, its environment,
+its configuration, its metrics and its history.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar10_trainer import RECIPES, Config, RunError
+from cifar10_trainer.errors import unknown
+
+if TYPE_CHECKING:
+    from cifar10_trainer.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout
+RUNS = ROOT / "results" / "runs"
+
+# Keys of config.json that a record leaves out: they only describe the machine of the run.
+PRIVATE = ("data_dir", "data_source", "class_names", "command")
+# Fields in which a recorded run may differ from its recipe.
+FREE = ("epochs", "seed", "strategy", "precision")
+
+Record = dict[str, Any]
+Group = list[Record]  # the records of one recipe with one number of epochs
+
+
+# ---- one record ------------------------------------------------------------------------------------------
+
+
+def path_of(recipe: str, epochs: float, seed: int) -> Path:
+    """The file of the record of one run."""
+    return RUNS / f"{recipe}-{epochs:g}-{seed}.json"
+
+
+def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Path:
+    """Writes the record of a finished run.
+
+    Args:
+        workdir: the run folder.
+        command: the command that makes such a run. None: the run's own command.
+        at: the commit of the code that made the run. None: the present commit.
+
+    Returns:
+        The file of the record.
+
+    Raises:
+        RunError: the run is not finished, differs from its recipe, or is of another strategy or precision than the
+            record that it would replace.
+    """
+    from cifar10_trainer import files
+    from cifar10_trainer.run_folder import RunFolder
+
+    run = RunFolder(workdir)
+    config, metrics = read_run(run)
+    record = {
+        "date": time.strftime("%Y-%m-%d", time.localtime(run.metrics_file.stat().st_mtime)),
+        "commit": commit() if at is None else at,
+        # The path of the images means nothing on another machine.
+        "command": command or re.sub(r" --?data_dir[= ]\S+", "", config["command"]),
+        "environment": config.pop("environment"),
+        "metrics": metrics,
+        "config": {k: v for k, v in config.items() if k not in PRIVATE},
+        "history": run.read_history(),
+    }
+    path = path_of(metrics["recipe"], config["epochs"], metrics["seed"])
+    if path.exists():
+        before = json.loads(path.read_text())["metrics"]
+        for name in ("strategy", "precision"):
+            if before.get(name) != metrics.get(name):
+                raise RunError(
+                    f"{path.name} is of a run with {name} {before.get(name)}, {workdir} of one with {metrics.get(name)};"
+                    " allowed: the same; delete the record to replace it"
+                )
+    RUNS.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of config.json and metrics.json of a finished run.
+
+    Raises RunError where the run is not finished, or differs from its recipe in more than FREE.
+    """
+    try:
+        config, metrics = (json.loads(file.read_text()) for file in (run.config_file, run.metrics_file))
+        ran = Config.from_record(dict(config))
+    except OSError as error:
+        raise RunError(f"{run} holds no finished run: {error.strerror}: {error.filename}") from error
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{run} holds a damaged run ({error}); allowed: one that is whole") from error
+    if ran.recipe not in RECIPES:
+        raise unknown("recipe", ran.recipe, RECIPES)
+    free = {name: getattr(ran, name) for name in FREE}
+    recipe = RECIPES[ran.recipe].override(**free).to_dict()
+    different = [key for key, value in ran.to_dict().items() if recipe[key] != value]
+    if different:
+        key = different[0]
+        raise RunError(
+            f"{run} holds a run of {ran.recipe} with {key} {getattr(ran, key)!r}, where the recipe has {recipe[key]!r};"
+            f" allowed: the recipe as it is, except for {', '.join(FREE)}; delete {run} to run it again"
+        )
+    return config, metrics
+
+
+def commit() -> str:
+    """The short hash of the checkout's commit, with "-modified" where the code differs from it; empty without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        modified = git("status", "--porcelain", "cifar10_trainer", "tuning", "scripts")
+        return git("rev-parse", "--short", "HEAD") + ("-modified" if modified else "")
+    except FileNotFoundError:  # git is not installed
+        return ""
+
+
+# ---- all records -----------------------------------------------------------------------------------------
+
+
+def load() -> list[Record]:
+    """All records, sorted by file name."""
+    return [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
+
+
+def group(records: Sequence[Record]) -> dict[tuple[str, float], Group]:
+    """The records by recipe and epochs, in the order of RECIPES."""
+    groups: dict[tuple[str, float], Group] = defaultdict(list)
+    for record in records:
+        groups[record["metrics"]["recipe"], record["config"]["epochs"]].append(record)
+    order = {name: i for i, name in enumerate(RECIPES)}
+    return dict(sorted(groups.items(), key=lambda g: (order.get(g[0][0], len(order)), g[0][1])))
+
+
+def is_own(name: str) -> bool:
+    """Whether this is one of the project's own recipes for CIFAR-10, which anneal over any number of epochs."""
+    config = RECIPES.get(name)
+    return (
+        config is not None and config.dataset == "cifar10" and config.origin.source.startswith("this project")
+    )
+
+
+def lengths(runs: Group) -> list[float]:
+    """The number of epochs that each run trained: fewer than its configuration has where it stopped early."""
+    return [min(r["config"]["epochs"], r["metrics"]["epochs"]) for r in runs]
+
+
+def pflop(runs: Group, epochs: float | None = None) -> float:
+    """Mean PFLOP of the runs' training; `epochs`: as if each run had trained this many epochs."""
+    each = [r["metrics"]["pflop"] * (epochs or n) / n for r, n in zip(runs, lengths(runs), strict=True)]
+    return statistics.mean(each)
+
+
+def mean_validation(runs: Group) -> float:
+    """Mean validation accuracy of the runs, 0-1; 0 where they hold out no images."""
+    return statistics.mean(r["metrics"]["best_val_accuracy"] or 0 for r in runs)
