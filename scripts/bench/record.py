@@ -59,6 +59,7 @@ def keep(path: Path, name: str, found: dict[str, Any], *, command: str, quick: b
 def publish(record: dict[str, Any], changed: str) -> None:
     """Replaces the table in its document and, where the section `changed` is in the figure, the figure."""
     tables.publish("benchmark", table(record))
+    tables.publish("speed", speed_table(record))
     if changed in ("step", "loader"):
         bars(record, FIGURE)
 
@@ -82,6 +83,93 @@ def table(record: dict[str, Any]) -> str:
             lines.append(f"| *{present_words(result['what'])}* | **{value}** | {goal} | |")
         made.setdefault(origin(part), []).append(name)
     return "\n".join([*lines, "", *(f"{', '.join(names)}: {how}." for how, names in made.items())])
+
+
+def speed_table(record: dict[str, Any]) -> str:
+    """The README's table: the numbers of a user's first questions, with the goal where it is missed."""
+    rows = [
+        row
+        for make in (_target, _step, _loader, _memory, _gpu_step, _gpu_94)
+        if (row := make(record["sections"]))
+    ]
+    head = ["", "this project", "compared with", "ratio"]
+    return tables.markdown(head, ["", "this project", "compared with"], rows)
+
+
+def _shown(row: dict[str, Any], unit: str | None = None) -> str:
+    return f"{number(row['median'])} {unit or row['unit']}"
+
+
+def _result(section: dict[str, Any], start: str) -> float:
+    return next(r["value"] for r in section["verdicts"] if r["what"].startswith(start))
+
+
+def _target(sections: dict[str, Any]) -> list[str]:
+    """Time to the target, beside the tutorial's epochs."""
+    if "target" not in sections:
+        return []
+    rows = sections["target"]["rows"]
+    ratio = _result(sections["target"], "the tutorial's code to 85%")
+    seconds = rows["fast.85: to 85%"]["median"]
+    peer = f"{ratio * seconds / 60:.0f} min: tutorial 4's own code, at its slower speed"
+    what = "85% validation accuracy, from the start of the process"
+    return [what, f"{seconds:.0f} s, `fast.85`", peer, f"{1 / ratio:.3f}"]
+
+
+def _step(sections: dict[str, Any]) -> list[str]:
+    if "step" not in sections:
+        return []
+    rows = sections["step"]["rows"]
+    ours, tutorial = rows[cpu.OURS], rows[cpu.TUTORIAL]
+    torch = [(row["median"], name) for name, row in rows.items() if name.startswith("PyTorch")]
+    peer, ratio = f"{_shown(tutorial)}: its own code", f"{ours['ratio']:.2f}"
+    if torch:
+        median, name = min(torch)
+        peer += f"; {number(median)} ms: {name}"
+        ratio += f"; {ours['median'] / median:.2f}"
+    return ["a training step of tutorial 4's network", _shown(ours), peer, ratio]
+
+
+def _loader(sections: dict[str, Any]) -> list[str]:
+    if "loader" not in sections:
+        return []
+    rows = sections["loader"]["rows"]
+    ours, keras = rows["this project: flip, shift, cutout"], rows["Keras layers in map: flip, shift"]
+    what = "input pipeline: flip, shift, cutout"
+    return [what, _shown(ours), f"{_shown(keras)}: Keras's layers, without cutout", f"{ours['ratio']:.2f}"]
+
+
+def _memory(sections: dict[str, Any]) -> list[str]:
+    if "memory" not in sections:
+        return []
+    rows = sections["memory"]["rows"]
+    ours, tutorial = rows[cpu.OURS], rows[cpu.TUTORIAL]
+    return [
+        "peak memory of training",
+        _shown(ours),
+        f"{_shown(tutorial)}: tutorial 4's own code",
+        f"{ours['ratio']:.2f}",
+    ]
+
+
+def _gpu_step(sections: dict[str, Any]) -> list[str]:
+    if "gpu_step" not in sections:
+        return []
+    rows, card = sections["gpu_step"]["rows"], sections["gpu_step"]["environment"]["gpus"]
+    ours, fit = rows["this project, none"], rows["Model.fit, default settings"]
+    what = f"{card}: training tutorial 4's network"
+    return [what, _shown(ours), f"{_shown(fit)}: `Model.fit`", f"{ours['ratio']:.2f}"]
+
+
+def _gpu_94(sections: dict[str, Any]) -> list[str]:
+    """94% of the test images, whitening included on both sides, compilation on neither."""
+    if not {"gpu_94", "gpu_airbench"} <= set(sections):
+        return []
+    ours = sections["gpu_94"]["rows"]["fast.94: whitening, training and test"]
+    airbench = sections["gpu_airbench"]["rows"]["airbench94.py"]
+    what = f"{sections['gpu_94']['environment']['gpus']}: 94% on the test images, with TTA"
+    ratio = f"{ours['median'] / airbench['median']:.2f}"
+    return [what, f"{_shown(ours)}, `fast.94`", f"{_shown(airbench)}: airbench94, in PyTorch", ratio]
 
 
 def present_words(text: str) -> str:

@@ -13,10 +13,21 @@ from .records import ROOT, Group, Record, group, is_own, lengths, mean_validatio
 
 # document -> the tables that it shows, each between the lines <!-- name --> and <!-- /name -->
 DOCUMENTS = {
+    "README.md": ("highlights", "tutorials", "speed"),
     "results/README.md": ("results", "versus"),
     "docs/benchmarks.md": ("benchmark", "frontier"),
 }
 TUTORIALS = (1, 2, 3, 4, 5)
+HIGHLIGHTS = (  # recipe and epochs: the project's own, and each tutorial's own network
+    ("fast.85", 3),
+    ("fast.default", 40),
+    ("fast.94", 10),
+    ("fast.96", 40),
+    ("practical.baseline", 30),
+    ("vgg.1", 100),
+    ("leaky.baseline", 40),
+    ("wide_head.baseline", 25),
+)
 
 
 # ---- documents -------------------------------------------------------------------------------------------
@@ -33,7 +44,9 @@ def publish(name: str, content: str) -> None:
 
 
 def publish_results(records: Sequence[Record]) -> None:
-    """Replaces the two tables of all recipes."""
+    """Replaces the tables of recipes."""
+    publish("highlights", highlights_table(records))
+    publish("tutorials", tutorials_table(records))
     publish("results", results_table(records))
     publish("versus", versus_table(records))
 
@@ -58,6 +71,46 @@ def markdown(head: list[str], left: list[str], rows: list[list[str]]) -> str:
     return "\n".join(
         ["| " + " | ".join(head) + " |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(r)} |" for r in rows)]
     )
+
+
+def highlights_table(records: Sequence[Record]) -> str:
+    """The rows of HIGHLIGHTS that have records."""
+    groups, rows = group(records), []
+    for key in HIGHLIGHTS:
+        runs = groups.get(key)
+        if not runs:
+            continue
+        tta = any(r["metrics"]["views"] > 1 for r in runs)
+        rows.append(
+            [
+                f"`{key[0]}`",
+                f"{runs[0]['metrics']['params']:,}",
+                epochs_run(key[0], runs),
+                mean_and_deviation([r["metrics"]["test_accuracy"] for r in runs]),
+                mean_and_deviation([r["metrics"]["test_accuracy_views"] for r in runs]) if tta else "",
+                duration(statistics.median(r["metrics"]["total_seconds"] for r in runs)),
+                "; ".join(dict.fromkeys(hardware(r) for r in runs)),
+                command_of(runs),
+            ]
+        )
+    head = ["recipe", "parameters", "epochs", "test, %", "with TTA, %", "time", "hardware", "command"]
+    return markdown(head, ["recipe", "hardware", "command"], rows)
+
+
+def tutorials_table(records: Sequence[Record]) -> str:
+    """A row for each tutorial: what it became here, its best claim, and the project's own recipe of `versus_table`."""
+    groups, rows = group(records), []
+    for tutorial in TUTORIALS:
+        names = [n for n, c in RECIPES.items() if c.origin.source.startswith(f"tutorial {tutorial},")]
+        source = RECIPES[names[0]].origin.source.removeprefix(f"tutorial {tutorial}, ")
+        number = f"{len(names)} recipe{'' if len(names) == 1 else 's'}"
+        cells = versus_row(tutorial, groups)
+        if cells:
+            _, best, claimed, measured, _, ours, test, _, _ = cells
+            here = f"`{names[0].partition('.')[0]}.*`, {number}"
+            rows.append([f"{tutorial}: {source}", here, best, claimed, measured, ours, test])
+    head = ["tutorial", "here", "its best recipe", "claimed, %", "measured, %", "this project's", "test, %"]
+    return markdown(head, ["tutorial", "here", "its best recipe", "this project's"], rows)
 
 
 def results_table(records: Sequence[Record]) -> str:
