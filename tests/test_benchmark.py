@@ -60,6 +60,7 @@ def documents(tmp_path, monkeypatch):
     """A checkout with no record yet."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "benchmarks.md").write_text("x\n<!-- benchmark -->\n<!-- /benchmark -->\n")
+    (tmp_path / "README.md").write_text("x\n<!-- speed -->\n<!-- /speed -->\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(record, "RECORD", tmp_path / "results" / "benchmark.json")
     monkeypatch.setattr(record, "FIGURE", tmp_path / "docs" / "benchmark.png")

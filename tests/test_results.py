@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from bench import record as bench_record
 
 from cifar10_trainer import RECIPES
 from cifar10_trainer.errors import ConfigError, RunError
@@ -88,12 +89,14 @@ def test_a_record_gives_way_to_its_like_only(tmp_path, monkeypatch):
     path = records.keep(finished())
     assert records.keep(finished(test_accuracy=0.5)) == path
     assert json.loads(path.read_text())["metrics"]["test_accuracy"] == 0.5
+    assert record["metrics"]["strategy"] == "_DefaultDistributionStrategy"  # as version 1.0.0 calls it
+    assert records.keep(finished(strategy="none")) == path
     for change in ({"precision": "float32"}, {"strategy": "mirrored"}):
         with pytest.raises(
             RunError, match=f"of a run with {next(iter(change))} .*; allowed: the same; delete"
         ):
             records.keep(finished(**change))
-    assert json.loads(path.read_text())["metrics"]["test_accuracy"] == 0.5
+    assert json.loads(path.read_text())["metrics"]["strategy"] == "none"
 
 
 def test_the_commit_of_a_record_shows_whether_the_code_was_modified(tmp_path, monkeypatch):
@@ -231,9 +234,72 @@ def test_the_document_shows_the_tables_of_the_records():
     assert between(text, "versus") == tables.versus_table(records.load())
 
 
+def test_the_readme_shows_tables_and_numbers_of_the_records():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = records.load()
+    assert between(text, "highlights") == tables.highlights_table(found)
+    assert between(text, "tutorials") == tables.tutorials_table(found)
+    benchmark = bench_record.read(bench_record.RECORD)
+    assert between(text, "speed") == bench_record.speed_table(benchmark)
+    words = " ".join(text.split())
+    rows = {name: row for part in benchmark["sections"].values() for name, row in part["rows"].items()}
+    seconds = rows["fast.85: to 85%"]["median"]
+    assert f"passes 85% validation accuracy on CIFAR-10 in {seconds:.0f} seconds on two CPU cores" in words
+    seconds = rows["fast.94: training and test"]["median"]
+    assert f"reaches 94% of the test images in {seconds:.1f} seconds on a GPU" in words
+    mean = next(
+        v["value"] for v in benchmark["sections"]["gpu_94"]["verdicts"] if "averaged views" in v["what"]
+    )
+    assert mean >= 94
+
+
+def test_highlights_and_tutorials_leave_out_what_has_no_record():
+    one = [record("fast.85", 3, s, test_accuracy=0.86, total_seconds=40.0) for s in range(2)]
+    *_, row = tables.highlights_table(one).splitlines()
+    assert row.startswith("| `fast.85` | 10 | 3 | 86.00 ± 0.00 (2) |  | 40 s | AMD EPYC, 2 cores |")
+    assert len(tables.tutorials_table(one).splitlines()) == 2  # no tutorial has a record
+
+
+def test_the_speed_table_has_the_sections_that_were_measured():
+    rows = {
+        "tutorial 4, its own code": {"median": 100.0, "unit": "ms"},
+        "this project": {"median": 40.0, "unit": "ms"},
+    }
+    rows["this project"]["ratio"] = 0.4
+    table = bench_record.speed_table({"sections": {"step": {"rows": rows}}}).splitlines()
+    assert table[2:] == [
+        "| a training step of tutorial 4's network | 40.0 ms | 100 ms: its own code | 0.40 |"
+    ]
+    rows |= {
+        "PyTorch 3, compiled": {"median": 50.0, "unit": "ms"},
+        "PyTorch 3": {"median": 60.0, "unit": "ms"},
+    }
+    table = bench_record.speed_table({"sections": {"step": {"rows": rows}}}).splitlines()
+    assert table[2].endswith("| 100 ms: its own code; 50.0 ms: PyTorch 3, compiled | 0.40; 0.80 |")
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python -m cifar10_trainer --data_dir=/a --seed=1", "python -m cifar10_trainer --seed=1"),
+        (
+            "python -m cifar10_trainer --seed=1 --data_dir '/my pictures/b'",
+            "python -m cifar10_trainer --seed=1",
+        ),
+        ("python -m cifar10_trainer '--data_dir=/my pictures'", "python -m cifar10_trainer"),
+        (
+            "python -m cifar10_trainer --set 'options.filters=[4, 8]'",
+            "python -m cifar10_trainer --set 'options.filters=[4, 8]'",
+        ),
+    ],
+)
+def test_a_record_does_not_name_where_the_images_are(command, expected):
+    assert records.without_data_dir(command) == expected
+
+
 def test_every_table_has_one_document_and_one_place_in_it():
     names = [name for some in tables.DOCUMENTS.values() for name in some]
-    assert len(names) == len(set(names)) == 4
+    assert len(names) == len(set(names)) == 7
     for document, some in tables.DOCUMENTS.items():
         text = (ROOT / document).read_text(encoding="utf-8")
         for name in some:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import time
@@ -29,6 +30,12 @@ RUNS = ROOT / "results" / "runs"
 PRIVATE = ("data_dir", "data_source", "class_names", "command")
 # Fields in which a recorded run may differ from its recipe.
 FREE = ("epochs", "seed", "strategy", "precision")
+# What runs of version 1.0.0 call a strategy -> its name now.
+STRATEGIES = {
+    "_DefaultDistributionStrategy": "none",
+    "MirroredStrategy": "mirrored",
+    "CollectiveAllReduceStrategy": "multi_worker",
+}
 
 Record = dict[str, Any]
 Group = list[Record]  # the records of one recipe with one number of epochs
@@ -66,7 +73,7 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
         "date": time.strftime("%Y-%m-%d", time.localtime(run.metrics_file.stat().st_mtime)),
         "commit": commit() if at is None else at,
         # The path of the images means nothing on another machine.
-        "command": command or re.sub(r" --?data_dir[= ]\S+", "", config["command"]),
+        "command": command or without_data_dir(config["command"]),
         "environment": config.pop("environment"),
         "metrics": metrics,
         "config": {k: v for k, v in config.items() if k not in PRIVATE},
@@ -76,7 +83,8 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
     if path.exists():
         before = json.loads(path.read_text())["metrics"]
         for name in ("strategy", "precision"):
-            if before.get(name) != metrics.get(name):
+            was, now = (STRATEGIES.get(m.get(name), m.get(name)) for m in (before, metrics))
+            if was != now:
                 raise RunError(
                     f"{path.name} is of a run with {name} {before.get(name)}, {workdir} of one with {metrics.get(name)};"
                     " allowed: the same; delete the record to replace it"
@@ -84,6 +92,17 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
     RUNS.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(record, indent=1) + "\n")
     return path
+
+
+def without_data_dir(command: str) -> str:
+    """A command without its flag --data_dir, in whichever way it is written."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        if word in ("--data_dir", "-data_dir"):
+            next(words, None)
+        elif not re.match(r"--?data_dir=", word):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
