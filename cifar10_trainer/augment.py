@@ -244,7 +244,7 @@ class Projective(RandomLayer):
             fill_mode=self.fill.upper(),
             fill_value=0.0,
         )
-        return tf.cast(tf.round(mapped) if images.dtype.is_integer else mapped, images.dtype)
+        return tf.cast(tf.round(mapped) if tf.as_dtype(images.dtype).is_integer else mapped, images.dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""

@@ -20,6 +20,7 @@ from absl import flags
 
 from . import cli, datasets, report
 from .config import DATASETS
+from .datasets.arrays import SOURCE as ARRAYS
 from .errors import ConfigError, RunError
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
@@ -240,6 +241,11 @@ def main(argv: list[str]) -> None:
     # ---- what to evaluate
     settings: dict[str, Any] = {} if FLAGS.workdir is None else read_run(FLAGS.workdir)
     path = check_model_file(FLAGS.model or RunFolder(FLAGS.workdir).model_file)
+    if settings.get("data_source") == ARRAYS and FLAGS.dataset is None:
+        raise ConfigError(
+            f"{FLAGS.workdir} was trained on arrays in memory, which no command can read again; allowed: --dataset with"
+            " images to score, or evaluate_model in Python"
+        )
     name = FLAGS.dataset or settings.get("dataset", "cifar10")
     data_dir = FLAGS.data_dir or (settings.get("data_dir") if name == settings.get("dataset") else None)
     views = int(FLAGS.views or settings.get("views", 1))

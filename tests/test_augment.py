@@ -500,3 +500,81 @@ def test_beta_quantile(alpha):
     result = augment._beta_quantile(alpha, tf.constant(uniform))
     # linear between 2,001 points: never more than a step away
     np.testing.assert_allclose(result, expected, atol=1 / 2000)
+
+
+# ---- as Keras's own layers
+
+OWN_DRAWS = {
+    "flip": lambda **more: RandomFlip(**more),
+    "shift": lambda **more: RandomShift(3, **more),
+    "rotation": lambda **more: RandomRotation(0.2, **more),
+    "zoom": lambda **more: RandomZoom(0.4, **more),
+    "cutout": lambda **more: RandomCutout(4, **more),
+}
+
+
+def pictures(n=32, dtype=np.uint8):
+    return np.random.default_rng(4).integers(0, 256, (n, 12, 12, 3)).astype(dtype)
+
+
+@pytest.mark.parametrize("name", OWN_DRAWS)
+def test_without_a_seed_each_call_draws_anew_in_training_only(name):
+    layer, images = OWN_DRAWS[name](), pictures()
+    first, second = layer(images).numpy(), layer(images).numpy()
+    assert first.dtype == np.uint8 and first.shape == images.shape
+    assert not np.array_equal(first, second) and not np.array_equal(first, images)
+    assert not np.array_equal(first[0], images[0]) or not np.array_equal(first[1:] - images[1:], 0)
+    np.testing.assert_array_equal(layer(images, training=False).numpy(), images)
+
+
+@pytest.mark.parametrize("name", OWN_DRAWS)
+def test_a_layers_own_seed_repeats_its_sequence_of_draws(name):
+    images = pictures()
+    one, other, third = (OWN_DRAWS[name](seed=seed) for seed in (5, 5, 6))
+    calls = [(one(images).numpy(), other(images).numpy(), third(images).numpy()) for _ in range(2)]
+    for a, b, c in calls:
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, c)
+    assert not np.array_equal(calls[0][0], calls[1][0])
+
+
+@pytest.mark.parametrize("name", OWN_DRAWS)
+def test_with_a_seed_of_a_call_a_layer_stays_a_pure_function(name):
+    layer, images = OWN_DRAWS[name](), pictures()
+    layer(images)  # its own draws change nothing in calls with a seed
+    one, again = layer(images, seed=(7, 1)).numpy(), OWN_DRAWS[name](seed=3)(images, seed=(7, 1)).numpy()
+    np.testing.assert_array_equal(one, again)
+
+
+def test_in_a_model_the_layers_train_and_leave_predictions_alone(tmp_path):
+    images, labels = pictures(dtype=np.float32), np.arange(32) % 3
+    layers = [make() for make in OWN_DRAWS.values()]
+    model = keras.Sequential(
+        [keras.Input((12, 12, 3)), *layers, keras.layers.Flatten(), keras.layers.Dense(3)]
+    )
+    plain = keras.Sequential([keras.Input((12, 12, 3)), *model.layers[-2:]])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(images / 255, labels, epochs=2, batch_size=16, verbose=0)
+    np.testing.assert_array_equal(model.predict(images, verbose=0), plain.predict(images, verbose=0))
+    assert not np.array_equal(model(images, training=True), model(images, training=True))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(images, verbose=0), model.predict(images, verbose=0))
+    functional = keras.Model(model.inputs[0], keras.layers.Flatten()(RandomFlip()(model.inputs[0])))
+    np.testing.assert_array_equal(functional.predict(images, verbose=0), images.reshape(32, -1))
+
+
+def test_in_map_passes_over_a_data_set_differ():
+    images, layer = pictures(), RandomShift(3)
+    data = tf.data.Dataset.from_tensor_slices(images).batch(8).map(layer, num_parallel_calls=2)
+    first, second = (np.concatenate(list(data.as_numpy_iterator())) for _ in range(2))
+    assert first.dtype == np.uint8 and not np.array_equal(first, second)
+
+
+def test_float_images_are_not_rounded():
+    """In a model, images are float32: between two pixels there are values that integers do not have."""
+    images = pictures(dtype=np.float32)
+    turned = RandomRotation(0.2, seed=1)(images).numpy()
+    assert turned.dtype == np.float32 and (turned != np.round(turned)).mean() > 0.5
+    rounded = RandomRotation(0.2, seed=1)(images.astype(np.uint8)).numpy()
+    np.testing.assert_array_equal(np.round(turned), rounded)

@@ -293,6 +293,14 @@ def test_evaluate_a_run(run_folder, capsys):
     assert rows["red"] == ["0.5000", "1.0000", "0.6667", "1"]  # 1 of 2 right
 
 
+def test_a_run_on_arrays_has_no_data_set_of_its_own(run_folder, tmp_path, capsys):
+    """Its config names cifar10, which it did not see."""
+    change_config(run_folder, data_source="arrays in memory", dataset="cifar10")
+    assert run(["--workdir", run_folder]) == 2
+    assert "was trained on arrays in memory" in capsys.readouterr().err
+    assert run(["--workdir", run_folder, "--dataset=folder", f"--data_dir={tmp_path / 'data'}"]) == 0
+
+
 def test_without_test_images_the_validation_images_are_scored_and_it_says_so(run_folder, tmp_path, capsys):
     shutil.rmtree(tmp_path / "data" / "test")
     assert run(["--workdir", run_folder, "--json"]) == 0

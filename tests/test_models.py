@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -469,3 +470,90 @@ def test_transfer_refuses_what_it_would_ignore(tmp_path):
     (tmp_path / "other.h5").write_bytes(b"not weights")
     with pytest.raises(RunError, match="does not hold the weights of vgg16"):
         transfer(weights=str(tmp_path / "other.h5"))
+
+
+# ---- build_model
+
+
+@pytest.mark.parametrize("name", [n for n in models.ARCHITECTURES if n != "transfer"])
+def test_build_model_builds_every_architecture(name):
+    model = models.build_model(name, num_classes=7, input_shape=(40, 40, 3))
+    assert model.name == name and model.output_shape == (None, 7) and model.input_shape == (None, 40, 40, 3)
+
+
+def test_build_model_builds_the_projects_own_network_by_default():
+    model = models.build_model(filters=(8, 16, 16), dropout=0.1)
+    assert model.name == "fast" and [
+        layer.rate for layer in model.layers if type(layer) is keras.layers.Dropout
+    ] == [0.1]
+    assert models.build_model("transfer", weights=None, backbone="mobilenetv2").name == "transfer"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rates"),
+    [("fast", (0.1, 0.2, 0.3)), ("vgg", (0.1, 0.2, 0.3, 0.4)), ("leaky", (0.1, 0.2, 0.3))],
+)
+def test_dropout_takes_one_rate_per_block(architecture, rates):
+    more = {"head_dropout": 0.0} if architecture == "leaky" else {}
+    model = models.build_model(architecture, dropout=rates, **more)
+    assert [layer.rate for layer in model.layers if type(layer) is keras.layers.Dropout] == list(rates)
+    with pytest.raises(
+        ConfigError, match=rf"dropout is \(0\.1, 0\.2\); allowed: one number, or {len(rates)} numbers"
+    ):
+        models.build_model(architecture, dropout=(0.1, 0.2))
+
+
+TEXTS = ("activation", "backbone", "weights")
+
+
+def wrong_types():
+    """Every argument of every build function, with a value of a type that it does not take."""
+    for name in models.ARCHITECTURES:
+        build = models._build_function(name)
+        for argument in inspect.signature(build).parameters:
+            for value in (object(), {"a": 1}, "many" if argument not in TEXTS else 3, [None], float("nan")):
+                yield pytest.param(name, argument, value, id=f"{name}-{argument}-{type(value).__name__}")
+
+
+@pytest.mark.parametrize(("architecture", "argument", "value"), list(wrong_types()))
+def test_an_argument_of_a_wrong_type_is_one_line(architecture, argument, value):
+    with pytest.raises(ConfigError) as caught:
+        models.build_model(architecture, **{argument: value})
+    assert "\n" not in str(caught.value) and "allowed: " in str(caught.value)
+    assert str(caught.value).startswith(f"{argument} is ")
+
+
+def test_an_unknown_argument_is_one_line():
+    with pytest.raises(
+        ConfigError, match=r"unknown option of leaky 'block'; allowed: .*Did you mean 'blocks'\?"
+    ):
+        models.build_model("leaky", block=((8,),))
+    with pytest.raises(ConfigError, match="unknown architecture 'lenet'"):
+        models.build_model("lenet")
+
+
+# ---- FLOPs, by hand
+
+
+def test_flops_of_depthwise_and_separable_convolutions():
+    images = keras.Input((10, 10, 6))
+    depthwise = keras.Model(
+        images, keras.layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2)(images)
+    )
+    assert models.forward_flops(depthwise) == 2 * (10 * 10) * (3 * 3) * (
+        6 * 2
+    )  # a 3x3 window for each of 12 maps
+    separable = keras.Model(images, keras.layers.SeparableConv2D(5, 3, strides=2, padding="same")(images))
+    assert models.forward_flops(separable) == 2 * (5 * 5) * (9 * 6 + 6 * 5)
+
+
+def test_flops_of_a_model_inside_a_model():
+    def chain(shape):
+        return keras.Sequential([keras.Input(shape), keras.layers.Conv2D(4, 3), keras.layers.Conv2D(5, 3)])
+
+    images = keras.Input((12, 12, 3))
+    outer = keras.Model(
+        images, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(chain((12, 12, 3))(images)))
+    )
+    expected = 2 * (10 * 10 * 9 * 3 * 4 + 8 * 8 * 9 * 4 * 5) + 2 * 5 * 2
+    assert models.forward_flops(outer) == expected

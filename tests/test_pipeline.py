@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from cifar10_trainer import augment
 from cifar10_trainer.config import Augmentation
-from cifar10_trainer.pipeline import BatchMaker, EpochSampler, index_data, resize, training_data
+from cifar10_trainer.errors import ConfigError
+from cifar10_trainer.pipeline import BatchMaker, EpochSampler, index_data, make_dataset, resize, training_data
 
 N, BATCH = 22, 4  # five steps an epoch, two images left over
 FLIP_SHIFT = Augmentation(flip="random", shift=2)
@@ -410,3 +411,93 @@ def test_resize_keeps_flat_images_and_same_sizes():
     np.testing.assert_allclose(resize(flat, 21), 200, atol=1e-3)
     images, _ = some_data(2, 16)
     np.testing.assert_allclose(resize(images, 16), images, atol=1e-3)
+
+
+# ---- make_dataset
+
+
+def arrays(n=40, side=12):
+    rng = np.random.default_rng(5)
+    return rng.integers(0, 256, (n, side, side, 3), np.uint8), np.arange(n) % 5
+
+
+def elements(data):
+    return [(images.numpy(), labels.numpy()) for images, labels in data]
+
+
+@pytest.mark.parametrize(
+    "augmentation", [Augmentation(), FLIP_SHIFT, Augmentation(flip="alternating", cutout=4, zoom=0.2)]
+)
+def test_make_dataset_is_what_the_engine_sees(augmentation):
+    """Two epochs, next to the engine's own pipeline for the same seed."""
+    images, labels = arrays()
+    sampler, maker = EpochSampler(40, 8, 3, augmentation), BatchMaker(augmentation, 5)
+    table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
+    expected = elements(training_data(sampler, 0, 10, table=table, labels=targets, batch_maker=maker))
+    data = make_dataset(images, labels, 8, augmentation=augmentation, seed=3, epochs=2, one_hot=True)
+    assert len(data) == 10
+    for (x, y), (u, v) in zip(elements(data), expected, strict=True):
+        np.testing.assert_array_equal(x, u)
+        np.testing.assert_array_equal(y, v)
+
+
+def test_each_pass_is_the_next_epoch_and_a_number_of_epochs_is_one_pass():
+    images, labels = arrays()
+    options = {"augmentation": FLIP_SHIFT, "seed": 3}
+    endless, two = (
+        make_dataset(images, labels, 8, **options),
+        make_dataset(images, labels, 8, epochs=2, **options),
+    )
+    assert len(endless) == 5
+    passes = [*elements(endless), *elements(endless)]
+    for (x, y), (u, v) in zip(passes, elements(two), strict=True):
+        np.testing.assert_array_equal(x, u)
+        np.testing.assert_array_equal(y, v)
+    assert all(np.array_equal(x, u) for (x, _), (u, _) in zip(elements(two), elements(two), strict=True))
+    assert not np.array_equal(passes[0][0], passes[5][0])
+
+
+def test_labels_of_make_dataset_belong_to_their_images():
+    images, labels = arrays()
+    images[:] = labels[:, None, None, None] * 10  # an image's colour is its label
+    for x, y in elements(make_dataset(images, np.eye(5)[labels], 8, augmentation=FLIP_SHIFT)):
+        assert x.dtype == np.uint8 and y.dtype == np.int32
+        np.testing.assert_array_equal(x[:, 0, 0, 0], y * 10)
+
+
+def test_mixing_makes_float_images_and_soft_labels():
+    images, labels = arrays()
+    (x, y), *_ = elements(make_dataset(images, labels, 8, augmentation=Augmentation(mixup=1.0), one_hot=True))
+    assert x.dtype == np.float32 and y.shape == (8, 5)
+    np.testing.assert_allclose(y.sum(axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; allowed: from 1 to the 40 images"),
+        ({"batch_size": 41}, "batch_size is 41; allowed: from 1 to the 40 images"),
+        ({"epochs": 0}, "epochs is 0; allowed: None, or 1 or more"),
+        (
+            {"augmentation": Augmentation(mixup=1.0)},
+            "one_hot is False, but mixup and cutmix mix labels; allowed: True",
+        ),
+        ({"augmentation": Augmentation(shift=12)}, "shift is 12"),
+        ({"labels": np.arange(39)}, "labels has shape \\(39,\\)"),
+        ({"images": np.zeros((40, 12, 12, 3))}, "images has dtype float64"),
+    ],
+)
+def test_make_dataset_refuses(changes, text):
+    images, labels = arrays()
+    with pytest.raises(ConfigError, match=text):
+        make_dataset(**{"images": images, "labels": labels, "batch_size": 8, **changes})
+
+
+def test_options_of_tf_data_are_set_once(caplog):
+    """TensorFlow warns where an option changes its value, in the middle of the progress bar."""
+    images, labels = arrays()
+    sampler, maker = EpochSampler(40, 8, 0, FLIP_SHIFT), BatchMaker(FLIP_SHIFT, 5, size=8)
+    table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
+    data = training_data(sampler, 0, 5, table=table, labels=targets, batch_maker=maker, any_size=True)
+    assert len(elements(data)) == 5
+    assert "Changing the value of option" not in caplog.text

@@ -83,7 +83,7 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
     if path.exists():
         before = json.loads(path.read_text())["metrics"]
         for name in ("strategy", "precision"):
-            was, now = (STRATEGIES.get(m.get(name), m.get(name)) for m in (before, metrics))
+            was, now = (STRATEGIES.get(str(m.get(name)), m.get(name)) for m in (before, metrics))
             if was != now:
                 raise RunError(
                     f"{path.name} is of a run with {name} {before.get(name)}, {workdir} of one with {metrics.get(name)};"
