@@ -60,6 +60,42 @@ def step(o: Options) -> dict[str, Any]:
     return {"rows": rows, "verdicts": goals}
 
 
+# ---- own models ------------------------------------------------------------------------------------------
+
+
+def own_model(o: Options) -> dict[str, Any]:
+    """A training step of other people's Keras models, batch 128: Model.fit, and `train(model=...)`."""
+    import keras
+
+    images, labels = synthetic_data(o.batches * baselines.TUTORIAL_BATCH)
+    pixels = images.astype("float32") / 255
+
+    def mobilenet() -> keras.Model:
+        return keras.applications.MobileNetV2(input_shape=(32, 32, 3), weights=None, classes=10)
+
+    def on_raw_pixels(inner: keras.Model) -> keras.Model:
+        inputs = keras.Input((32, 32, 3))
+        return keras.Model(inputs, inner(keras.layers.Rescaling(1 / 255)(inputs)))
+
+    passes: dict[str, Callable[[], float]] = {}
+    for name, build in (("tutorial 4's network", baselines.tutorial_four), ("MobileNetV2", mobilenet)):
+        fitted = build()
+        fitted.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        passes[f"{name}: Model.fit"] = baselines.fit_seconds(fitted, pixels, labels, baselines.TUTORIAL_BATCH)
+        for label, precision in (("float32", "float32"), ("precision auto", "auto")):
+            own = on_raw_pixels(build())
+            engine = timing.engine_for("leaky.baseline", images, labels, precision=precision, model=own)
+            passes[f"{name}: this project, {label}"] = timing.seconds_of(engine, o.batches)
+    samples = interleaved(passes, o.rounds)
+    rows, goals = {}, []
+    for name in ("tutorial 4's network", "MobileNetV2"):
+        part = {n: [1e3 * s / o.batches for s in v] for n, v in samples.items() if n.startswith(name)}
+        rows |= rows_of(part, "ms", f"{name}: Model.fit")
+        ratio = rows[f"{name}: this project, precision auto"]["ratio"]
+        goals.append(against_goal(f"{name}: this project / Model.fit", ratio))
+    return {"rows": rows, "verdicts": goals}
+
+
 # ---- efficiency ------------------------------------------------------------------------------------------
 
 EFFICIENCY_QUICK = ("fast.default", "leaky.baseline")
@@ -389,6 +425,7 @@ def frontier(o: Options) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Section] = {
-    s.__name__: s for s in (step, efficiency, loader, waiting, memory, scaling, precision, target, frontier)
+    s.__name__: s
+    for s in (step, own_model, efficiency, loader, waiting, memory, scaling, precision, target, frontier)
 }
 NOT_QUICK = ("precision",)  # the accuracy after a part of a run means nothing

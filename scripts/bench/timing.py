@@ -20,6 +20,8 @@ from results.records import ROOT
 from cifar10_trainer import RECIPES, RunError
 
 if TYPE_CHECKING:
+    import keras
+
     from cifar10_trainer.engine import Engine
 
 
@@ -131,11 +133,17 @@ def synthetic_data(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def engine_for(
-    recipe: str, images: np.ndarray, labels: np.ndarray, *, strategy: str = "none", **changes: Any
+    recipe: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    strategy: str = "none",
+    model: keras.Model | None = None,
+    **changes: Any,
 ) -> Engine:
     """An Engine that trains a recipe with `changes` on `images`, in the precision that suits the device.
 
-    It trains for so many epochs that no benchmark reaches the end.
+    It trains for so many epochs that no benchmark reaches the end. model: somebody's own, instead of the recipe's.
     """
     from cifar10_trainer import runtime
     from cifar10_trainer.engine import make_engine
@@ -143,7 +151,7 @@ def engine_for(
     config = RECIPES[recipe].override(**{"epochs": 10_000, **changes})
     chosen, _ = runtime.choose_strategy(strategy)
     policy, _ = runtime.choose_precision(config.precision)
-    return make_engine(config, images, labels, num_classes=10, strategy=chosen, policy=policy)
+    return make_engine(config, images, labels, num_classes=10, strategy=chosen, policy=policy, model=model)
 
 
 def seconds_of(engine: Engine, steps: int) -> Callable[[], float]:
