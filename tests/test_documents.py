@@ -87,7 +87,7 @@ def chosen(kind: str) -> list:
 
 
 def digits(folder: Path) -> None:
-    Image.new("RGB", (50, 40), "white").save(folder / "cat.jpg")
+    Image.new("RGB", (50, 40), "white").save(folder / "digit.png")
 
 
 def pictures(folder: Path) -> None:

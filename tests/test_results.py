@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -244,13 +245,21 @@ def test_the_readme_shows_tables_and_numbers_of_the_records():
     words = " ".join(text.split())
     rows = {name: row for part in benchmark["sections"].values() for name, row in part["rows"].items()}
     seconds = rows["fast.85: to 85%"]["median"]
-    assert f"passes 85% validation accuracy on CIFAR-10 in {seconds:.0f} seconds on two CPU cores" in words
+    assert (
+        f"passes 85% validation accuracy on CIFAR-10 {seconds:.0f} seconds after the process starts" in words
+    )
     seconds = rows["fast.94: training and test"]["median"]
-    assert f"reaches 94% of the test images in {seconds:.1f} seconds on a GPU" in words
     mean = next(
         v["value"] for v in benchmark["sections"]["gpu_94"]["verdicts"] if "averaged views" in v["what"]
     )
-    assert mean >= 94
+    claim = f"trains to {mean:.1f}% test accuracy (mean, with TTA, see below) in {seconds:.1f} seconds, once compiled"
+    assert claim in words
+    of_85 = [
+        r["metrics"] for r in found if r["metrics"]["recipe"] == "fast.85" and r["config"]["epochs"] == 3
+    ]
+    median = statistics.median(m["total_seconds"] for m in of_85)
+    accuracy = statistics.mean(m["test_accuracy"] for m in of_85)
+    assert f"# {accuracy:.0%} test accuracy, {median:.0f} s on two CPU cores" in words
 
 
 def test_highlights_and_tutorials_leave_out_what_has_no_record():
@@ -268,7 +277,7 @@ def test_the_speed_table_has_the_sections_that_were_measured():
     rows["this project"]["ratio"] = 0.4
     table = bench_record.speed_table({"sections": {"step": {"rows": rows}}}).splitlines()
     assert table[2:] == [
-        "| a training step of tutorial 4's network | 40.0 ms | 100 ms: its own code | 0.40 |"
+        "| a training step of tutorial 4's network, batch 128 | 40.0 ms | 100 ms: its own code | 0.40 |"
     ]
     rows |= {
         "PyTorch 3, compiled": {"median": 50.0, "unit": "ms"},
