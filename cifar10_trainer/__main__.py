@@ -61,17 +61,25 @@ _define(
 _define(
     flags.DEFINE_integer,
     "folds",
-    "cross-validate: split the training images into so many parts, and train once for each, validated on it",
+    "k-fold cross-validation: train K times, each time with another part of the training images held out",
 )
 _define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
-_define(flags.DEFINE_string, "strategy", f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto")
-_define(flags.DEFINE_string, "precision", f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto")
+_define(
+    flags.DEFINE_string,
+    "strategy",
+    f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto: multi_worker with TF_CONFIG, mirrored with several GPUs, else none",
+)
+_define(
+    flags.DEFINE_string,
+    "precision",
+    f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto: bfloat16 where the hardware has it, float16 on GPUs that only have that, else float32",
+)
 _define(flags.DEFINE_boolean, "sync_batch_norm", "compute batch-norm statistics over all replicas", None)
 _define(
     flags.DEFINE_multi_string,
     "set",
     "any other setting, as section.name=value with a JSON value; may be repeated. For example "
-    "--set optimizer.momentum=0.9 --set options.filters=[32,128,128]",
+    "--set optimizer.momentum=0.9 --set 'options.filters=[32,128,128]'",
     [],
 )
 _define(

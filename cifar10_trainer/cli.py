@@ -34,7 +34,8 @@ def definer(flag_values: flags.FlagValues, module_name: str) -> Callable[..., No
     """
 
     def define(kind: Callable[..., Any], name: str, text: str, default: Any = None, **more: Any) -> None:
-        kind(name, default, text, flag_values=flag_values, module_name=module_name, **more)
+        values = [more.pop("enum_values")] if "enum_values" in more else []  # absl wants them by position
+        kind(name, default, *values, text, flag_values=flag_values, module_name=module_name, **more)
 
     return define
 

@@ -32,34 +32,30 @@ SPLITS = ("test", "validation", "train")
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-flags.DEFINE_string("workdir", None, "a run folder: scores its model on its data set", flag_values=FLAGS)
-flags.DEFINE_string("model", None, "a .keras or .h5 file, instead of --workdir", flag_values=FLAGS)
-flags.DEFINE_enum("dataset", None, DATASETS, "default: the run's, else cifar10", flag_values=FLAGS)
-flags.DEFINE_string("data_dir", None, "where the data set is; default: the run's", flag_values=FLAGS)
-flags.DEFINE_enum(
-    "split",
-    None,
-    SPLITS,
-    "the images to score; default: test, or validation without test images",
-    flag_values=FLAGS,
-)
-flags.DEFINE_enum(
-    "views",
-    None,
-    ("1", "2", "6"),
-    "views for test-time augmentation; default: the run's, else 1",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer("batch_size", BATCH_SIZE, "images in a batch", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer(
-    "show", 0, "show the predictions for the first so many images", lower_bound=0, flag_values=FLAGS
-)
-flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=FLAGS)
+_define = cli.definer(FLAGS, "python -m cifar10_trainer.evaluate")
 
-USAGE = (
-    "python -m cifar10_trainer.evaluate --workdir RUN | --model FILE [flags]\n\n"
-    "Scores a saved model on a data set."
-)
+_define(flags.DEFINE_string, "workdir", "a run folder; its model is scored on its data set")
+_define(flags.DEFINE_string, "model", "a .keras or .h5 file, instead of --workdir")
+_define(flags.DEFINE_enum, "dataset", "default: the run's, else cifar10", enum_values=DATASETS)
+_define(flags.DEFINE_string, "data_dir", "where the data set is; default: the run's")
+_define(
+    flags.DEFINE_enum, "split", "the images to score; default: test, or validation if there are no test images",
+    enum_values=SPLITS,
+)  # fmt: skip
+_define(
+    flags.DEFINE_enum, "views", "views for test-time augmentation; default: the run's, else 1",
+    enum_values=("1", "2", "6"),
+)  # fmt: skip
+_define(flags.DEFINE_integer, "batch_size", "images in a batch", BATCH_SIZE, lower_bound=1)
+_define(flags.DEFINE_integer, "show", "print the predictions for the first N images", 0, lower_bound=0)
+_define(flags.DEFINE_boolean, "json", "print one JSON object", False)
+
+USAGE = """usage: python -m cifar10_trainer.evaluate --workdir=RUN | --model=FILE [flags]
+
+Scores a saved model on a data set.
+Examples:
+  python -m cifar10_trainer.evaluate --workdir=runs/mine --show=4
+  python -m cifar10_trainer.evaluate --model=model.keras --dataset=folder --data_dir=pictures --views=6"""
 
 
 def load_model(path: str | Path) -> keras.Model:

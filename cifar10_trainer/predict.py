@@ -28,23 +28,24 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-flags.DEFINE_string("workdir", None, "a run folder: its model", flag_values=FLAGS)
-flags.DEFINE_string(
-    "model", None, "a .keras or .h5 file, or a run folder, instead of --workdir", flag_values=FLAGS
-)
-flags.DEFINE_list(
-    "class_names",
-    None,
-    "names of the classes, in order; default: those in the run folder, else numbers",
-    flag_values=FLAGS,
-)
-flags.DEFINE_integer("top_k", 3, "how many labels to show for each image", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_boolean("json", False, "print one JSON object a line", flag_values=FLAGS)
+_define = cli.definer(FLAGS, "python -m cifar10_trainer.predict")
 
-USAGE = (
-    "python -m cifar10_trainer.predict --workdir RUN | --model FILE IMAGE... [flags]\n\n"
-    "Labels image files; a folder stands for the images in it."
+_define(flags.DEFINE_string, "workdir", "a run folder, whose model is used")
+_define(flags.DEFINE_string, "model", "a .keras or .h5 file, or a run folder, instead of --workdir")
+_define(
+    flags.DEFINE_list,
+    "class_names",
+    "names of the classes, in order; default: those in the run folder, else numbers",
 )
+_define(flags.DEFINE_integer, "top_k", "how many labels to show for each image", 3, lower_bound=1)
+_define(flags.DEFINE_boolean, "json", "print one JSON object a line", False)
+
+USAGE = """usage: python -m cifar10_trainer.predict --workdir=RUN | --model=FILE IMAGE... [flags]
+
+Labels image files; a folder stands for the images in it.
+Examples:
+  python -m cifar10_trainer.predict --workdir=runs/mine cat.jpg holiday/
+  python -m cifar10_trainer.predict --model=model.keras --json cat.jpg"""
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:

@@ -551,3 +551,12 @@ def test_images_a_second_of_both(small):
     assert len(rows) == 6 and all(row["median"] > 0 for row in rows.values())
     ratio = rows["this project, mirrored"]["median"] / rows["Model.fit, default settings"]["median"]
     assert found["verdicts"][-1]["value"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_other_peoples_models_beside_fit():
+    found = cpu.own_model(TINY)
+    for name in ("tutorial 4's network", "MobileNetV2"):
+        assert found["rows"][f"{name}: Model.fit"]["ratio"] == 1
+        assert found["rows"][f"{name}: this project, float32"]["ratio"] > 0
+    assert len(found["verdicts"]) == 2

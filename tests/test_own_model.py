@@ -89,6 +89,15 @@ def test_in_16_bits_the_logits_and_the_preprocessing_stay_in_32():
     assert policies["Conv2D"] == policies["FusedBatchNormalization"] == "mixed_bfloat16"
 
 
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+    images = keras.Input((32, 32, 3))
+    x = keras.layers.SeparableConv2D(4, 3)(keras.layers.DepthwiseConv2D(3)(keras.layers.Conv2D(4, 3)(images)))
+    model = keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
+    trained = make_training_model(plain_model(model, (32, 32, 3), 10), "mixed_bfloat16")
+    policies = {type(layer).__name__: layer.dtype_policy.name for layer in trained.layers if layer.weights}
+    assert policies.pop("Conv2D") == "mixed_bfloat16" and set(policies.values()) == {"float32"}
+
+
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("strategy", ["none", "mirrored"])
 def test_a_run_ends_with_the_kept_weights_in_the_model(tmp_path, digits, strategy, precision):

@@ -87,7 +87,8 @@ def own_model(o: Options) -> dict[str, Any]:
             engine = timing.engine_for("leaky.baseline", images, labels, precision=precision, model=own)
             passes[f"{name}: this project, {label}"] = timing.seconds_of(engine, o.batches)
     samples = interleaved(passes, o.rounds)
-    rows, goals = {}, []
+    rows: dict[str, Any] = {}
+    goals = []
     for name in ("tutorial 4's network", "MobileNetV2"):
         part = {n: [1e3 * s / o.batches for s in v] for n, v in samples.items() if n.startswith(name)}
         rows |= rows_of(part, "ms", f"{name}: Model.fit")
