@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "1.0.0"  # before the imports, since some of them read it
+__version__ = "1.1.0.dev0"  # before the imports, since some of them read it
 
 from .config import Augmentation, Averaging, Config, Optimizer, Origin, Schedule
 from .errors import ConfigError, FolderBusyError, RunError, RunInterrupted

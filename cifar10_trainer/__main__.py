@@ -105,6 +105,10 @@ def read_config(path: str) -> Config:
         ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config={path} holds {type(values).__name__}; allowed: a JSON object")
+    if "own_model" in values:
+        raise ConfigError(
+            f"--config={path} is of a run with a model of its own; allowed: train(config, model=...) in Python"
+        )
     return Config.from_record(values)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from .augment import RandomLayer
 from .errors import ConfigError
 from .layers import (
     FastConv2D,
@@ -29,13 +30,28 @@ from .layers import (
     FastSiLU,
     FusedBatchNormalization,
 )
-from .models.own import logits_of
+from .models.own import logits_before_softmax, softmax_of
 
 # Layers whose results lose too much in 16 bits.
 FLOAT32_LAYERS = {"preprocess", "head", "logits"}
+PREPROCESSING_LAYERS = (
+    RandomLayer,
+    keras.layers.CenterCrop,
+    keras.layers.Normalization,
+    keras.layers.RandomBrightness,
+    keras.layers.RandomContrast,
+    keras.layers.RandomCrop,
+    keras.layers.RandomFlip,
+    keras.layers.RandomRotation,
+    keras.layers.RandomTranslation,
+    keras.layers.RandomZoom,
+    keras.layers.Rescaling,
+    keras.layers.Resizing,
+)
 # TensorFlow has no fast bfloat16 kernel for them on a CPU: in float32 a step of MobileNetV2 takes half of the time.
 SLOW_IN_BFLOAT16 = (keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
-PREPROCESSING_LAYERS = (keras.layers.Rescaling, keras.layers.Normalization, keras.layers.Resizing)
+# Policies that the run's own replaces. Any other one was chosen for the layer.
+REPLACED_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 def make_training_model(
@@ -49,7 +65,7 @@ def make_training_model(
     """Makes the training model of `model`: up to the logits, with equal variables in the same order.
 
     Args:
-        model: functional; it ends in probabilities, and before them in logits.
+        model: functional; it ends in a softmax.
         policy: a Keras dtype policy's name. Preprocessing, and everything from the head on, stays in float32.
         any_size: whether the training model accepts images of any height and width.
         synchronize: whether batch norm computes its statistics over all replicas, by Keras's own, unfused kernels.
@@ -58,16 +74,26 @@ def make_training_model(
     Returns:
         A functional model from images [n, height, width, channels] to float32 logits [n, classes]. Its variables have
         the values of those of `model`, but they are copies.
+
+    Raises:
+        ConfigError: if the model does not end in a softmax.
     """
+    softmax, logits = softmax_of(model), logits_before_softmax(model)
+    if softmax is None:
+        raise ConfigError(
+            f"model {model.name} does not end in a softmax; allowed: a model that returns probabilities"
+        )
+    # Where the softmax is a part of the last layer, or of a model inside this one, its copy leaves the softmax out.
+    body = keras.Model(model.inputs[0], model.outputs[0] if logits is None else logits)
+    last = body.outputs[0]._keras_history.operation
 
-    logits, softmax_layer = logits_of(model)
-
-    body = keras.Model(model.inputs[0], logits)
-
-    def clone(layer: Any) -> keras.Layer:
-        if layer.name == body.output_names[0] and not isinstance(layer, keras.Model):
-            linear = {"activation": "linear"} if layer is softmax_layer else {}
-            return layer.__class__.from_config({**layer.get_config(), **linear, "dtype": "float32"})
+    def clone(layer: Any) -> Any:
+        if layer is softmax:
+            return _without_softmax(layer)
+        if not isinstance(layer, keras.Layer):  # an operation of keras.ops
+            return type(layer).from_config(layer.get_config())
+        if layer is last:
+            return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
         return _training_layer(layer, policy, any_size=any_size, synchronize=synchronize, compiled=compiled)
 
     shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
@@ -78,43 +104,60 @@ def make_training_model(
         clone_function=clone,
         **({"recursive": True} if nested else {}),
     )
-    _copy_trainable(body, result)
     result.set_weights(body.get_weights())
+    _finish_layers(body, result)
     return result
 
 
-def _copy_trainable(model: keras.Model, result: keras.Model) -> None:
-    """Freezes the layers of `result` whose counterparts in `model` are frozen, inside nested models too."""
+def _without_softmax(operation: Any) -> keras.Layer:
+    """A new layer that computes the logits of which `operation` computes the softmax."""
+    if isinstance(operation, keras.Layer) and not isinstance(operation, keras.layers.Softmax):
+        config = {**operation.get_config(), "activation": "linear", "dtype": "float32"}
+        return type(operation).from_config(config)
+    return keras.layers.Activation("linear", dtype="float32", name=operation.name)
+
+
+def _finish_layers(model: keras.Model, result: keras.Model) -> None:
+    """Takes over what is not a weight: which layers are frozen, and the constants of Normalization."""
     for old, new in zip(model.layers, result.layers, strict=True):
         if isinstance(old, keras.Model):
-            _copy_trainable(old, new)
-        else:
-            new.trainable = old.trainable
+            _finish_layers(old, new)
+            continue
+        new.trainable = old.trainable
+        if isinstance(new, keras.layers.Normalization):
+            new.finalize_state()
+
+
+def _output_shape(layer: keras.Layer) -> tuple[int | None, ...] | None:
+    """The shape of the layer's output; None where it has several, because the layer is used in several places."""
+    shapes = {tuple(node.output_tensors[0].shape) for node in layer._inbound_nodes}
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 def _training_layer(
     layer: keras.Layer, policy: str, *, any_size: bool, synchronize: bool, compiled: bool
 ) -> keras.Layer:
     """Returns a new layer, without weights, that stands for `layer` in the training model."""
-    config = layer.get_config()
+    config, shape = layer.get_config(), _output_shape(layer)
     # `type`, not `isinstance`: a subclass may compute something else.
     kind, cpu = type(layer), not tf.config.list_logical_devices("GPU")
     is_float32 = layer.name in FLOAT32_LAYERS or isinstance(layer, PREPROCESSING_LAYERS)
     is_float32 = is_float32 or (cpu and kind in SLOW_IN_BFLOAT16)
-    if not is_float32 and layer.dtype_policy.name == "float32":
+    if not is_float32 and layer.dtype_policy.name in REPLACED_POLICIES:
         config["dtype"] = policy
-    if len(layer._inbound_nodes) > 1:  # a layer that is used several times has several outputs
-        return layer.__class__.from_config(config)
-    if kind is keras.layers.BatchNormalization and config["axis"] in (-1, len(layer.output.shape) - 1):
+    if kind is keras.layers.BatchNormalization and shape and config["axis"] in (-1, len(shape) - 1):
         if synchronize:
             return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
-        return FusedBatchNormalization.from_config(config)
+        if len(shape) in (2, 4):
+            return FusedBatchNormalization.from_config(config)
+    elif kind is keras.layers.BatchNormalization and synchronize:
+        return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
     if kind is keras.layers.Dropout and layer.noise_shape is None:
         return FastDropout.from_config(config)
-    if kind is keras.layers.Conv2D and cpu:
+    if kind is keras.layers.Conv2D and cpu and (shape or any_size):
         # Without a fixed size, each step decides, and the smallest maps are those for which it can matter.
-        height, width = (1, 1) if any_size else layer.output.shape[1:3]
-        if FastConv2D.suits(layer, height, width):
+        height, width = (1, 1) if any_size or shape is None else shape[1:3]
+        if height and width and FastConv2D.suits(layer, height, width):
             return FastConv2D.from_config(config)
     if kind is keras.layers.Activation and cpu and not compiled and FastSiLU.suits(layer, policy):
         return FastSiLU.from_config(config)
@@ -143,7 +186,7 @@ def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
         try:
             resized = keras.models.clone_model(model, input_tensors=images)
         except ValueError as error:
-            raise ConfigError(too_deep) from error
+            raise ConfigError(f"{too_deep} ({' '.join(str(error).split())[:200]})") from error
         if any(0 in layer.output.shape[1:] for layer in resized.layers):  # Keras before 3.13 raises nothing
             raise ConfigError(too_deep)
         if [w.shape for w in resized.weights] != [w.shape for w in model.weights]:

@@ -48,6 +48,7 @@ class RandomLayer(keras.layers.Layer):
         # Keras must not cast the pixels, whatever the global dtype policy is.
         kwargs.setdefault("dtype", "float32")
         super().__init__(**kwargs)
+        self.supports_jit = self.compilable  # what Keras's `fit` asks
         self.seed = seed
         self.seed_generator: keras.random.SeedGenerator | None = None
 
@@ -63,15 +64,27 @@ class RandomLayer(keras.layers.Layer):
         """Augments each image with `draws` uniform draws of its own.
 
         Args:
-            images: [batch, height, width, channels], pixels 0-255, uint8 or float.
+            images: [batch, height, width, channels] or one image [height, width, channels], pixels 0-255, uint8 or
+                float. Height and width must be static.
             seed: two integers, as of TensorFlow's stateless random operations; None: from the layer's own generator.
+                Layers that are called with the same seed get the same draws, so give each its own first integer.
             training: False returns the images as they are.
 
         Returns:
             The augmented images, of the same shape and dtype.
+
+        Raises:
+            ConfigError: if the images have another rank, or no static height and width.
         """
         if not training:
             return images
+        shape = tuple(images.shape)
+        if len(shape) == 3:
+            return self.call(tf.convert_to_tensor(images)[None], seed)[0]
+        if len(shape) != 4 or None in shape[1:]:
+            raise ConfigError(
+                f"images has shape {shape}; allowed: (batch, height, width, channels) or one image, with static sides"
+            )
         if seed is None:
             assert self.seed_generator is not None  # `build` made it
             seed = tf.convert_to_tensor(self.seed_generator.next())

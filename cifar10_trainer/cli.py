@@ -103,7 +103,7 @@ def run(
 
     Returns:
         the exit status. 0: done; 2: wrong usage; 1: anything else failed; 130: interrupted before anything could be
-        saved; 141: whatever read the output has closed it.
+        saved; 141: the program that reads the output has ended.
     """
     argv = list(sys.argv if argv is None else argv)
     before = signal.getsignal(signal.SIGTERM)
@@ -121,7 +121,8 @@ def run(
         else:
             _check_not_empty(flag_values)
             main(positional)
-        sys.stdout.flush()  # here, so that an error of it is handled as any other
+        if sys.stdout is not None:  # None where the shell closed it
+            sys.stdout.flush()  # here, so that an error of it is handled as any other
         return 0
     except BrokenPipeError as error:
         if not _reader_has_gone():

@@ -177,8 +177,10 @@ class Engine:
         cluster = isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy)
         single_replica = self.on_device and self.replicas == 1 and not cluster
         layers = augment.layers_of(self.config.augmentation)
-        self.compile_loop = self.compiled and single_replica and all(layer.compilable for layer in layers)
-        compile_gradients = self.compiled and not self.compile_loop
+        # A user's own model may hold layers that XLA cannot compile.
+        compilable = self.compiled and all(x.supports_jit for x in self.training_model._flatten_layers())
+        self.compile_loop = compilable and single_replica and all(layer.compilable for layer in layers)
+        compile_gradients = compilable and not self.compile_loop
         self._gradients_of = (
             tf.function(self._gradients, jit_compile=True) if compile_gradients else self._gradients
         )
@@ -224,7 +226,7 @@ class Engine:
             )
             smoothing = self.config.label_smoothing
             smoothed = targets * (1 - smoothing) + smoothing / self.num_classes
-            logits = tf.cast(logits, tf.float32)  # in 16 bits where somebody's own model ends in a nested one
+            logits = tf.cast(logits, tf.float32)  # in 16 bits where a user's own model ends in a nested one
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)
             # Keras optimizers sum over replicas, so each replica adds its share of the mean over the global batch.
             loss = tf.reduce_sum(losses) / self.config.batch_size
@@ -601,9 +603,11 @@ def make_engine(
     """Makes the engine at the start of a run.
 
     Args:
-        model: somebody's own classifier, see `models.own.plain_model`; None: `initial_model` of the config and the images.
+        model: a user's own classifier, see `models.own.plain_model`; None: `initial_model` of the config and the images.
+        config, images, labels, num_classes, strategy, policy: as of `Engine`.
 
-    The other arguments are those of `Engine`.
+    Returns:
+        An engine at step 0.
 
     Raises:
         ConfigError: if the engine cannot train the model, or the config does not fit it.

@@ -21,6 +21,7 @@ from absl import flags
 from . import cli, datasets, report
 from .config import DATASETS
 from .datasets.arrays import SOURCE as ARRAYS
+from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
@@ -77,13 +78,15 @@ def load_model(path: str | Path) -> keras.Model:
     except Exception as error:
         # Each of Keras's readers raises errors of its own.
         reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{path} does not open as a Keras model ({reason}); train it again") from error
+        raise RunError(
+            f"{path} does not open as a Keras model ({reason}); name another file, or train it again"
+        ) from error
     received: Any = getattr(model, "input_shape", None)
     given: Any = getattr(model, "output_shape", None)
     if not (_is_shape(received, 4) and received[3] == 3 and _is_shape(given, 2)):
         raise ConfigError(
             f"the model in {path} maps {received} to {given};"
-            " allowed: one that maps (batch, height, width, 3) to (batch, classes)"
+            " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes)"
         )
     return model
 
@@ -112,11 +115,13 @@ def evaluate_model(
     if isinstance(data, datasets.Dataset):
         check_fit(model, data)
         data = select(data, "test", {})
-    images, labels = (np.asarray(x) for x in data)
-    expected = tuple(model.input_shape[1:])
-    if len(images) != len(labels) or len(images) == 0 or images.shape[1:] != expected:
+    images = check_images("images", data[0])
+    labels, count = check_labels("labels", data[1], len(images))
+    expected, classes = tuple(model.input_shape[1:]), model.output_shape[-1]
+    if len(images) == 0 or images.shape[1:] != expected or count > classes:
         raise ConfigError(
-            f"images has shape {images.shape} and labels {labels.shape}; allowed: {('n', *expected)} and ('n',), n above 0"
+            f"images has shape {images.shape} and labels has {count} classes; allowed: {('n', *expected)} with n above 0,"
+            f" and at most {classes} classes"
         )
     return score(labels, predict_probabilities(model, images, batch_size, views))
 
@@ -191,14 +196,15 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
 
 
 def default_split(dataset: datasets.Dataset, settings: dict[str, Any]) -> str:
-    """ "test" or, where there are no test images but the run held others out, "validation", which is said on stderr."""
-    held_out = dataset.validation is not None or settings.get("validation_fraction") is not None
+    """Chooses "test" or, where there are no test images but validation images, "validation", with a note on stderr."""
+    same_images = bool(settings) and settings.get("fingerprint") in (None, datasets.fingerprint(dataset))
+    held_out = dataset.validation is not None or (
+        same_images and settings.get("validation_fraction") is not None
+    )
     if len(dataset.test_labels) or not held_out:
         return "test"
-    print(
-        f"{dataset.source} has no test images: these are the validation images, on which the run chose its weights",
-        file=sys.stderr,
-    )
+    chose = "; the run chose its weights on them" if same_images else ""
+    print(f"{dataset.source} has no test images: these are its validation images{chose}", file=sys.stderr)
     return "validation"
 
 

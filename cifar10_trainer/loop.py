@@ -15,12 +15,14 @@ from .engine import Engine, RunningMetrics
 from .errors import ConfigError, RunError, interrupted
 from .run_folder import RunFolder
 
-# What Keras's EarlyStopping and ReduceLROnPlateau learn. Their other attributes are settings, and one of these changes
-# its sign in use.
+# What Keras's EarlyStopping and ReduceLROnPlateau learn. Their other attributes are settings; they are not kept, because
+# EarlyStopping changes the sign of its own `min_delta`.
 CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
-RECIPE_MODEL = "that of the config"
-SAVE_SECONDS = 30  # between two saves of the state, when nothing asks for one sooner
-CALL_SECONDS = 0.5  # of steps in one call of the graph: how often progress shows and signals are seen
+RECIPE_MODEL = "of the config"
+SAVE_SECONDS = 30  # between two saves of the state at the ends of epochs
+CALL_SECONDS = (
+    0.5  # that one call of the graph should take: between calls, progress is shown and signals are handled
+)
 
 
 class EpochLines(keras.callbacks.Callback):
@@ -34,7 +36,10 @@ class EpochLines(keras.callbacks.Callback):
         self._began = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        values = "  ".join(f"{name} {value:.4f}" for name, value in sorted((logs or {}).items()))
+        shown = {
+            name: f"{value:.3g}" if "rate" in name else f"{value:.4f}" for name, value in (logs or {}).items()
+        }
+        values = "  ".join(f"{name} {shown[name]}" for name in sorted(shown))
         print(
             f"epoch {epoch + 1}/{self._epochs}  {values}  {time.monotonic() - self._began:.1f} s", flush=True
         )
@@ -80,7 +85,9 @@ class TrainingLoop:
         self.images, self.step_seconds = 0, 0.0
         self._saved_callbacks: list[dict[str, Any]] = []  # CALLBACK_STATE of each, from before this process
         self._since = since
-        self._began = self._saved = time.time()  # the loop, in this process; the last save
+        self._began = self._saved = (
+            time.time()
+        )  # when the loop began in this process; when the state was saved last
         self._before = {"seconds": 0.0, "elapsed": 0.0, "epoch_seconds": 0.0}  # of earlier processes
         self._epoch_began = 0.0
         # It shares the plain model's layers, so that an optimizer attached to it is not saved with the plain model.
@@ -164,12 +171,13 @@ class TrainingLoop:
             raise RunError(
                 f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
             )
-        count, self._began = 1, time.time()
+        count, start, self._began = 1, engine.step, time.time()
+        stopped: float = self._wants_stop()  # before an interruption
         self.callbacks.on_train_begin()
         # Keras's callbacks forget in on_train_begin.
         for callback, state in zip(self._recipe_callbacks, self._saved_callbacks, strict=False):
             vars(callback).update(state)
-        while engine.step < engine.steps and not self._callback_model.stop_training:
+        while engine.step < engine.steps and not stopped:
             epoch = engine.step // per_epoch
             end = min((epoch + 1) * per_epoch, engine.steps)
             self._epoch_began = time.time() - self._before["epoch_seconds"]
@@ -177,15 +185,19 @@ class TrainingLoop:
             self.callbacks.on_epoch_begin(epoch)
             while engine.step < end:
                 # All workers of a cluster take as many steps a call, and stop together.
-                wanted, caught = runtime.mean_over_workers(engine.strategy, count, bool(signals.caught))
+                wanted, caught, stopped = runtime.mean_over_workers(
+                    engine.strategy, count, bool(signals.caught), self._wants_stop()
+                )
                 if caught:
                     self._stop(signals.caught or "a signal to another worker")
-                count = self._train_steps(min(int(wanted), end - engine.step), int(wanted), epoch)
                 if (
-                    self._callback_model.stop_training
+                    stopped and engine.step > start
                 ):  # as in `Model.fit`, the epoch still ends with a validation
                     break
-            self._end_epoch(epoch, validation)
+                count = self._train_steps(min(int(wanted), end - engine.step), int(wanted), epoch)
+            (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
+            self._end_epoch(epoch, validation, last=bool(stopped) or engine.step >= engine.steps)
+            (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
         self.callbacks.on_train_end()
         if self.best_epoch is None:
             self.best_epoch = self.history[-1]["epoch"]
@@ -209,9 +221,13 @@ class TrainingLoop:
         self.step_seconds += spent
         return int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * wanted, 1024)))
 
-    def _end_epoch(self, epoch: int, validation: Sequence[np.ndarray]) -> None:
-        engine, logs = self.engine, dict(self.engine.running.logs())
-        last = engine.step >= engine.steps or self._callback_model.stop_training
+    def _wants_stop(self) -> bool:
+        """Whether a callback of this process has asked to stop."""
+        return bool(self._callback_model.stop_training)
+
+    def _end_epoch(self, epoch: int, validation: Sequence[np.ndarray], *, last: bool) -> None:
+        """Validates, where it is due or the epoch is the last one, and keeps history, best model and state."""
+        engine, logs = self.engine, self.engine.running.logs()
         rate = float(np.asarray(engine.optimizer.learning_rate))
         if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
             self.callbacks.on_test_begin()
@@ -236,8 +252,7 @@ class TrainingLoop:
         engine.running = RunningMetrics()
         if self.chief:
             self.folder.write_history(self.history)
-            ends = last or self._callback_model.stop_training  # then `run` saves
-            if not ends and time.time() - self._saved > SAVE_SECONDS:
+            if not (last or self._wants_stop()) and time.time() - self._saved > SAVE_SECONDS:
                 self.save()
 
     def _stop(self, by: str) -> None:
@@ -273,7 +288,7 @@ class TrainingLoop:
             "seconds": self.seconds(),
             "elapsed": self.elapsed(),
             "epoch_seconds": time.time() - self._epoch_began if in_epoch else 0.0,
-            "stopped": self._callback_model.stop_training,
+            "stopped": self._wants_stop(),
             "callbacks": [
                 {k: v for k, v in vars(c).items() if k in CALLBACK_STATE} for c in self._recipe_callbacks
             ],

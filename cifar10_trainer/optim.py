@@ -134,6 +134,11 @@ class SGD(keras.optimizers.SGD):
         return {**super().get_config(), "l2": self.l2, "bias_multiplier": self.bias_multiplier}
 
 
+def _is_kernel(variable: keras.Variable) -> bool:
+    """Whether it is the kernel of a convolution, [h, w, in, out]. That of a depthwise one, [h, w, in, 1], is no matrix."""
+    return len(variable.shape) == 4 and variable.shape[-1] > 1
+
+
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class Muon(SGD):
     """Muon for convolution kernels, `SGD` for all other variables.
@@ -170,7 +175,7 @@ class Muon(SGD):
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
         """Updates one variable in place."""
-        if len(variable.shape) == 4:
+        if _is_kernel(variable):
             self._update_kernels(variable, [gradient], [variable], learning_rate)
         else:
             super().update_step(gradient, variable, learning_rate * self.sgd_ratio)
@@ -182,8 +187,8 @@ class Muon(SGD):
         learning_rate: tf.Tensor,
     ) -> None:
         """Updates all kernels in one call; Keras's own method updates the other variables one by one."""
-        kernels = [pair for pair in grads_and_vars if len(pair[1].shape) == 4]
-        rest = [pair for pair in grads_and_vars if len(pair[1].shape) != 4]
+        kernels = [pair for pair in grads_and_vars if _is_kernel(pair[1])]
+        rest = [pair for pair in grads_and_vars if not _is_kernel(pair[1])]
         super()._distributed_tf_update_step(distribution, rest, learning_rate)
         if kernels:
             gradients, variables = zip(*kernels, strict=True)

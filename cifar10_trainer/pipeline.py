@@ -246,17 +246,18 @@ def make_dataset(
 ) -> tf.data.Dataset:
     """Makes the cached, shuffled, augmented and prefetched input pipeline of this project for anybody's `fit`.
 
-    The order and the augmentation of an epoch are a function of the seed and of the number of the epoch alone. They are
-    those that `train` uses for the same seed, batch size and augmentation.
+    All images are in memory. The order and the augmentation of an epoch are a function of the seed and of the number of the
+    epoch alone. Epoch by epoch they are those that `train` uses for the same seed, batch size and augmentation.
 
     Args:
-        images: uint8 [n, height, width, 3], raw pixels 0-255.
+        images: uint8 [n, height, width, 3], or grey ones [n, height, width], raw pixels 0-255.
         labels: integers [n] from 0, or one-hot [n, classes].
         batch_size: 1 to n. Each epoch has n // batch_size whole batches; which images are left over differs.
         augmentation: None: none.
         seed: 0 to 2**31 - 1.
-        epochs: None: each pass over the data set is the next epoch, as `fit(dataset, epochs=10)` needs it. A number: one
-            pass over the data set is so many epochs, and every pass is the same.
+        epochs: None: each iterator of the data set is the next epoch, as `fit(dataset, epochs=10)` needs it. Looking at a
+            batch by `next(iter(dataset))` counts as an epoch, too. A number: one pass is so many epochs, and every pass is
+            the same, for exact repetition: `fit(dataset, epochs=N, steps_per_epoch=len(images) // batch_size)`.
         one_hot: whether the labels are one-hot float32 [batch, classes]; else int32 [batch]. mixup and cutmix need it.
 
     Returns:
@@ -266,11 +267,11 @@ def make_dataset(
         ConfigError: on another shape, dtype, length or range.
     """
     images = check_images("images", images)
-    labels = check_labels("labels", labels, len(images))
+    labels, num_classes = check_labels("labels", labels, len(images))
     augmentation = Augmentation() if augmentation is None else augmentation
-    _check_dataset(images, batch_size, augmentation, epochs, one_hot)
+    _check_dataset(images, batch_size, augmentation, seed, epochs, one_hot)
     sampler = EpochSampler(len(images), batch_size, seed, augmentation)
-    batch_maker = BatchMaker(augmentation, int(labels.max()) + 1)
+    batch_maker = BatchMaker(augmentation, num_classes)
     table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
     steps = sampler.steps_per_epoch
 
@@ -292,13 +293,20 @@ def make_dataset(
 
 
 def _check_dataset(
-    images: np.ndarray, batch_size: int, augmentation: Augmentation, epochs: int | None, one_hot: bool
+    images: np.ndarray,
+    batch_size: int,
+    augmentation: Augmentation,
+    seed: int,
+    epochs: int | None,
+    one_hot: bool,
 ) -> None:
     """Raises ConfigError as `make_dataset` does."""
-    if not 1 <= batch_size <= len(images):
-        raise ConfigError(f"batch_size is {batch_size}; allowed: from 1 to the {len(images)} images")
-    if epochs is not None and epochs < 1:
-        raise ConfigError(f"epochs is {epochs}; allowed: None, or 1 or more")
+    for name, value, high in (("batch_size", batch_size, len(images)), ("seed", seed, 2**31 - 1)):
+        low = 1 if name == "batch_size" else 0
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+    if epochs is not None and (not isinstance(epochs, int | np.integer) or epochs < 1):
+        raise ConfigError(f"epochs is {epochs!r}; allowed: None, or an integer from 1")
     if (augmentation.mixup or augmentation.cutmix) and not one_hot:
         raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
     for layer in augment.layers_of(augmentation):

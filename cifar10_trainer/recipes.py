@@ -1,13 +1,13 @@
 """RECIPES: name -> Config, with where it comes from and what is claimed for it there.
 
-A name is `architecture.variant`. What this project measured stands in the README's table of results, held to
-the records in results/; `python scripts/reproduce.py NAME` makes such a record.
+A name is `architecture.variant`. What this project measured is in results/README.md, made from the records in results/;
+`python scripts/reproduce.py NAME` makes such a record.
 
-A tutorial's recipe is as the tutorial has it (layers, optimizer, rate, batch, epochs, pixels from 0 to 1),
-except for what its comment says and what goes for all of them: the test images serve for one final score; the
-weights kept are those that did best on the validation images; precision is what suits the device.
+A tutorial's recipe is as the tutorial has it (layers, optimizer, learning rate, batch size, epochs, pixels from 0 to 1),
+except for what its comment names, and three things in all of them: the test images are scored once, at the end; the kept
+weights are those of the best validation epoch; the precision is the one that suits the device.
 
-Importing this module imports neither TensorFlow nor Keras.
+This module imports neither TensorFlow nor Keras.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .config import Augmentation, Averaging, Config, Optimizer, Origin, Schedule
 
 RECIPES: dict[str, Config] = {}
 DEFAULT_RECIPE = "fast.default"
-DEFAULT_FOR = {"digits": "fast.digits"}  # the default recipe of a data set, where it is another
+DEFAULT_FOR = {"digits": "fast.digits"}  # data sets with another default recipe
 
 
 def _define(
@@ -30,10 +30,14 @@ def _define(
     parameters: int | None = None,
     **changes: Any,
 ) -> Config:
-    """Adds `base` with `changes` (as `Config.override` takes them) to RECIPES, as `name`.
+    """Adds `base` with `changes` to RECIPES, as `name`.
 
-    The architecture is the name's first part. Source and parameter count are the base's unless given; a claim
-    is never inherited. claim: test accuracy, 0-1, unless the comment says otherwise.
+    Args:
+        name: `architecture.variant`.
+        base: what the recipe derives from.
+        source, parameters: None: those of the base.
+        claim: test accuracy, 0-1, unless the comment names another one; never that of the base.
+        changes: as `Config.override` takes them.
     """
     assert name not in RECIPES, name
     origin = Origin(
@@ -49,15 +53,16 @@ def _define(
 
 
 def _sgd(learning_rate: float, **more: Any) -> Optimizer:
-    """airbench94's SGD, which does as well as Muon where the network or the images are tiny."""
+    """airbench94's SGD. With tiny networks or images it does as well as Muon."""
     more = {"momentum": 0.85, "nesterov": True, "weight_decay": 1.33e-3, **more}
     return Optimizer(name="sgd", learning_rate=learning_rate, **more)
 
 
-# For 94% on the test images, six views averaged, in ten epochs of all 50,000 images. The network and most settings are airbench94's;
-# kernels are trained by Muon, images grow, the last block is wider, and the whitening has no bias. On validation images,
-# three epochs of fast.85: SGD 84.4%, Muon 85.8% (seed 0), 86.0% and 87.7% (seed 1). Ten epochs of 45,000 images: SGD and ReLU 91.7%,
-# Muon and ReLU 92.3%, Muon and SiLU 92.6%; at rate 0.3 92.1% (all with a last block of 256).
+# For 94% on the test images with TTA (test-time augmentation, six views), in ten epochs of all 50,000 images. The network and
+# most settings are airbench94's. Different are: Muon trains the kernels, progressive resizing (training starts on small
+# images), a wider last block, and a whitening without bias. Validation accuracy after three epochs of fast.85: SGD 84.4%, Muon
+# 85.8% (seed 0); SGD 86.0%, Muon 87.7% (seed 1). After ten epochs of 45,000 images, with a last block of 256: SGD and ReLU 91.7%, Muon
+# and ReLU 92.3%, Muon and SiLU 92.6%, the same at learning rate 0.3 92.1%.
 _fast = _define(
     "fast.94",
     Config(
@@ -86,8 +91,8 @@ _fast = _define(
     parameters=3_598_368,
 )
 
-# The recipe of every length: it anneals over whatever number of epochs it is given. With shifts of 2 and without
-# cutout, 40 epochs of SGD had 98.9% of the training images right and 92.7% of the validation images: hence both.
+# The recipe for any number of epochs: it anneals over as many as it is given. With shifts of 2 and no cutout, 40 epochs of SGD
+# ended at 98.9% training and 92.7% validation accuracy, so it has larger shifts and cutout.
 _define(
     "fast.default",
     _fast,
@@ -101,9 +106,9 @@ _define(
     optimizer__learning_rate=0.12,
 )
 
-# 85% validation accuracy as soon as can be, whatever the seed: a narrow network, three epochs of growing images, and
-# ReLU, since SiLU is a third of a step here. Five seeds of 16, 20, 24, 32 pixels for 3.3 epochs took a tenth less time, but
-# one of them ended at 84.7%.
+# 85% validation accuracy as early as possible, for every seed: a narrow network, three epochs with progressive resizing, and
+# ReLU, because SiLU would take a third of a step here. Sides of 16, 20, 24, 32 pixels for 3.3 epochs took a tenth less time, but one
+# of five seeds ended at 84.7%.
 _define(
     "fast.85",
     _fast,
@@ -113,13 +118,13 @@ _define(
     batch_size=256,
     sizes=(20, 24, 32),
     validation_fraction=0.1,
-    validation_interval=1000,  # only at the end: a validation is seconds
+    validation_interval=1000,  # only at the end, because a validation takes seconds
     optimizer__learning_rate=0.12,
     views=1,
 )
 
-# 70% with a tenth of the smallest tutorial's arithmetic: one convolution a block, and a batch small enough for a
-# thousand steps. Chosen on validation images.
+# 70% with a tenth of the FLOPs of the smallest tutorial: one convolution per block, and a batch small enough for a thousand
+# steps. Its settings were chosen on validation images.
 _define(
     "fast.70",
     RECIPES["fast.85"],
@@ -133,7 +138,7 @@ _define(
     target=0.70,
 )
 
-# For 95-96%, trained on all 50,000 images: wider, a third convolution with a shortcut in each block, cutout.
+# For 95-96%, trained on all 50,000 images: a wider network, a third convolution with a shortcut in each block, cutout.
 _define(
     "fast.96",
     _fast,
@@ -145,7 +150,7 @@ _define(
     augmentation__cutout=12,
 )
 
-# The embedded digits: few, small and grey, and a mirrored digit is none.
+# The digits that scikit-learn brings: few, small and grey. A mirrored digit is not a digit, so there are no flips.
 _define(
     "fast.digits",
     _fast,
@@ -185,7 +190,7 @@ _practical = _define(
     early_stopping=5,
 )
 
-# The bonus: "over 80%" with augmentation by flip, rotation 0.1 of a turn and zoom 0.1.
+# The tutorial's bonus task: "over 80%" with flips, rotation by 0.1 turns and zoom by 0.1.
 _practical_augmented = _define(
     "practical.augmented",
     _practical,
@@ -193,14 +198,14 @@ _practical_augmented = _define(
     augmentation=Augmentation(flip="random", rotation=0.1, zoom=0.1),
 )
 
-# The bonus names ReduceLROnPlateau and leaves its settings open. Ours: half the rate after 3 epochs without a
-# better val_loss (less than early stopping's 5), down to 1e-6. "Over 80%" is its goal for all its ideas
-# together, so those that do not augment carry no claim of their own.
+# The bonus task names ReduceLROnPlateau without settings. Ours: half the learning rate after 3 epochs without a better
+# val_loss (fewer than early stopping's 5), down to 1e-6. "Over 80%" is its goal for all its ideas together, so the recipes
+# without augmentation have no claim.
 _plateau = Schedule(name="plateau", drop=0.5, patience=3, end=0.001)
 _define("practical.plateau", _practical, schedule=_plateau)
 _define("practical.augmented_plateau", _practical_augmented, claim=0.80, schedule=_plateau)
 
-# The bonus asks for more or fewer layers, 5x5 kernels and more dense layers, with no sizes. Ours:
+# The bonus task asks for more or fewer layers, 5x5 kernels and more dense layers, without sizes. Ours:
 _define("practical.fewer_layers", _practical, parameters=1_072_202, options__filters=(32, 64))
 _define(
     "practical.more_layers",
@@ -213,9 +218,8 @@ _define("practical.more_dense", _practical, parameters=4_425_930, options__dense
 
 # ---------------------------------------------------------------------------------------------------------
 # Tutorial 2, VGG blocks: SGD 0.001 with momentum 0.9, batch 64, 100 epochs unless said otherwise.
-# Deviation: the tutorial trains on all 50,000 images, shows the test images as validation and scores the last
-# epoch; ours hold out 10% and score the epoch that did best on it. With `validation_fraction=None` they do as
-# the tutorial does (vgg.final).
+# Deviation: the tutorial trains on all 50,000 images, validates on the test images and scores the last epoch. Ours hold out
+# 10% and score the best epoch on it. With `validation_fraction=None` they train as the tutorial does (vgg.final).
 # ---------------------------------------------------------------------------------------------------------
 
 _vgg = _define(
@@ -234,10 +238,10 @@ _define("vgg.2", _vgg, claim=0.7108, parameters=591_274, options__filters=(32, 6
 # Dropout 0.2 after each pool and the dense layer.
 _vgg_dropout = _define("vgg.3_dropout", _vgg, claim=0.8345, options__dropout=0.2)
 
-# Penalty 0.001 on every kernel, the logits' too.
+# An L2 penalty of 0.001 on every kernel, that of the logits included.
 _define("vgg.3_l2", _vgg, claim=0.7255, options__l2=0.001)
 
-# Flip, and shifts of 10% of the side that repeat the edge. Deviation: whole pixels, so up to 3, not 3.2.
+# Flips, and shifts by at most 10% of the side that repeat the edge. Deviation: whole pixels, so 3 and not 3.2.
 _shifts = Augmentation(flip="random", shift=3, fill="nearest")
 _define("vgg.3_augmented", _vgg, claim=0.8447, augmentation=_shifts)
 
@@ -260,7 +264,7 @@ _vgg_best = _define(
 # The final fit: all 50,000 training images, the last epoch's weights, one score on the test images.
 _define("vgg.final", _vgg_best, claim=0.8862, validation_fraction=None)
 
-# Extensions that the tutorial or its readers name without numbers, each of vgg.3_dropout; settings are ours.
+# Extensions of vgg.3_dropout that the tutorial or its readers name without numbers. The settings are ours.
 _EXTENSION = "extension of tutorial 2"
 _define("vgg.3_dropout_centred", _vgg_dropout, source=f"{_EXTENSION}: centred pixels", pixels="centred")
 _define(
@@ -325,10 +329,9 @@ _leaky = _define(
     validation_split="last",
 )
 
-# The variants that its author tried and rejected. What it leaves open is ours: three convolutions are one a
-# block, five are two, two and one; SGD has Keras's default rate of 0.01 and momentum 0.9; early stopping has
-# patience 5; augmentation is flip and shift as in tutorial 2. The claims, "about 76%" and 83.6%, come without
-# saying on which images.
+# The variants that its author tried and rejected. What the tutorial leaves open is ours: three convolutions are one per block,
+# five are two, two and one; SGD has Keras's default learning rate of 0.01 and momentum 0.9; early stopping has patience 5;
+# augmentation is flip and shift as in tutorial 2. The tutorial does not name the images of its claims, "about 76%" and 83.6%.
 _define("leaky.three", _leaky, claim=0.76, parameters=1_150_410, options__blocks=((32,), (64,), (128,)))
 _define(
     "leaky.five_relu",
@@ -358,8 +361,8 @@ _define(
 )
 
 # ---------------------------------------------------------------------------------------------------------
-# Transfer from ImageNet, which tutorial 2 names as an extension, without numbers; the settings are ours. The
-# weights are downloaded once. The backbone brings its own preprocessing, so pixels stay "unit".
+# Transfer from ImageNet, which tutorial 2 names as an extension, without numbers. The settings are ours. The weights are
+# downloaded once. The backbone has its own preprocessing, so pixels stay "unit".
 # ---------------------------------------------------------------------------------------------------------
 
 # A frozen VGG-16 on the images as they are: only the head's 133,898 parameters train.
@@ -373,9 +376,9 @@ _transfer = _define(
     batch_size=128,
     epochs=10,
 )
-# All of it trains, at a tenth of the rate.
+# All of its layers train, at a tenth of the learning rate.
 _define("transfer.vgg16_finetuned", _transfer, options__frozen=False, optimizer__learning_rate=0.0001)
-# For a CPU: at 96x96 pixels it costs a fifth of VGG-16 at 32x32.
+# For a CPU: at 96x96 pixels it needs a fifth of the FLOPs of VGG-16 at 32x32.
 _define(
     "transfer.mobilenetv2",
     _transfer,

@@ -56,7 +56,7 @@ def verbosity(verbose: int | str) -> int:
     if verbose not in ("auto", 0, 1, 2):
         raise ConfigError(f"verbose is {verbose!r}; allowed: 'auto', 0, 1, 2")
     if verbose == "auto":
-        return 1 if sys.stdout.isatty() else 2
+        return 1 if sys.stdout is not None and sys.stdout.isatty() else 2
     return int(verbose)
 
 

@@ -19,10 +19,12 @@ def _logits(model: keras.Model) -> Any:
     import keras
     import tensorflow as tf
 
-    for layer in model.layers:
-        if layer.name == "logits" and layer.output.shape == model.output_shape:
-            head = keras.Model(model.inputs, layer.output)
-            return lambda images: tf.cast(head(images, training=False), tf.float32)
+    from .models.own import logits_before_softmax
+
+    logits = logits_before_softmax(model) if getattr(model, "outputs", None) else None
+    if logits is not None:
+        head = keras.Model(model.inputs[0], logits)
+        return lambda images: tf.cast(head(images, training=False), tf.float32)
 
     def log_outputs(images: Any) -> Any:
         outputs = tf.cast(model(images, training=False), tf.float32)
@@ -50,8 +52,8 @@ def predict_probabilities(
 ) -> np.ndarray:
     """The class probabilities of every image, with test-time augmentation (TTA) where `views` is above 1.
 
-    TTA averages the logits over several views of each image. Logits are the output of the layer "logits" where the model
-    has one, else the logarithm of its outputs.
+    TTA averages the logits over several views of each image. Logits are the input of the softmax that the model ends in,
+    else the logarithm of its outputs.
 
     Args:
         model: maps [batch, height, width, 3] to probabilities [batch, classes].

@@ -63,12 +63,12 @@ def train_and_evaluate(
         validation_data, test_data: the same, beside arrays. Without validation data the config's share of the training
             images is held out; without test data there is no test score.
         class_names: of the arrays, one for each class; None: numbers.
-        model: somebody's own functional Keras classifier of raw pixels, to be trained instead of the config's model. At the
-            end it holds the kept weights.
+        model: your own functional Keras classifier of raw pixels, to be trained instead of the config's model. At the end it
+            holds the kept weights.
         data_dir: where the images of the config's data set are; see `datasets.load`.
         dataset: as `data`, the name in version 1.0.0.
         overwrite: whether an earlier run in `workdir` may be replaced.
-        callbacks: further Keras callbacks. Their `model` is the plain model, with its weights as of the last epoch.
+        callbacks: further Keras callbacks. Their `model` shares the plain model's layers, with the weights of the last epoch.
         verbose: 0: nothing is printed; 1: messages and a progress bar; 2: messages and one line per epoch; "auto": 1 on a
             terminal, else 2.
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
@@ -85,6 +85,8 @@ def train_and_evaluate(
     verbose = runtime.verbosity(verbose)
     log: Log = print if verbose else (lambda text: None)
 
+    _check_sources(data, dataset, data_dir, (validation_data, test_data, class_names))
+
     # ---- strategy, precision, folder
     models.check_options(config.architecture, config.options)
     strategy, reason = runtime.choose_strategy(config.strategy)
@@ -98,10 +100,10 @@ def train_and_evaluate(
         saved = None if overwrite else folder.unfinished_state(config)
 
         # ---- data and model
-        found = data if data is not None else dataset
-        if found is None:
-            found = datasets.load(config.dataset, data_dir, config.image_size)
-        found = datasets.as_dataset(found, validation_data, test_data, class_names)
+        given = data if data is not None else dataset
+        if given is None:
+            given = datasets.load(config.dataset, data_dir, config.image_size)
+        found = datasets.as_dataset(given, validation_data, test_data, class_names)
         fingerprint = datasets.fingerprint(found)
         engine, found, validation = _prepare(config, found, model, strategy, policy, log)
         digest = None if model is None else own.digest(engine.model)
@@ -150,6 +152,21 @@ def train_and_evaluate(
     return metrics
 
 
+def _check_sources(data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ...]) -> None:
+    """Raises ConfigError where the arguments name several sources of images, or parts of none."""
+    names = [
+        name
+        for name, value in (("data", data), ("dataset", dataset), ("data_dir", data_dir))
+        if value is not None
+    ]
+    if "data" in names and len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} are set; allowed: one of them")
+    if data is None and any(value is not None for value in beside):
+        raise ConfigError(
+            "validation_data, test_data or class_names is set without data; allowed: beside data=(images, labels)"
+        )
+
+
 def _prepare(
     config: Config,
     data: Dataset,
@@ -167,6 +184,11 @@ def _prepare(
         data, config.validation_fraction, config.validation_split, config.seed, config.validation_fold
     )
     validation = (held_out[0], held_out[1])
+    if not len(validation[1]) and (config.early_stopping is not None or config.schedule.name == "plateau"):
+        raise ConfigError(
+            "there are no validation images, but early stopping and the plateau schedule watch val_loss; allowed:"
+            " validation data, or neither of them"
+        )
     runtime.check_batch(config.batch_size, len(images), strategy.num_replicas_in_sync)
     log(
         f"data: {data.name} from {data.source}: {len(images):,} images to train on, "
@@ -226,7 +248,7 @@ def _record(
 def _kept_model(folder: RunFolder, engine: Engine, model: keras.Model | None) -> keras.Model | None:
     """The model with the kept weights; None where there is no model file, which only a chief writes.
 
-    A model of the config is read from the file, so that what is scored is what was saved. Somebody's own model gets the
+    A model of the config is read from the file, so that what is scored is what was saved. A user's own model gets the
     weights of the file: it may hold layers that Keras cannot make without their code.
     """
     if not folder.model_file.exists():
@@ -306,7 +328,10 @@ def _summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
     goal, at = f"{metrics['target']:.2%}", metrics["seconds_to_target"]
     reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
     log(f"  target {goal:<13} {reached}")
-    log(f"  files                {folder}/  (report.html, model.keras, metrics.json)")
+    files = ", ".join(
+        f.name for f in (folder.report_file, folder.model_file, folder.metrics_file) if f.exists()
+    )
+    log(f"  files                {folder}/  ({files})")
 
 
 def _test_in_words(metrics: dict[str, Any]) -> str:

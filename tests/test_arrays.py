@@ -83,9 +83,9 @@ def test_a_finite_tf_data_set(batch):
         ((IMAGES, ONE_HOT * 0.5), "is not one-hot; allowed: one 1 in each row"),
         (
             (IMAGES, LABELS * 2),
-            "train labels holds no image of 1, 3; allowed: at least one image of each of the 5 classes",
+            "train labels has no image of 1, 3; allowed: at least one image of each of the 5 classes",
         ),
-        ((IMAGES, LABELS * 0), "train labels holds no image of 1"),
+        ((IMAGES, LABELS * 0), "train labels has no image of 1"),
         ((IMAGES[:0], LABELS[:0]), "train images has length 0; allowed: one image or more"),
         (IMAGES, "train data is ndarray; allowed: (images, labels), a Dataset, or a finite tf.data.Dataset"),
         ("pictures", "train data is str; allowed"),
@@ -108,6 +108,34 @@ def test_endless_and_empty_tf_data_sets():
         from_arrays(data.take(0))
     with pytest.raises(ConfigError, match=r"allowed: \(images, labels\)"):
         from_arrays(data.map(lambda x, y: x))
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_batches_of_grey_images(one_hot):
+    labels = ONE_HOT if one_hot else LABELS
+    data = tf.data.Dataset.from_tensor_slices((IMAGES[..., 0], labels))
+    if one_hot:
+        np.testing.assert_array_equal(from_arrays(data.batch(4)).train_images[..., 1], IMAGES[..., 0])
+    else:
+        np.testing.assert_array_equal(from_arrays(data).train_labels, LABELS)
+        with pytest.raises(ConfigError, match="which may be batches or not; allowed: batches of images"):
+            from_arrays(data.batch(4))
+
+
+def test_one_hot_labels_keep_their_number_of_classes():
+    wide = np.eye(5)[LABELS]
+    with pytest.raises(
+        ConfigError, match=r"train labels has no image of 3, 4; allowed: .* each of the 5 classes"
+    ):
+        from_arrays((IMAGES, wide))
+
+
+def test_no_data_and_dictionaries_are_one_line():
+    with pytest.raises(ConfigError, match="train data is None"):
+        from_arrays(None)
+    data = tf.data.Dataset.from_tensor_slices(({"x": IMAGES}, LABELS))
+    with pytest.raises(ConfigError, match=r"allowed: \(images, labels\)"):
+        from_arrays(data)
 
 
 def test_parts_must_fit_together():

@@ -571,6 +571,24 @@ def test_in_map_passes_over_a_data_set_differ():
     assert first.dtype == np.uint8 and not np.array_equal(first, second)
 
 
+def test_one_image_is_augmented_as_a_batch_of_one():
+    images = pictures(1)
+    one = RandomShift(3)(images[0], seed=(1, 2)).numpy()
+    np.testing.assert_array_equal(one, RandomShift(3)(images, seed=(1, 2)).numpy()[0])
+
+
+def test_images_without_static_sides_are_one_line():
+    with pytest.raises(ConfigError, match=r"images has shape \(None, None, None, 3\); allowed"):
+        tf.data.Dataset.from_generator(
+            lambda: [], output_signature=tf.TensorSpec((None, None, None, 3), tf.uint8)
+        ).map(RandomFlip())
+
+
+def test_keras_learns_which_layers_xla_can_compile():
+    jit = {name: make().supports_jit for name, make in OWN_DRAWS.items()}
+    assert jit == {"flip": True, "shift": True, "rotation": False, "zoom": False, "cutout": True}
+
+
 def test_float_images_are_not_rounded():
     """In a model, images are float32: between two pixels there are values that integers do not have."""
     images = pictures(dtype=np.float32)

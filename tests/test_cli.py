@@ -603,6 +603,21 @@ for argv in (["--help"], ["--list_recipes"], ["--version"], ["--recipe=none"], [
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_closed_output_is_no_error():
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m cifar10_trainer --version >&-"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_config_of_a_run_with_its_own_model_is_refused(tmp_path, capsys, trained):
+    (tmp_path / "config.json").write_text(json.dumps({**DEFAULT.to_dict(), "own_model": "1a2b3c4d"}))
+    status, text = error_of(capsys, f"--config={tmp_path / 'config.json'}")
+    assert status == 2 and "is of a run with a model of its own" in text and trained == []
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("flag", ["--help", "--list_recipes", "--version"])
 def test_output_that_nobody_reads(flag, unbuffered):

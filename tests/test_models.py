@@ -523,6 +523,16 @@ def test_an_argument_of_a_wrong_type_is_one_line(architecture, argument, value):
     assert str(caught.value).startswith(f"{argument} is ")
 
 
+def test_numpy_numbers_are_numbers():
+    shape, rates = (np.int64(32), 32, np.int32(3)), np.array([0.1, 0.2, 0.3])
+    model = models.build_model(
+        "leaky", input_shape=shape, num_classes=np.int64(3), dropout=rates, dense=np.int32(8)
+    )
+    assert model.input_shape == (None, 32, 32, 3) and model.output_shape == (None, 3)
+    assert models.build_model("fast", dropout=np.float32(0.25)).get_layer("dropout").rate == 0.25
+    assert models.build_model("vgg", batch_norm=np.bool_(True)).get_layer("block1_norm1")
+
+
 def test_an_unknown_argument_is_one_line():
     with pytest.raises(
         ConfigError, match=r"unknown option of leaky 'block'; allowed: .*Did you mean 'blocks'\?"
@@ -545,6 +555,11 @@ def test_flops_of_depthwise_and_separable_convolutions():
     )  # a 3x3 window for each of 12 maps
     separable = keras.Model(images, keras.layers.SeparableConv2D(5, 3, strides=2, padding="same")(images))
     assert models.forward_flops(separable) == 2 * (5 * 5) * (9 * 6 + 6 * 5)
+
+
+def test_flops_of_a_layer_that_is_used_twice():
+    images, layer = keras.Input((8, 8, 3)), keras.layers.Conv2D(3, 3)
+    assert models.forward_flops(keras.Model(images, layer(layer(images)))) == 2 * (36 + 16) * 9 * 3 * 3
 
 
 def test_flops_of_a_model_inside_a_model():

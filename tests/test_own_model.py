@@ -1,4 +1,4 @@
-"""Somebody's own Keras classifier on this engine: what is taken, what becomes of it, what is refused."""
+"""A user's own Keras classifier on this engine: what is taken, what becomes of it, what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cifar10_trainer import Config, Optimizer, load_data, train
 from cifar10_trainer.accelerate import make_training_model
 from cifar10_trainer.errors import ConfigError, RunInterrupted
 from cifar10_trainer.layers import FastDropout, FusedBatchNormalization
-from cifar10_trainer.models.own import plain_model
+from cifar10_trainer.models.own import digest, plain_model
 
 CONFIG = Config(
     recipe="mine",
@@ -80,6 +80,117 @@ def test_the_training_model_gives_the_logits_of_the_model(ending, digits):
     np.testing.assert_allclose(softmax(logits), expected, atol=1e-5)
     kinds = {type(layer) for layer in trained.layers}
     assert {FusedBatchNormalization, FastDropout} <= kinds  # faster where the engine knows how
+
+
+def dense_end(x, **more):
+    return keras.layers.Dense(10, **more)(keras.layers.Flatten()(x))
+
+
+def unusual():
+    """name -> a model whose structure trips a naive copy."""
+    one = keras.Input((32, 32, 3))
+    x = keras.ops.relu(one / 255 - 0.5)
+    yield "operations", keras.Model(one, dense_end(x + keras.layers.Conv2D(3, 1)(x), activation="softmax"))
+    normalization = keras.layers.Normalization()
+    normalization.adapt(np.random.default_rng(0).normal(100, 30, (50, 32, 32, 3)))
+    yield "normalization", keras.Model(one, dense_end(normalization(one), activation="softmax"))
+    inner = keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(10, activation="softmax")]
+    )
+    yield (
+        "nested softmax",
+        keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), inner]),
+    )
+    nested = keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(10), keras.layers.Softmax()]
+    )
+    yield (
+        "nested softmax layer",
+        keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), nested]),
+    )
+    named = keras.layers.Dense(10, name="logits")(
+        keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(one))
+    )
+    yield (
+        "a misleading name",
+        keras.Model(one, keras.layers.Softmax()(keras.layers.BatchNormalization()(named))),
+    )
+    softmax = keras.layers.Softmax()
+    softmax(keras.Input((10,)))  # another model used it first
+    yield "a shared softmax", keras.Model(one, softmax(dense_end(keras.layers.Rescaling(1 / 255)(one))))
+    tokens = keras.layers.BatchNormalization()(
+        keras.layers.Reshape((-1, 96))(keras.layers.Rescaling(1 / 255)(one))
+    )
+    yield "tokens", keras.Model(one, dense_end(tokens, activation="softmax"))
+    any_side = keras.Input((None, None, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(
+        keras.layers.Conv2D(4, 3)(keras.layers.Rescaling(1 / 255)(any_side))
+    )
+    yield "any size", keras.Model(any_side, keras.layers.Dense(10, activation="softmax")(pooled))
+    yield "lists", keras.Model([one], [dense_end(keras.layers.Rescaling(1 / 255)(one), activation="softmax")])
+
+
+@pytest.mark.parametrize("case", range(9))
+def test_unusual_models_train_as_they_are(case, digits, tmp_path):
+    keras.utils.set_random_seed(3)
+    name, model = list(unusual())[case]
+    images = digits.test_images[:20]
+    trained = make_training_model(plain_model(model, (32, 32, 3), 10), "float32")
+    expected = model.predict(images, verbose=0)
+    np.testing.assert_allclose(
+        softmax(trained(images, training=False).numpy()), expected, atol=1e-5, err_msg=name
+    )
+    metrics = train(
+        CONFIG.override(epochs=1), tmp_path, data=digits, model=model, verbose=0, full_report=False
+    )
+    accuracy = (model.predict(digits.test_images, verbose=0).argmax(axis=1) == digits.test_labels).mean()
+    assert metrics["test_accuracy"] == pytest.approx(accuracy, abs=0.003), name
+    assert metrics["pflop"] > 0
+
+
+def test_layers_added_one_by_one_are_replaced_like_those_of_a_list():
+    """Each `add` uses all layers again, so they have several nodes."""
+    model = keras.Sequential([keras.Input((32, 32, 3))])
+    for layer in (keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization(), keras.layers.Dropout(0.1)):
+        model.add(layer)
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(10, activation="softmax"))
+    plain = plain_model(model, (32, 32, 3), 10)
+    assert {FusedBatchNormalization, FastDropout} <= {
+        type(x) for x in make_training_model(plain, "float32").layers
+    }
+    synchronized = make_training_model(plain, "float32", synchronize=True)
+    (norm,) = [x for x in synchronized.layers if isinstance(x, keras.layers.BatchNormalization)]
+    assert norm.synchronized
+
+
+def test_a_model_made_under_another_policy_trains_in_the_runs():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = classifier()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    trained = make_training_model(plain_model(model, (32, 32, 3), 10), "float32")
+    assert {x.dtype_policy.name for x in trained._flatten_layers() if x.weights} == {"float32"}
+
+
+def test_make_training_model_needs_probabilities():
+    images = keras.Input((32, 32, 3))
+    with pytest.raises(
+        ConfigError, match="does not end in a softmax; allowed: a model that returns probabilities"
+    ):
+        make_training_model(keras.Model(images, dense_end(images)), "float32")
+
+
+def test_another_setting_of_a_layer_is_another_model():
+    def model(**changes):
+        settings = {"activation": "relu", "rate": 0.1, **changes}
+        images = keras.Input((32, 32, 3))
+        x = keras.layers.Conv2D(4, 3, activation=settings["activation"])(images)
+        return keras.Model(images, dense_end(keras.layers.Dropout(settings["rate"])(x)))
+
+    assert digest(model()) == digest(model())  # under other names
+    assert len({digest(m) for m in (model(), model(activation="tanh"), model(rate=0.9))}) == 3
 
 
 def test_in_16_bits_the_logits_and_the_preprocessing_stay_in_32():

@@ -465,6 +465,12 @@ def test_labels_of_make_dataset_belong_to_their_images():
         np.testing.assert_array_equal(x[:, 0, 0, 0], y * 10)
 
 
+def test_one_hot_labels_of_make_dataset_keep_their_width():
+    images, labels = arrays()
+    for _, y in elements(make_dataset(images, np.eye(7)[labels], 8, one_hot=True)):
+        assert y.shape == (8, 7)
+
+
 def test_mixing_makes_float_images_and_soft_labels():
     images, labels = arrays()
     (x, y), *_ = elements(make_dataset(images, labels, 8, augmentation=Augmentation(mixup=1.0), one_hot=True))
@@ -475,9 +481,13 @@ def test_mixing_makes_float_images_and_soft_labels():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"batch_size": 0}, "batch_size is 0; allowed: from 1 to the 40 images"),
-        ({"batch_size": 41}, "batch_size is 41; allowed: from 1 to the 40 images"),
-        ({"epochs": 0}, "epochs is 0; allowed: None, or 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0; allowed: an integer from 1 to 40"),
+        ({"batch_size": 41}, "batch_size is 41; allowed: an integer from 1 to 40"),
+        ({"batch_size": 8.0}, "batch_size is 8.0; allowed: an integer from 1 to 40"),
+        ({"seed": -1}, "seed is -1; allowed: an integer from 0 to 2147483647"),
+        ({"seed": 2**31}, "seed is 2147483648; allowed"),
+        ({"epochs": 1.5}, "epochs is 1.5; allowed: None, or an integer from 1"),
+        ({"epochs": 0}, "epochs is 0; allowed: None, or an integer from 1"),
         (
             {"augmentation": Augmentation(mixup=1.0)},
             "one_hot is False, but mixup and cutmix mix labels; allowed: True",

@@ -866,6 +866,43 @@ def test_a_callback_stops_at_the_batch_and_the_epoch_ends_as_in_fit(tmp_path, di
     assert recorder.calls == expected.calls
 
 
+def test_stopping_before_the_first_batch_trains_one_as_fit_does(tmp_path, digits, step_by_step):
+    class Never(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.stop_training = True
+
+    recorder = Recorder()
+    metrics = train_quietly(TINY, tmp_path, digits, callbacks=[Never(), recorder])
+    assert recorder.calls.count("batch begin") == 1 and metrics["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"data": "digits", "dataset": "digits"}, "data and dataset are set; allowed: one of them"),
+        ({"data": "digits", "data_dir": "there"}, "data and data_dir are set; allowed: one of them"),
+        ({"test_data": "digits"}, "validation_data, test_data or class_names is set without data"),
+        ({"data": "digits", "test_data": "digits"}, "test_data is set beside a Dataset, which holds its own"),
+    ],
+)
+def test_sources_of_images_that_contradict_one_another(arguments, text, tmp_path, digits):
+    arguments = {k: digits if v == "digits" else v for k, v in arguments.items()}
+    with pytest.raises(ConfigError, match=text):
+        train_and_evaluate(TINY, tmp_path / "run", verbose=0, **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_stopping_needs_validation_images_of_the_run(tmp_path, digits):
+    pair, none = (
+        (digits.train_images, digits.train_labels),
+        (digits.train_images[:0], digits.train_labels[:0]),
+    )
+    with pytest.raises(ConfigError, match="there are no validation images, but early stopping"):
+        train_and_evaluate(
+            TINY.override(early_stopping=1), tmp_path, data=pair, validation_data=none, verbose=0
+        )
+
+
 def test_a_run_that_a_callback_stopped_stays_stopped(tmp_path, digits, step_by_step, monkeypatch):
     """Interrupted while it is scored, it resumes with the score and not with the rest of the epochs."""
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):

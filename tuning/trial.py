@@ -22,7 +22,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.trial import Trial
 
 from cifar10_trainer import datasets, files, models, runtime
-from cifar10_trainer.config import Config
+from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from cifar10_trainer.run_folder import RunFolder
@@ -60,10 +60,10 @@ def make_config(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> 
             f"the space returns a {type(config).__name__}; allowed: a function of hp that returns a Config"
         )
     epochs = float(f"{config.epochs * hp.values.get(oracle.SHARE, 1.0):.6g}")
-    size = (
-        {"image_size": data.input_shape[0]} if data.name == "folder" else {}
-    )  # other data sets have one size
-    return config.override(dataset=data.name, epochs=epochs, **size)
+    # Arrays in memory have no name that a Config knows, and only the images of a folder have another size.
+    dataset = {"dataset": data.name} if data.name in DATASETS else {}
+    size = {"image_size": data.input_shape[0]} if data.name == "folder" else {}
+    return config.override(epochs=epochs, **dataset, **size)
 
 
 def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any], kt.HyperParameters]:

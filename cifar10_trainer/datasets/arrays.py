@@ -30,15 +30,23 @@ def from_arrays(
         validation, test: the same, for validation and for the final score; None: none.
         class_names: one for each class; None: the numbers of the classes.
 
-    Raises: ConfigError on another shape, dtype, length or range. Float images are refused, because 0-1 and 0-255 cannot be
-        told apart safely.
+    Returns:
+        The data set, named "arrays".
+
+    Raises:
+        ConfigError: on another shape, dtype, length or range. Float images are refused, because 0-1 and 0-255 cannot be
+            distinguished safely.
     """
     parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    count = 0
+    if train is None:
+        raise ConfigError("train data is None; allowed: (images, labels), or a finite tf.data.Dataset")
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if part is not None:
             images, labels = _pair(name, part)
             images = check_images(f"{name} images", images)
-            parts[name] = images, check_labels(f"{name} labels", labels, len(images))
+            checked, columns = check_labels(f"{name} labels", labels, len(images))
+            parts[name], count = (images, checked), max(count, columns)
     shape = parts["train"][0].shape[1:]
     for name, (images, _) in parts.items():
         if images.shape[1:] != shape:
@@ -47,7 +55,6 @@ def from_arrays(
             )
     if len(parts["train"][1]) == 0:
         raise ConfigError("train images has length 0; allowed: one image or more")
-    count = 1 + max(int(labels.max()) for _, labels in parts.values() if len(labels))
     names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(max(count, 2))))
     if len(names) < max(count, 2) or len(set(names)) != len(names):
         raise ConfigError(
@@ -57,7 +64,7 @@ def from_arrays(
     missing = [names[k] for k in range(len(names)) if k not in present]
     if missing:
         raise ConfigError(
-            f"train labels holds no image of {', '.join(missing[:10])}; allowed: at least one image of each of the"
+            f"train labels has no image of {', '.join(missing[:10])}; allowed: at least one image of each of the"
             f" {len(names)} classes"
         )
     empty = parts["train"][0][:0].copy(), np.zeros(0, np.int64)
@@ -96,22 +103,39 @@ def _pair(name: str, part: Any) -> Pair:
 def _collect(name: str, data: Any, tf: Any) -> Pair:
     """All elements of a finite tf.data.Dataset of (image, label) pairs or batches of them."""
     spec = data.element_spec
-    if not isinstance(spec, tuple) or len(spec) != 2:
+    if not isinstance(spec, tuple) or len(spec) != 2 or not all(isinstance(s, tf.TensorSpec) for s in spec):
         raise ConfigError(f"{name} data has the elements {spec}; allowed: (images, labels)")
     if data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ConfigError(
             f"{name} data is an infinite tf.data.Dataset; allowed: a finite one, without repeat()"
         )
-    batched = spec[0].shape.rank is None or spec[0].shape.rank > 3
+    ranks = tuple(s.shape.rank for s in spec)
+    # Images [h, w, 3] with labels [classes] look like a batch of grey images [n, h, w] with labels [n].
+    if None in ranks or ranks == (3, 1):
+        raise ConfigError(
+            f"{name} data has elements of the shapes {spec[0].shape} and {spec[1].shape}, which may be batches or not;"
+            " allowed: batches of images [n, height, width, 3], or single images with integer labels"
+        )
     elements = list(data.as_numpy_iterator())
     if not elements:
         raise ConfigError(f"{name} data has no elements; allowed: one image or more")
-    join = np.concatenate if batched else np.stack
+    join = np.concatenate if ranks[0] == 4 or ranks == (3, 2) else np.stack
     return join([x for x, _ in elements]), join([np.asarray(y) for _, y in elements])
 
 
 def check_images(name: str, images: Any) -> np.ndarray:
-    """uint8 [n, height, width, 3]. Raises ConfigError."""
+    """Checks images.
+
+    Args:
+        name: what an error calls them.
+        images: uint8 [n, height, width, 3], or grey ones [n, height, width] or [n, height, width, 1].
+
+    Returns:
+        uint8 [n, height, width, 3], not copied if it has this shape.
+
+    Raises:
+        ConfigError: on another shape or dtype.
+    """
     array = np.asarray(images)
     if array.dtype.kind == "f":
         high = float(array.max()) if array.size else 0.0
@@ -131,12 +155,24 @@ def check_images(name: str, images: Any) -> np.ndarray:
     return array
 
 
-def check_labels(name: str, labels: Any, n: int) -> np.ndarray:
-    """int64 [n]. Raises ConfigError."""
+def check_labels(name: str, labels: Any, n: int) -> tuple[np.ndarray, int]:
+    """Checks labels of n images.
+
+    Args:
+        name: what an error calls them.
+        labels: integers [n] or [n, 1] from 0, or one-hot [n, classes].
+        n: the number of images.
+
+    Returns:
+        int64 [n], and the number of classes: the columns of one-hot labels, else one more than the largest label.
+
+    Raises:
+        ConfigError: on another shape, dtype or range.
+    """
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if len(array.shape) not in (1, 2) or len(array) != n:
+    if array.ndim not in (1, 2) or len(array) != n:
         raise ConfigError(
             f"{name} has shape {array.shape}; allowed: ({n},) or one-hot ({n}, classes), one for each image"
         )
@@ -145,9 +181,9 @@ def check_labels(name: str, labels: Any, n: int) -> np.ndarray:
             raise ConfigError(
                 f"{name} has shape {array.shape} and is not one-hot; allowed: one 1 in each row, else 0"
             )
-        return array.argmax(axis=1).astype(np.int64)
+        return array.argmax(axis=1).astype(np.int64), array.shape[1]
     if array.dtype.kind not in "iu":
         raise ConfigError(f"{name} has dtype {array.dtype}; allowed: integers from 0, or one-hot rows")
     if array.size and array.min() < 0:
         raise ConfigError(f"{name} has the value {array.min()}; allowed: integers from 0")
-    return array.astype(np.int64, copy=False)
+    return array.astype(np.int64, copy=False), int(array.max()) + 1 if array.size else 0

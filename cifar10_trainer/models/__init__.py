@@ -96,8 +96,10 @@ def _call(
     function: Callable[..., keras.Model], architecture: str, arguments: Mapping[str, Any]
 ) -> keras.Model:
     """Calls a build function. Raises ConfigError where an argument has a wrong value."""
-    shape, num_classes = arguments["input_shape"], arguments["num_classes"]
-    sides = shape if isinstance(shape, list | tuple) else ()
+    from .arguments import without_numpy
+
+    shape, num_classes = (without_numpy(arguments[name]) for name in ("input_shape", "num_classes"))
+    sides = shape if isinstance(shape, tuple) else ()
     if len(sides) != 3 or not all(side is None or (isinstance(side, int) and side >= 1) for side in sides):
         raise ConfigError(f"input_shape is {shape}; allowed: (height, width, channels), all positive")
     if isinstance(num_classes, int) and num_classes < 2:
@@ -126,23 +128,30 @@ def forward_flops(model: keras.Model, side: int | None = None) -> int:
     """
     import keras
 
-    scale = 1.0
     if side is not None:
-        scale = side / (model.input_shape[1] or side)
         shape = (side, side, model.input_shape[-1])
         model = keras.models.clone_model(model, input_tensors=keras.Input(shape))
-    total = 0
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            inner = layer.input_shape[1]
-            total += forward_flops(layer, inner and round(inner * scale) if scale != 1 else None)
-        elif isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D | keras.layers.Dense):
-            # Each number of a kernel takes part in one multiply-add per position, in a depthwise kernel too.
-            total += 2 * math.prod(layer.output.shape[1:-1]) * math.prod(layer.kernel.shape)
-        elif isinstance(layer, keras.layers.SeparableConv2D):
-            kernels = math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
-            total += 2 * math.prod(layer.output.shape[1:-1]) * kernels
-    return total
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    return sum(_node_flops(node) for nodes in graph._nodes_by_depth.values() for node in nodes)
+
+
+def _node_flops(node: Any) -> int:
+    """Counts the FLOPs of one use of a layer in a functional model."""
+    import keras
+
+    layer = node.operation
+    if isinstance(layer, keras.Model):
+        side = node.input_tensors[0].shape[1]
+        return forward_flops(layer, None if side == layer.input_shape[1] else side)
+    if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D | keras.layers.Dense):
+        kernels = math.prod(
+            layer.kernel.shape
+        )  # each number: one multiply-add per position, if depthwise, too
+    elif isinstance(layer, keras.layers.SeparableConv2D):
+        kernels = math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
+    else:
+        return 0
+    return 2 * math.prod(node.output_tensors[0].shape[1:-1]) * kernels
 
 
 def check_options(architecture: str, options: Mapping[str, Any]) -> None:

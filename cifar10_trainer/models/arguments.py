@@ -22,12 +22,22 @@ def checked(build: BuildFunction) -> BuildFunction:
 
     @functools.wraps(build)
     def check_and_build(**arguments: Any) -> Any:
+        arguments = {name: without_numpy(value) for name, value in arguments.items()}
         for name, value in arguments.items():
             if name in hints and not _fits(value, hints[name]):
                 raise ConfigError(f"{name} is {value!r}; allowed: {_in_words(hints[name])}")
         return build(**arguments)
 
     return typing.cast(BuildFunction, check_and_build)
+
+
+def without_numpy(value: Any) -> Any:
+    """`value` with NumPy's scalars and arrays as Python's numbers and tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(without_numpy(v) for v in value)
+    return value
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -40,12 +50,12 @@ def _fits(value: Any, hint: Any) -> bool:
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is Sequence:
             (item,) = typing.get_args(kind)
-            fits = isinstance(value, list | tuple | np.ndarray) and all(_fits(v, item) for v in value)
+            fits = isinstance(value, tuple) and all(_fits(v, item) for v in value)
         elif kind is float:
-            number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
             fits = number and math.isfinite(value)
         elif kind is int:
-            fits = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            fits = isinstance(value, int) and not isinstance(value, bool)
         else:
             fits = isinstance(value, kind)
         if fits:

@@ -1,4 +1,4 @@
-"""Somebody's own Keras classifier as the plain model of a run."""
+"""A user's own Keras classifier as the plain model of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALLOWED = (
 
 
 def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: int) -> keras.Model:
-    """Makes the plain model of a run from somebody's own classifier.
+    """Makes the plain model of a run from a user's classifier.
 
     Args:
         model: functional or Sequential, compiled or not. It takes raw pixels 0-255, so scaling is a layer of it.
@@ -25,8 +25,8 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
         num_classes: the number of classes.
 
     Returns:
-        A functional model that shares all layers with `model`. It ends in probabilities: where `model` ends in logits, a
-        softmax follows them.
+        A functional model that shares all layers with `model`, for images of this shape. It ends in probabilities: where
+        `model` ends in logits, a softmax follows them.
 
     Raises:
         ConfigError: if the engine cannot train the model.
@@ -40,34 +40,71 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
         raise ConfigError(
             f"model returns {output_shape}, but the data set has {num_classes} classes; {ALLOWED}"
         )
-    if _ends_in_softmax(functional):
+    if None in shape[1:]:
+        fixed = keras.Input(input_shape)
+        functional = keras.models.clone_model(
+            functional, input_tensors=fixed, clone_function=lambda layer: layer
+        )
+    _check_ending(functional)
+    if softmax_of(functional) is not None:
         return functional
-    taken = {other.name for other in functional.layers}
+    taken = {layer.name for layer in functional.layers}
     name = next(n for n in ("probabilities", "probabilities_of_the_run") if n not in taken)
     softmax = keras.layers.Activation("softmax", dtype="float32", name=name)
     return keras.Model(functional.inputs[0], softmax(functional.outputs[0]), name=functional.name)
 
 
-def logits_of(model: keras.Model) -> tuple[keras.KerasTensor, keras.Layer | None]:
-    """Finds the logits of a model that ends in probabilities.
+def softmax_of(model: keras.Model) -> Any:
+    """Finds the softmax that a model ends in.
+
+    Args:
+        model: functional.
 
     Returns:
-        The tensor of the logits. Where the softmax is the activation of a layer, that layer's output, and the layer, which
-        computes the logits once its activation is linear.
+        The layer, or the operation of `keras.ops`, that computes it, also inside a model that is the last layer; None if
+        the model ends in something else.
     """
-    for layer in model.layers:
-        if layer.name == "logits" and layer.output.shape == model.output_shape:
-            return layer.output, None
     last = _last_operation(model)
-    if _has_softmax(last) and not _is_only_softmax(last):
-        return model.outputs[0], last
-    return last.input, None
+    if isinstance(last, keras.Model):
+        return softmax_of(last)
+    is_softmax = getattr(last, "activation", None) is keras.activations.softmax
+    return last if is_softmax or type(last).__name__ == "Softmax" else None
+
+
+def logits_before_softmax(model: keras.Model) -> keras.KerasTensor | None:
+    """Finds the input of the softmax that a model ends in.
+
+    Args:
+        model: functional.
+
+    Returns:
+        The tensor; None if the model does not end in a layer or operation that computes a softmax and nothing else.
+    """
+    last = _last_operation(model)
+    only = type(last).__name__ == "Softmax" or isinstance(last, keras.layers.Activation)
+    if isinstance(last, keras.Model) or softmax_of(model) is None or not only:
+        return None
+    node = last._inbound_nodes[model.outputs[0]._keras_history.node_index]
+    return node.input_tensors[0]
 
 
 def digest(model: keras.Model) -> str:
-    """Eight letters and digits for the architecture of `model`: the kinds of its layers, and the shapes of its weights."""
-    layers = [[type(layer).__name__, [list(w.shape) for w in layer.weights]] for layer in model.layers]
-    return hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:8]
+    """Makes eight letters and digits that stand for the layers of `model`, their settings and the shapes of their weights.
+
+    The names of the layers do not count, because Keras numbers them anew for each model.
+    """
+    return hashlib.sha256(json.dumps(_described(model), default=str).encode()).hexdigest()[:8]
+
+
+def _described(model: keras.Model) -> list[Any]:
+    described: list[Any] = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            described.append(_described(layer))
+        else:
+            settings = {k: v for k, v in layer.get_config().items() if k != "name"}
+            described.append([type(layer).__name__, settings, [list(w.shape) for w in layer.weights]])
+    return described
 
 
 def _functional(model: Any) -> keras.Model:
@@ -84,31 +121,22 @@ def _functional(model: Any) -> keras.Model:
         raise ConfigError(f"model is {type(model).__name__}, {how}; {ALLOWED}")
     if len(inputs) != 1 or len(outputs) != 1:
         raise ConfigError(f"model has {len(inputs)} inputs and {len(outputs)} outputs; {ALLOWED}")
-    if isinstance(model, keras.Sequential):
-        return keras.Model(inputs[0], outputs[0], name=model.name)
-    return model
+    return keras.Model(inputs[0], outputs[0], name=model.name)
 
 
 def _last_operation(model: keras.Model) -> Any:
     """The layer, or the operation of `keras.ops`, whose output is that of the model."""
-    return next(op for op in model.operations if op.name == model.output_names[0])
+    return model.outputs[0]._keras_history.operation
 
 
-def _is_only_softmax(operation: Any) -> bool:
-    """Whether it computes a softmax and nothing else: a layer Softmax or Activation, or `keras.ops.softmax`."""
-    return type(operation).__name__ == "Softmax" or isinstance(operation, keras.layers.Activation)
-
-
-def _has_softmax(operation: Any) -> bool:
-    softmax = getattr(operation, "activation", None) is keras.activations.softmax
-    return softmax or type(operation).__name__ == "Softmax"
-
-
-def _ends_in_softmax(model: keras.Model) -> bool:
-    """Whether the model ends in a softmax, and not in logits. Raises ConfigError if it ends in another activation."""
+def _check_ending(model: keras.Model) -> None:
+    """Raises ConfigError if the model ends in an activation other than softmax, also inside its last layer."""
     last = _last_operation(model)
+    if isinstance(last, keras.Model):
+        _check_ending(last)
+        return
     activation = getattr(last, "activation", None)
-    if not _has_softmax(last) and activation not in (None, keras.activations.linear):
-        name = getattr(activation, "__name__", str(activation))
-        raise ConfigError(f"model ends in the activation {name}; {ALLOWED}")
-    return _has_softmax(last)
+    if softmax_of(model) is None and activation not in (None, keras.activations.linear):
+        raise ConfigError(
+            f"model ends in the activation {getattr(activation, '__name__', activation)}; {ALLOWED}"
+        )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer import RECIPES, Config, RunError
+from cifar10_trainer.datasets.arrays import SOURCE as ARRAYS
 from cifar10_trainer.errors import unknown
 
 if TYPE_CHECKING:
@@ -117,6 +118,10 @@ def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         raise RunError(f"{run} holds no finished run: {error.strerror}: {error.filename}") from error
     except (ValueError, TypeError) as error:
         raise RunError(f"{run} holds a damaged run ({error}); allowed: one that is whole") from error
+    if "own_model" in config or config.get("data_source") == ARRAYS:
+        raise RunError(
+            f"{run} holds a run on a model or images of its own; allowed: a run of a recipe on its data set"
+        )
     if ran.recipe not in RECIPES:
         raise unknown("recipe", ran.recipe, RECIPES)
     free = {name: getattr(ran, name) for name in FREE}
