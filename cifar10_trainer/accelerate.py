@@ -1,4 +1,4 @@
-"""Turns a plain Keras model into its training model: the same variables and the same function, but faster.
+"""Turns a plain Keras model into its training model: the same variables and, within rounding, the same function, but faster.
 
 The training model computes in the dtype of a precision policy, ends in logits instead of a softmax, and replaces
 these layers by those of `layers.py`:

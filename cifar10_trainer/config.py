@@ -339,7 +339,7 @@ class Config(_Section):
             values: field=value. A double underscore reaches into a section: `optimizer__learning_rate=0.1`.
 
         Raises:
-            ConfigError on an unknown name or a value out of range.
+            ConfigError: on an unknown name or a value out of range.
         """
         changes: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}

@@ -65,8 +65,8 @@ def load_model(path: str | Path) -> keras.Model:
     Returns:
         a model that maps [batch, height, width, 3], with a fixed height and width, to [batch, classes].
     Raises:
-        ConfigError where there is no such file, or the model has other shapes; RunError where the file does not open
-        as a model.
+        ConfigError: if there is no such file, or the model has other shapes.
+        RunError: if the file does not open as a model.
     """
     path = check_model_file(path)
     import keras
@@ -109,8 +109,8 @@ def evaluate_model(
     Returns:
         {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
     Raises:
-        ConfigError where the images do not fit the model or there are none; RunError where the outputs are not
-        probabilities.
+        ConfigError: if the images do not fit the model or there are none.
+        RunError: if the outputs are not probabilities.
     """
     if isinstance(data, datasets.Dataset):
         check_fit(model, data)
@@ -172,7 +172,7 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
             its training and validation images. Empty: all training images are "train".
 
     Raises:
-        ConfigError where the split is empty, or `dataset` does not hold the images of the run.
+        ConfigError: if the split is empty, or `dataset` does not hold the images of the run.
     """
     if name == "test":
         images, labels = dataset.test_images, dataset.test_labels

@@ -53,7 +53,7 @@ def folder_lock(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
         busy: called before waiting; an exception from it ends the attempt.
 
     Raises:
-        OSError where the folder cannot be made.
+        OSError: if the folder cannot be made.
     """
     made, descriptor = _lock(folder, busy)
     try:

@@ -163,7 +163,8 @@ class TrainingLoop:
             signals: what catches SIGINT and SIGTERM.
 
         Raises:
-            RunInterrupted after a signal, with everything saved; RunError for what failed.
+            RunInterrupted: after a signal, with everything saved.
+            RunError: for what failed.
         """
         engine, per_epoch = self.engine, self.engine.steps_per_epoch
         (mean_step,) = runtime.mean_over_workers(engine.strategy, engine.step)

@@ -8,9 +8,9 @@ import platform
 import time
 from pathlib import Path
 
-# When Python began to run this process: the processor time that it has used so far is subtracted, since starting Python
-# and importing this module is work without waiting. The process may be older: with `bash -c 'sleep 9 && python ...'`
-# the shell becomes the Python process.
+# When Python began to run this process: now, less the processor time used so far. Until here Python only loads modules, so it
+# waits for nothing but the disk. The kernel's start of the process may be earlier: with `bash -c 'sleep 9 && python ...'` the
+# shell becomes the Python process.
 PROCESS_START = time.time() - time.process_time()
 
 

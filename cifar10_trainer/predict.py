@@ -90,7 +90,8 @@ def predict_images(
         for each image {"file": its name, or its number from 0, "label", "probability", "probabilities": {class name:
         0-1}}, the most probable class first.
     Raises:
-        RunError where a file is not an image; ConfigError where the class names do not fit the model.
+        RunError: if a file is not an image.
+        ConfigError: if the class names do not fit the model.
     """
     height, width, _ = model.input_shape[1:]
     classes = model.output_shape[-1]

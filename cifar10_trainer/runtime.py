@@ -27,7 +27,7 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
             the cluster in TF_CONFIG; "auto": multi_worker with a cluster, mirrored with several GPUs, else none.
 
     Raises:
-        ConfigError where multi_worker finds no cluster.
+        ConfigError: if multi_worker finds no cluster.
     """
     if requested == "multi_worker" or (requested == "auto" and _cluster()):
         return _multi_worker()  # TensorFlow allows this only before anything else initializes the devices

@@ -65,7 +65,8 @@ def predict_probabilities(
     Returns:
         float32 [n, classes].
     Raises:
-        ConfigError on another number of views; RunError where the outputs are not probabilities.
+        ConfigError: on another number of views.
+        RunError: if the outputs are not probabilities.
     """
     import tensorflow as tf
 

@@ -79,7 +79,8 @@ def train_and_evaluate(
     Returns:
         the contents of metrics.json.
     Raises:
-        ConfigError for a wrong argument; RunError for what failed, and for an interrupted run.
+        ConfigError: for a wrong argument.
+        RunError: for what failed, and for an interrupted run.
     """
     since = time.time() if since is None else since
     verbose = runtime.verbosity(verbose)

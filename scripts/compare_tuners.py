@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,27 +32,25 @@ FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
 
 
-def _define(kind: Callable[..., Any], name: str, default: Any, text: str) -> None:
-    kind(name, default, text, flag_values=FLAGS, module_name="compare_tuners.py")
+_define = cli.definer(FLAGS, "compare_tuners.py")
 
-
-_define(flags.DEFINE_list, "tuners", list(TUNERS), "the tuners to compare")
-_define(flags.DEFINE_list, "seeds", ["0", "1", "2"], "seeds of the searches")
-_define(flags.DEFINE_integer, "max_trials", 12, "trials of a search")
-_define(flags.DEFINE_float, "target", 0.85, "validation accuracy to pass, 0-1")
+_define(flags.DEFINE_list, "tuners", "the tuners to compare", list(TUNERS))
+_define(flags.DEFINE_list, "seeds", "seeds of the searches", ["0", "1", "2"])
+_define(flags.DEFINE_integer, "max_trials", "trials of a search", 12)
+_define(flags.DEFINE_float, "target", "validation accuracy to pass, 0-1", 0.85)
 _define(
     flags.DEFINE_boolean,
     "stop_at_target",
-    True,
     "end a search at the target; otherwise it spends its whole budget",
+    True,
 )
-_define(flags.DEFINE_list, "space", list(DEFAULT_SPACE), "hyperparameters, as for python -m tuning.search")
-_define(flags.DEFINE_string, "recipe", "fast.85", "the recipe around which the tuners search")
-_define(flags.DEFINE_float, "epochs", None, "epochs of a full trial; default: the recipe's")
-_define(flags.DEFINE_string, "dataset", None, f"one of {', '.join(DATASETS)}; default: the recipe's")
-_define(flags.DEFINE_string, "data_dir", None, "where the images are")
-_define(flags.DEFINE_string, "out", "results/tuners", "folder of the records")
-_define(flags.DEFINE_string, "workdir", "searches/compare", "folder of the searches themselves")
+_define(flags.DEFINE_list, "space", "hyperparameters, as for python -m tuning.search", list(DEFAULT_SPACE))
+_define(flags.DEFINE_string, "recipe", "the recipe around which the tuners search", "fast.85")
+_define(flags.DEFINE_float, "epochs", "epochs of a full trial; default: the recipe's", None)
+_define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's", None)
+_define(flags.DEFINE_string, "data_dir", "where the images are", None)
+_define(flags.DEFINE_string, "out", "folder of the records", "results/tuners")
+_define(flags.DEFINE_string, "workdir", "folder of the searches themselves", "searches/compare")
 
 
 def search(settings: dict[str, Any], space: Space, data: Dataset) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -37,10 +36,7 @@ FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
 
 
-def _define(kind: Callable[..., Any], name: str, text: str, default: Any = None) -> None:
-    """Defines a flag. `kind` is one of absl's DEFINE functions."""
-    kind(name, default, text, flag_values=FLAGS, module_name=COMMAND)
-
+_define = cli.definer(FLAGS, COMMAND)
 
 _define(
     flags.DEFINE_string,

@@ -1,6 +1,6 @@
 """Data sets: verified uint8 images, their labels, and the split into training and validation.
 
-Nothing here runs a TensorFlow operation, so strategies and logical devices can still be set up after `load`.
+`load` runs no TensorFlow operation, so strategies and logical devices can still be set up after it.
 """
 
 from __future__ import annotations

@@ -18,14 +18,14 @@ class Dataset:
     All images are uint8 [n, height, width, 3], all labels int64 [n] from 0 to num_classes - 1.
 
     Attributes:
-        name: of the data set, see `load`.
+        name: of the data set, see `load`; "arrays" for arrays in memory.
         train_images: the training images.
         train_labels: their labels.
-        test_images: the test images; [0, height, width, 3] for a folder without test/.
+        test_images: the test images; [0, height, width, 3] if there are none.
         test_labels: their labels.
         class_names: the name of each label.
         source: where the images came from, for people.
-        validation: the images and labels in val/ of a folder; None if there is no val/.
+        validation: images and labels for validation that belong to the data set; None if there are none.
     """
 
     name: str
