@@ -99,7 +99,6 @@ def train_and_evaluate(
 
     with folder.lock() if chief else contextlib.nullcontext():
         saved = None if overwrite else folder.unfinished_state(config)
-
         # ---- data and model
         given = data if data is not None else dataset
         if given is None:
