@@ -31,7 +31,7 @@ def command(*argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["stepp"], "unknown section 'stepp'; allowed: step, efficiency, .* Did you mean 'step'"),
+        (["stepp"], "unknown section 'stepp'; allowed: step, own_model, efficiency, .* Did you mean 'step'"),
         (["--gpu"], "gpu is True, but TensorFlow sees no GPU; allowed: on a machine with one"),
         (["--gpu", "step"], "unknown section 'step'; allowed: gpu_step, gpu_94, gpu_airbench, gpu_96"),
         (["--nogpu", "--airbench=x"], "airbench is x; allowed with --gpu only"),
@@ -101,8 +101,8 @@ def test_a_section_does_not_relabel_the_others(documents, monkeypatch):
 
     text = (documents / "docs" / "benchmarks.md").read_text()
     assert between(text, "benchmark") == record.table({"sections": second})
-    assert "| this project | 2.50 ms | 2.50 - 2.50 |  |" in text
-    assert "| *it* | **7.00 ms** | goal: at least 1 | |" in text
+    assert "| this project | 2.50 ms | 2.50 - 2.50 |  | |" in text
+    assert "| *it* | **7.00 ms** | | | at least 1 |" in text
     *_, quick, whole = between(text, "benchmark").splitlines()
     assert re.fullmatch(r"step: .*; 2030-01-01, with --quick\.", quick)
     assert re.fullmatch(r"loader: .*; 2031-02-02, beside other work\.", whole)
@@ -149,6 +149,11 @@ def test_without_its_document_the_benchmark_measures_nothing(documents, capsys):
         ("fast.94: test with averaged views", "fast.94: test with TTA"),
         ("mean of 20 seeds, averaged views", "mean of 20 seeds, with TTA"),
         ("fast.94: test accuracy, plain", "fast.94: test accuracy, plain"),
+        ("share of the peak: fast.94", "share of the peak (median over the rounds' shares): fast.94"),
+        (
+            "share of data in a step of fast.85",
+            "share of data in a step (median over the rounds' shares) of fast.85",
+        ),
     ],
 )
 def test_the_table_shows_an_older_record_in_present_words(old, new):
@@ -158,8 +163,32 @@ def test_the_table_shows_an_older_record_in_present_words(old, new):
     section = {"rows": rows, "verdicts": results, "environment": environment, "date": "2030-01-01"}
     section |= {"quick": False, "others_share": None}
     _, _, _, row, result, *_ = record.table({"sections": {"gpu_94": section}}).splitlines()
-    assert row == f"| {new} | 94.0 % | 93.0 - 95.0 |  |"
-    assert result == f"| *{new}* | **94.0%** |  | |"
+    assert row == f"| {new} | 94.0 % | 93.0 - 95.0 |  | |"
+    assert result == f"| *{new}* | **94.0%** | | |  |"
+    assert record.present_words(new) == new
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "ratio", "shown", "goal_shown"),
+    [
+        (0.504, "at most 0.5", "0.504", "0.504", "at most 0.5 (missed)"),  # 0.50 would look met
+        (7.996, "at least 8", "7.996", "7.996", "at least 8 (missed)"),
+        (0.43, "at most 0.40", "0.43", "0.43", "at most 0.40 (missed)"),
+        (0.3, "at most 0.40", "0.30", "0.30", "at most 0.40"),
+        (62.94, "70%", "62.9", "62.9", "at least 70% (missed)"),  # as older records have this goal
+        (1.998, "2 within 5%", "2.00", "2.00", "2 within 5%"),
+        (160_000.0, "at least 160,000", "160,000", "160,000", "at least 160,000"),
+    ],
+)
+def test_rounding_never_makes_a_missed_goal_look_met(value, goal, ratio, shown, goal_shown):
+    rows = {"this project": {"unit": "ms", "median": 1.0, "min": 1.0, "max": 1.0, "ratio": value}}
+    results = [{"what": "it", "value": value, "unit": "", "goal": goal}]
+    environment = {"processor": "AMD EPYC", "gpus": "none", "tensorflow": "2.21.0", "keras": "3.15.1"}
+    section = {"rows": rows, "verdicts": results, "environment": environment, "date": "2030-01-01"}
+    section |= {"quick": False, "others_share": None}
+    _, _, _, row, result, *_ = record.table({"sections": {"step": section}}).splitlines()
+    assert row == f"| this project | 1.00 ms | 1.00 - 1.00 | {ratio} | |"
+    assert result == f"| *it* | **{shown}** | | | {goal_shown} |"
 
 
 def test_the_document_shows_the_table_of_the_record():

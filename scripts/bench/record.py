@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,13 @@ FIGURE = ROOT / "docs" / "benchmark.png"
 QUIET = 0.05  # the share of the processors that other processes may take
 
 # Words in older records -> the words that the table shows.
-RENAMED = {"with averaged views": "with TTA", "averaged views": "with TTA"}
+RENAMED = {
+    "with averaged views": "with TTA",
+    "averaged views": "with TTA",
+    "share of the peak: ": f"{cpu.SHARE_OF_PEAK}: ",
+    "share of data in a step of ": f"{cpu.SHARE_OF_DATA} of ",
+}
+GOALS = {"70%": "at least 70%"}  # the same for goals
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,23 +74,41 @@ def publish(record: dict[str, Any], changed: str) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """The Markdown table of the record: a block for each section, and the machines at the end."""
-    lines = ["| | median | from - to | ratio |", "|---|--:|--:|--:|"]
+    lines = ["| | median or result | range | ratio | goal |", "|---|--:|--:|--:|---|"]
     made: dict[str, list[str]] = {}
     for name, section in {**cpu.SECTIONS, **gpu.SECTIONS}.items():
         if name not in record["sections"]:
             continue
         part = record["sections"][name]
-        lines.append(f"| **{name}**: {(section.__doc__ or '').strip().rstrip('.')} | | | |")
+        lines.append(f"| **{name}**: {(section.__doc__ or '').strip().rstrip('.')} | | | | |")
+        exact = {r["value"]: number_beside(r["value"], r["goal"]) for r in part["verdicts"]}
         for row_name, row in part["rows"].items():
-            ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            ratio = exact.get(row["ratio"], f"{row['ratio']:.2f}") if "ratio" in row else ""
             median = f"{number(row['median'])} {row['unit']}"
-            lines.append(f"| {present_words(row_name)} | {median} | {min_to_max(row)} | {ratio} |")
+            lines.append(f"| {present_words(row_name)} | {median} | {min_to_max(row)} | {ratio} | |")
         for result in part["verdicts"]:
-            goal = f"goal: {result['goal']}" if result["goal"] else ""
-            value = f"{number(result['value'])}{result['unit']}"
-            lines.append(f"| *{present_words(result['what'])}* | **{value}** | {goal} | |")
+            goal = GOALS.get(result["goal"], result["goal"])
+            goal += " (missed)" if misses(result["value"], goal) else ""
+            value = f"{number_beside(result['value'], goal)}{result['unit']}"
+            lines.append(f"| *{present_words(result['what'])}* | **{value}** | | | {goal} |")
         made.setdefault(origin(part), []).append(name)
     return "\n".join([*lines, "", *(f"{', '.join(names)}: {how}." for how, names in made.items())])
+
+
+def misses(value: float, goal: str) -> bool:
+    """Whether `value` is on the wrong side of a goal "at most N" or "at least N"; other goals are for people to judge."""
+    limit = re.match(r"at (most|least) ([\d.,]*\d)", goal)
+    if limit is None:
+        return False
+    bound = float(limit[2].replace(",", ""))
+    return value > bound if limit[1] == "most" else value < bound
+
+
+def number_beside(value: float, goal: str) -> str:
+    """`number(value)`, or one more digit where rounding would hide that the goal is missed: 0.504, at most 0.5."""
+    text = number(value)
+    hidden = misses(value, goal) and not misses(float(text.replace(",", "")), goal)
+    return f"{value:.3f}" if hidden else text
 
 
 def speed_table(record: dict[str, Any]) -> str:

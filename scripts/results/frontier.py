@@ -87,7 +87,7 @@ def missing(records: Sequence[Record]) -> list[int]:
 
 
 def table(points: Sequence[Point]) -> str:
-    """The Markdown table: the default recipe by epochs, then the best recipe of each tutorial."""
+    """The Markdown table: the default recipe by epochs, then of each tutorial the recipe with the best measured validation."""
 
     def percent(x: float | None) -> str:
         return "" if x is None else f"{100 * x:.2f}"
@@ -99,7 +99,7 @@ def table(points: Sequence[Point]) -> str:
     for p in [*ours(points), *(best for best, *_ in tutorials(points).values())]:
         tutorial = next((n for n, some in tutorials(points).items() if p in some), "")
         cells = [
-            f"`{p.recipe}`" + (f" ({tutorial})" if tutorial else ""),
+            f"`{p.recipe}`" + (f" (best measured of {tutorial})" if tutorial else ""),
             p.epochs_run,
             duration(p.seconds),
             f"{p.pflop:.3g}",
@@ -157,11 +157,11 @@ def draw_ours(axes: Axes, cost: str, own: Sequence[Point]) -> None:
 
 
 def draw_tutorials(axes: Axes, cost: str, others: Mapping[str, Sequence[Point]]) -> None:
-    """Draws the tutorials' recipes as squares, and labels the best recipe of each tutorial."""
+    """Draws the tutorials' recipes as squares, and labels the one of each tutorial with the best measured validation."""
     from cifar10_trainer.figures import FAINT, INK, VERMILION
 
     style: dict[str, Any] = {"markersize": 6, "markeredgecolor": INK, "markeredgewidth": 0.5}
-    best_words = "a tutorial's best recipe, run by this project"
+    best_words = "a tutorial's recipe, best measured validation"
     for words, colour, some in (
         (best_words, VERMILION, [best for best, *_ in others.values()]),
         ("its other recipes", FAINT, [p for _, *rest in others.values() for p in rest]),

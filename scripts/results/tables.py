@@ -138,7 +138,7 @@ def results_table(records: Sequence[Record]) -> str:
 
 
 def versus_table(records: Sequence[Record]) -> str:
-    """A row for each tutorial: the recipe with its best claim, beside one of the project's own.
+    """A row for each tutorial: the recipe with its highest claim, beside one of the project's own.
 
     The project's own recipe trains with at most a tenth of the tutorial's FLOPs; of those that do, it is the one with
     the best validation accuracy. Recipes without validation images are considered last. FLOPs are three forward
@@ -147,9 +147,9 @@ def versus_table(records: Sequence[Record]) -> str:
     """
     groups = group(records)
     rows = [row for tutorial in TUTORIALS if (row := versus_row(tutorial, groups))]
-    head = ["tutorial", "its best recipe", "claimed", "measured", "its PFLOP"]
-    head += ["ours", "test", "our PFLOP", "share"]
-    return markdown(head, ["tutorial", "its best recipe", "ours"], rows)
+    theirs, ours = "its recipe, highest claim", "our recipe, best validation"
+    head = ["tutorial", theirs, "claimed", "measured", "its PFLOP", ours, "our test", "our PFLOP", "share"]
+    return markdown(head, ["tutorial", theirs, ours], rows)
 
 
 def versus_row(tutorial: int, groups: dict[tuple[str, float], Group]) -> list[str]:
