@@ -376,7 +376,7 @@ def test_evaluation_covers_every_image(found, name):
 def test_mirrored_takes_every_device(found):
     assert found["chosen"] == [4, "_DefaultDistributionStrategy"]
     assert found["why"].startswith("4 replica(s): ")
-    assert (found["digits"]["replicas"], found["digits"]["strategy"]) == (4, "MirroredStrategy")
+    assert (found["digits"]["replicas"], found["digits"]["strategy"]) == (4, "mirrored")
     assert found["digits"]["n_test"] == 359 and found["digits"]["test_accuracy"] > 0
 
 
