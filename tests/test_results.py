@@ -262,6 +262,33 @@ def test_the_readme_shows_tables_and_numbers_of_the_records():
     assert f"# {accuracy:.0%} test accuracy, {median:.0f} s on two CPU cores" in words
 
 
+def test_the_numbers_of_other_peoples_models_are_those_of_the_record():
+    part = bench_record.read(ROOT / "results" / "benchmark-zen4.json")["sections"]["own_model"]["rows"]
+    benchmarks, library = (
+        " ".join((ROOT / "docs" / f"{n}.md").read_text().split()) for n in ("benchmarks", "library")
+    )
+    sentences = {
+        "tutorial 4's network": "takes {} ms with `train(model=...)` and {} ms with `Model.fit` ({}; in float32 {} ms, {})",
+        "MobileNetV2": "takes {} ms and {} ms ({}; in float32 {} ms, {})",
+    }
+    ratios = []
+    for name, words in sentences.items():
+        ours, full = (part[f"{name}: this project, {kind}"] for kind in ("precision auto", "float32"))
+        fit = part[f"{name}: Model.fit"]
+        numbers = [
+            f"{ours['median']:.0f}",
+            f"{fit['median']:.0f}",
+            f"{ours['ratio']:.2f}",
+            f"{full['median']:.0f}",
+        ]
+        assert words.format(*numbers, f"{full['ratio']:.2f}") in benchmarks
+        ratios.append(f"{ours['ratio']:.2f}")
+    fastest = part["tutorial 4's network: Model.fit"]["min"]
+    assert f"The fastest round of `fit` took {fastest:.0f} ms" in benchmarks
+    words = "takes {} of the time of `Model.fit` for tutorial 4's network, and {} for MobileNetV2"
+    assert words.format(*ratios) in library
+
+
 def test_highlights_and_tutorials_leave_out_what_has_no_record():
     one = [record("fast.85", 3, s, test_accuracy=0.86, total_seconds=40.0) for s in range(2)]
     *_, row = tables.highlights_table(one).splitlines()
