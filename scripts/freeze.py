@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     cli.import_tensorflow()
     from cifar10_trainer import runtime
 
-    environment = runtime.describe()
+    environment = {name: value for name, value in runtime.describe().items() if name != "platform"}
     if before and before["environment"] != environment:
         raise ConfigError(
             f"{FLAGS.compare} is from another machine or other versions: {before['environment']}"
