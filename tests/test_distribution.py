@@ -441,4 +441,6 @@ def test_a_worker_does_not_wait_for_a_dead_one_for_ever(tmp_path):
         assert not (tmp_path / "doomed" / "metrics.json").exists()
     finally:
         stop(processes)
-    assert "RunError: another worker of the cluster has ended; to resume" in Path(f"{outs[0]}.log").read_text()
+    assert (
+        "RunError: another worker of the cluster has ended; to resume" in Path(f"{outs[0]}.log").read_text()
+    )

@@ -188,7 +188,12 @@ def _gpu_94(sections: dict[str, Any]) -> list[str]:
     airbench = sections["gpu_airbench"]["rows"]["airbench94.py"]
     what = f"{sections['gpu_94']['environment']['gpus']}: 94% on the test images, with TTA"
     ratio = f"{ours['median'] / airbench['median']:.2f}"
-    return [what, f"{_shown(ours)}, `fast.94`", f"{_shown(airbench)} on another card: airbench94, in PyTorch", ratio]
+    return [
+        what,
+        f"{_shown(ours)}, `fast.94`",
+        f"{_shown(airbench)} on another card: airbench94, in PyTorch",
+        ratio,
+    ]
 
 
 def present_words(text: str) -> str:
