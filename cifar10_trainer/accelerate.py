@@ -145,13 +145,11 @@ def _training_layer(
     is_float32 = is_float32 or (cpu and kind in SLOW_IN_BFLOAT16)
     if not is_float32 and layer.dtype_policy.name in REPLACED_POLICIES:
         config["dtype"] = policy
-    if kind is keras.layers.BatchNormalization and shape and config["axis"] in (-1, len(shape) - 1):
+    if kind is keras.layers.BatchNormalization:
         if synchronize:
             return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
-        if len(shape) in (2, 4):
+        if shape and len(shape) in (2, 4) and config["axis"] in (-1, len(shape) - 1):
             return FusedBatchNormalization.from_config(config)
-    elif kind is keras.layers.BatchNormalization and synchronize:
-        return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
     if kind is keras.layers.Dropout and layer.noise_shape is None:
         return FastDropout.from_config(config)
     if kind is keras.layers.Conv2D and cpu and (shape or any_size):

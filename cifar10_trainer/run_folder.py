@@ -177,7 +177,7 @@ class RunFolder:
     def _check_same(self, config: Config) -> None:
         """Raises ConfigError where the unfinished run in the folder has another config."""
         try:
-            there = Config.from_record(dict(read_json(self.config_file))).to_dict()
+            there = Config.from_record(self.read_config()).to_dict()
         except (RunError, ValueError, TypeError) as error:
             raise RunError(
                 f"{self.config_file} is damaged ({error}); choose another --workdir, or replace it with --overwrite"

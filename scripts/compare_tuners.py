@@ -9,7 +9,6 @@ every tuner.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,7 @@ def main(argv: list[str]) -> None:
             data = data or datasets.load(base.dataset, FLAGS.data_dir)
             print(f"\n== {tuner}, seed {seed}")
             record = search(settings, Space(base.override(seed=seed), ranges), data)
-            files.write_atomic(path, json.dumps(record, indent=1) + "\n")
+            files.write_json(path, record, indent=1)
 
     # ---- the table
     print(f"\n{tuners.table(tuners.read(out))}")

@@ -60,7 +60,7 @@ def keep(path: Path, name: str, found: dict[str, Any], *, command: str, quick: b
         "environment": runtime.describe(),
         **found,
     }
-    files.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    files.write_json(path, record, indent=1)
     return record
 
 

@@ -91,7 +91,7 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
                     " allowed: the same; delete the record to replace it"
                 )
     RUNS.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, json.dumps(record, indent=1) + "\n")
+    files.write_json(path, record, indent=1)
     return path
 
 

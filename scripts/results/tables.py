@@ -80,19 +80,7 @@ def highlights_table(records: Sequence[Record]) -> str:
         runs = groups.get(key)
         if not runs:
             continue
-        tta = any(r["metrics"]["views"] > 1 for r in runs)
-        rows.append(
-            [
-                f"`{key[0]}`",
-                f"{runs[0]['metrics']['params']:,}",
-                epochs_run(key[0], runs),
-                mean_and_deviation([r["metrics"]["test_accuracy"] for r in runs]),
-                mean_and_deviation([r["metrics"]["test_accuracy_views"] for r in runs]) if tta else "",
-                duration(statistics.median(r["metrics"]["total_seconds"] for r in runs)),
-                "; ".join(dict.fromkeys(hardware(r) for r in runs)),
-                command_of(runs),
-            ]
-        )
+        rows.append([*what_ran(key[0], runs), *how_it_ended(runs)])
     head = ["recipe", "parameters", "epochs", "test, %", "with TTA, %", "time", "hardware", "command"]
     return markdown(head, ["recipe", "hardware", "command"], rows)
 
@@ -118,21 +106,9 @@ def results_table(records: Sequence[Record]) -> str:
     rows = []
     for (name, _), runs in group(records).items():
         claim = RECIPES[name].origin.claim if name in RECIPES else None
-        tta = any(r["metrics"]["views"] > 1 for r in runs)
-        rows.append(
-            [
-                f"`{name}`",
-                f"{runs[0]['metrics']['params']:,}",
-                epochs_run(name, runs),
-                "" if claim is None else f"{100 * claim:.2f}",
-                mean_and_deviation([r["metrics"]["best_val_accuracy"] for r in runs]),
-                mean_and_deviation([r["metrics"]["test_accuracy"] for r in runs]),
-                mean_and_deviation([r["metrics"]["test_accuracy_views"] for r in runs]) if tta else "",
-                duration(statistics.median(r["metrics"]["total_seconds"] for r in runs)),
-                "; ".join(dict.fromkeys(hardware(r) for r in runs)),
-                command_of(runs),
-            ]
-        )
+        claimed = "" if claim is None else f"{100 * claim:.2f}"
+        validation = mean_and_deviation([r["metrics"]["best_val_accuracy"] for r in runs])
+        rows.append([*what_ran(name, runs), claimed, validation, *how_it_ended(runs)])
     head = ["recipe", "parameters", "epochs", "claimed", "validation", "test", "test with TTA", "time"]
     return markdown([*head, "hardware", "command"], ["recipe", "hardware", "command"], rows)
 
@@ -182,6 +158,23 @@ def versus_row(tutorial: int, groups: dict[tuple[str, float], Group]) -> list[st
 
 
 # ---- cells -----------------------------------------------------------------------------------------------
+
+
+def what_ran(name: str, runs: Group) -> list[str]:
+    """Recipe, parameters and epochs."""
+    return [f"`{name}`", f"{runs[0]['metrics']['params']:,}", epochs_run(name, runs)]
+
+
+def how_it_ended(runs: Group) -> list[str]:
+    """Test accuracy, test accuracy with TTA, time, hardware and command."""
+    tta = any(r["metrics"]["views"] > 1 for r in runs)
+    return [
+        mean_and_deviation([r["metrics"]["test_accuracy"] for r in runs]),
+        mean_and_deviation([r["metrics"]["test_accuracy_views"] for r in runs]) if tta else "",
+        duration(statistics.median(r["metrics"]["total_seconds"] for r in runs)),
+        "; ".join(dict.fromkeys(hardware(r) for r in runs)),
+        command_of(runs),
+    ]
 
 
 def epochs_run(name: str, runs: Group) -> str:
