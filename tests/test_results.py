@@ -239,7 +239,6 @@ def test_the_readme_shows_tables_and_numbers_of_the_records():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = records.load()
     assert between(text, "highlights") == tables.highlights_table(found)
-    assert between(text, "tutorials") == tables.tutorials_table(found)
     benchmark = bench_record.read(bench_record.RECORD)
     assert between(text, "speed") == bench_record.speed_table(benchmark)
     words = " ".join(text.split())
@@ -289,11 +288,10 @@ def test_the_numbers_of_other_peoples_models_are_those_of_the_record():
     assert words.format(*ratios) in library
 
 
-def test_highlights_and_tutorials_leave_out_what_has_no_record():
+def test_highlights_leave_out_what_has_no_record():
     one = [record("fast.85", 3, s, test_accuracy=0.86, total_seconds=40.0) for s in range(2)]
     *_, row = tables.highlights_table(one).splitlines()
     assert row.startswith("| `fast.85` | 10 | 3 | 86.00 ± 0.00 (2) |  | 40 s | AMD EPYC, 2 cores |")
-    assert len(tables.tutorials_table(one).splitlines()) == 2  # no tutorial has a record
 
 
 def test_the_speed_table_has_the_sections_that_were_measured():

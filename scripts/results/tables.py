@@ -13,7 +13,7 @@ from .records import ROOT, Group, Record, group, is_own, lengths, mean_validatio
 
 # document -> the tables that it shows, each between the lines <!-- name --> and <!-- /name -->
 DOCUMENTS = {
-    "README.md": ("highlights", "tutorials", "speed"),
+    "README.md": ("highlights", "speed"),
     "results/README.md": ("results", "versus"),
     "docs/benchmarks.md": ("benchmark", "frontier"),
 }
@@ -46,7 +46,6 @@ def publish(name: str, content: str) -> None:
 def publish_results(records: Sequence[Record]) -> None:
     """Replaces the tables of recipes."""
     publish("highlights", highlights_table(records))
-    publish("tutorials", tutorials_table(records))
     publish("results", results_table(records))
     publish("versus", versus_table(records))
 
@@ -83,22 +82,6 @@ def highlights_table(records: Sequence[Record]) -> str:
         rows.append([*what_ran(key[0], runs), *how_it_ended(runs)])
     head = ["recipe", "parameters", "epochs", "test, %", "with TTA, %", "time", "hardware", "command"]
     return markdown(head, ["recipe", "hardware", "command"], rows)
-
-
-def tutorials_table(records: Sequence[Record]) -> str:
-    """A row for each tutorial: what it became here, its best claim, and the project's own recipe of `versus_table`."""
-    groups, rows = group(records), []
-    for tutorial in TUTORIALS:
-        names = [n for n, c in RECIPES.items() if c.origin.source.startswith(f"tutorial {tutorial},")]
-        source = RECIPES[names[0]].origin.source.removeprefix(f"tutorial {tutorial}, ")
-        number = f"{len(names)} recipe{'' if len(names) == 1 else 's'}"
-        cells = versus_row(tutorial, groups)
-        if cells:
-            _, best, claimed, measured, _, ours, test, _, _ = cells
-            here = f"`{names[0].partition('.')[0]}.*`, {number}"
-            rows.append([f"{tutorial}: {source}", here, best, claimed, measured, ours, test])
-    head = ["tutorial", "here", "its highest claim", "claimed, %", "measured, %", "this project's", "test, %"]
-    return markdown(head, ["tutorial", "here", "its highest claim", "this project's"], rows)
 
 
 def results_table(records: Sequence[Record]) -> str:
