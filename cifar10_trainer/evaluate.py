@@ -22,7 +22,7 @@ from . import cli, datasets, report
 from .config import DATASETS
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
-from .errors import ConfigError, RunError
+from .errors import ConfigError, cut, shown, RunError
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 
@@ -236,7 +236,7 @@ def first_predictions(
 
 def main(argv: list[str]) -> None:
     if argv:
-        raise ConfigError(f"unexpected argument {argv[0]!r}; allowed: flags only (--help shows them)")
+        raise ConfigError(f"unexpected argument {shown(argv[0])}; allowed: flags only (--help shows them)")
     if (FLAGS.workdir is None) == (FLAGS.model is None):
         raise ConfigError("name the model; allowed: exactly one of --workdir RUN and --model FILE")
 
@@ -261,8 +261,8 @@ def main(argv: list[str]) -> None:
     trained_on = settings.get("class_names")
     if trained_on is not None and list(dataset.class_names) != list(trained_on):
         raise ConfigError(
-            f"data set {name!r} has classes {', '.join(dataset.class_names)}, but the model was trained on"
-            f" {', '.join(trained_on)}; allowed: the data set it was trained on (--dataset, --data_dir)"
+            f"data set {name!r} has classes {cut(', '.join(dataset.class_names))}, but the model was trained on"
+            f" {cut(', '.join(map(str, trained_on)))}; allowed: the data set it was trained on (--dataset, --data_dir)"
         )
     split = FLAGS.split or default_split(dataset, settings)
     images, labels = select(dataset, split, settings)

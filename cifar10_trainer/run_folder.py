@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import Config
-from .errors import ConfigError, FolderBusyError, RunError
+from .errors import ConfigError, FolderBusyError, RunError, shown
 from .files import cannot_write, folder_lock, read_json, remove_files, replacing, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class RunFolder:
         if different:
             key = different[0]
             raise ConfigError(
-                f"{self} holds an unfinished run of another configuration ({key} {there.get(key)!r}, now {ours[key]!r});"
+                f"{self} holds an unfinished run of another configuration ({key} {shown(there.get(key))}, now {shown(ours[key])});"
                 f" choose another --workdir, or replace it with --overwrite"
             )
 

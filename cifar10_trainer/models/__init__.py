@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, shown, unknown
 
 if TYPE_CHECKING:
     import keras
@@ -101,9 +101,9 @@ def _call(
     shape, num_classes = (without_numpy(arguments[name]) for name in ("input_shape", "num_classes"))
     sides = shape if isinstance(shape, tuple) else ()
     if len(sides) != 3 or not all(side is None or (isinstance(side, int) and side >= 1) for side in sides):
-        raise ConfigError(f"input_shape is {shape}; allowed: (height, width, channels), all positive")
+        raise ConfigError(f"input_shape is {shown(shape)}; allowed: (height, width, channels), all positive")
     if isinstance(num_classes, int) and num_classes < 2:
-        raise ConfigError(f"num_classes is {num_classes}; allowed: 2 or more")
+        raise ConfigError(f"num_classes is {shown(num_classes)}; allowed: 2 or more")
     try:
         return function(**{**arguments, "input_shape": tuple(sides)})
     except ConfigError:
@@ -111,7 +111,7 @@ def _call(
     except (TypeError, ValueError) as error:  # Keras's own, about the value of an option
         options = {k: v for k, v in arguments.items() if k not in _DATA_ARGUMENTS}
         raise ConfigError(
-            f"options is {options}; allowed with the architecture {architecture}: values that Keras accepts ({error})"
+            f"options is {shown(options)}; allowed with the architecture {architecture}: values that Keras accepts ({error})"
         ) from error
 
 
