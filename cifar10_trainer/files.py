@@ -15,7 +15,6 @@ from typing import Any
 
 from .errors import RunError, reason_of
 
-
 KINDS = {  # what a user's path may be instead of a regular file
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
