@@ -33,6 +33,7 @@ LAYERS = [
     "recipes",
     "config",
     "cli",
+    "archives",
     "machine",
     "files",
     "errors",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import SPLITS
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, RunError, shown, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,9 @@ class Dataset:
         class_names: the name of each label.
         source: where the images came from, for people.
         validation: images and labels for validation that belong to the data set; None if there are none.
+
+    Raises:
+        RunError: if a class name is not UTF-8, as the name of a folder may be.
     """
 
     name: str
@@ -36,6 +39,13 @@ class Dataset:
     class_names: tuple[str, ...]
     source: str
     validation: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.class_names:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise RunError(f"the class name {shown(name)} is not UTF-8; rename the class") from error
 
     @property
     def num_classes(self) -> int:
