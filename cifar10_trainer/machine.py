@@ -6,7 +6,10 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import RunError
 
 # When Python began to run this process: now, less the processor time used so far. Until here Python only loads modules, so it
 # waits for nothing but the disk. The kernel's start of the process may be earlier: with `bash -c 'sleep 9 && python ...'` the
@@ -34,6 +37,81 @@ def _container_quota() -> float | None:
         return quota / length if quota > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def check_fits(needed: float, what: str, advice: str = "use fewer images, or a smaller --image_size") -> None:
+    """Raises RunError where `needed` bytes are more than this process can still have. To be called before they are read.
+
+    Args:
+        needed: the bytes that are about to be allocated, copies included.
+        what: what needs them, for the error, as in "data_dir/train, 70,000 images of 224 pixels".
+        advice: what to do about it.
+
+    Raises:
+        RunError: if they do not fit. Where the operating system does not say what is available, nothing is raised.
+    """
+    available = available_memory()
+    if available is not None and needed > available:
+        raise RunError(
+            f"{what}: needs {_in_units(needed)} of memory, {_in_units(available)} are available; {advice}"
+        )
+
+
+def _in_units(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def available_memory() -> int | None:
+    """The bytes that this process can still allocate without swapping: of the machine, and within a container's limit.
+
+    Returns:
+        at least 0; None where the operating system does not say.
+    """
+    found = [*_machine_memory(), *_container_memory()]
+    return max(0, min(found)) if found else None
+
+
+def _machine_memory() -> Iterator[int]:
+    """The bytes that Linux estimates to be available for new work, caches that it can drop included."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                yield int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+
+
+def _container_memory() -> Iterator[int]:
+    """The bytes left in each control group of this process that has a limit, page cache that can be dropped included."""
+    for folder, limit, usage, cache in _memory_groups():
+        try:
+            allowed = int((folder / limit).read_text())  # "max" in version 2: no limit
+            used = int((folder / usage).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield allowed - used + int(stat.get(cache, 0))
+        except (OSError, ValueError):
+            pass
+
+
+def _memory_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """(folder, names of limit, usage and droppable cache) of each control group around this process, of both versions."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = "/sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # The limit of every group above counts, too. In a container the path may be the host's, and only the root exists.
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            yield Path("/".join([root, *parts[:depth]])), *names
 
 
 def cpu_flags() -> set[str]:

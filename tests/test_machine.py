@@ -10,6 +10,7 @@ import time
 import pytest
 
 from cifar10_trainer import machine
+from cifar10_trainer.errors import RunError
 
 
 def test_cpu_flags(proc):
@@ -57,6 +58,7 @@ def test_processors_of_a_process_that_may_use_one():
 SLEPT = """
 import time
 from cifar10_trainer import machine
+from cifar10_trainer.errors import RunError
 print(time.time() - machine.PROCESS_START)
 """
 
@@ -74,3 +76,64 @@ def test_the_clock_counts_what_python_did_before():
     code = f"import time\nwhile time.process_time() < 0.5: pass\n{SLEPT}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) >= 0.5
+
+
+# --- memory ---------------------------------------------------------------------------------------------
+
+GB = 10**9
+MEMINFO = {"/proc/meminfo": "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\n"}
+V2 = {"/proc/self/cgroup": "0::/one/two\n"}
+V1 = {"/proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n"}
+
+
+def group(folder, limit, used, cache=0, version=2):
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    folder = f"/sys/fs/cgroup/{folder}"
+    stat = f"anon 7\n{names[2]} {cache}\n"
+    return {f"{folder}/{names[0]}": limit, f"{folder}/{names[1]}": used, f"{folder}/memory.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        (MEMINFO, 8_192_000_000),
+        ({**MEMINFO, **V2, **group("one/two", "max", 5)}, 8_192_000_000),
+        ({**MEMINFO, **V2, **group("one/two", 4 * GB, 3 * GB, GB // 2)}, 3 * GB // 2),
+        ({**MEMINFO, **V2, **group("one/two", "max", 5), **group("one", 2 * GB, GB)}, GB),  # the group above
+        (
+            {**MEMINFO, **V2, **group("", 2 * GB, GB)},
+            GB,
+        ),  # in a container that sees its own group as the root
+        ({**V2, **group("one/two", GB, 2 * GB)}, 0),
+        ({**MEMINFO, **V1, **group("memory/job", 4 * GB, 3 * GB, GB, version=1)}, 2 * GB),
+        ({**MEMINFO, **V1, **group("memory", 2**63 - 4096, 3 * GB, version=1)}, 8_192_000_000),
+        ({"/proc/meminfo": "MemAvailable: nonsense\n"}, None),
+    ],
+)
+def test_available_memory(files, expected, tmp_path, monkeypatch):
+    for name, text in files.items():
+        path = tmp_path / name[1:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(text))
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / str(path)[1:])
+    assert machine.available_memory() == expected
+
+
+def test_what_does_not_fit_is_refused_with_both_sizes_and_advice(monkeypatch):
+    monkeypatch.setattr(machine, "available_memory", lambda: 2 * GB)
+    machine.check_fits(2 * GB, "pictures")
+    said = r"^pictures: needs 31\.5 GB of memory, 2\.0 GB are available; use fewer images, or a smaller --image_size$"
+    with pytest.raises(RunError, match=said):
+        machine.check_fits(31.5 * GB, "pictures")
+    monkeypatch.setattr(machine, "available_memory", lambda: None)
+    machine.check_fits(1e30, "pictures")
+
+
+def test_this_machine_has_memory():
+    """Compared with what the kernel says of free memory: that much can be had, unless a container forbids it."""
+    available = machine.available_memory()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert available is None or 0 < available <= total
