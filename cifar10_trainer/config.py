@@ -272,7 +272,9 @@ class Config(_Section):
     views: int = 1  # test-time augmentation (TTA), the mean over views: 2 adds the mirror image, 6 also diagonal shifts
     target: float = 0.85  # the validation accuracy, 0-1, at which the time is reported
     seed: int = 0
-    adapt: tuple[str, ...] = ()  # the settings, of ADAPTABLE, that the run chooses by the number of its images
+    adapt: tuple[
+        str, ...
+    ] = ()  # the settings, of ADAPTABLE, that the run chooses by the number of its images
 
     # where it runs
     strategy: str = "auto"

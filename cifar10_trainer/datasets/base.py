@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ class Dataset:
         class_names: the name of each label.
         source: where the images came from, for people.
         validation: images and labels for validation that belong to the data set; None if there are none.
+        files: of a folder: "train", "validation" and "test" -> the file of each image, relative to the folder.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Dataset:
     class_names: tuple[str, ...]
     source: str
     validation: tuple[np.ndarray, np.ndarray] | None = None
+    files: Mapping[str, tuple[str, ...]] | None = None
 
     @property
     def num_classes(self) -> int:

@@ -61,7 +61,7 @@ _TURNS = {
 }
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """Why a file cannot be read, in words for people."""
 
 
@@ -85,20 +85,29 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int], resize: str 
     """
     if resize not in RESIZES:
         raise unknown("resize", resize, RESIZES)
+    try:
+        return decode(path, size, resize)
+    except Unreadable as error:
+        raise RunError(
+            f"{readable(path)} cannot be read as an image ({error}); allowed: {ALLOWED}; repair or remove it"
+        ) from error
+
+
+def decode(path: str | os.PathLike[str], size: tuple[int, int], resize: str) -> np.ndarray:
+    """As `read_image`, but raises Unreadable with the reason alone."""
     from PIL import Image, UnidentifiedImageError
 
     formats = open_formats()
     try:
         with _open_file(path) as file, Image.open(file, formats=formats) as image:
             return _pixels(image, *size, resize)
-    except UnidentifiedImageError:
+    except Unreadable:
+        raise
+    except UnidentifiedImageError as error:
         reason = _missing_reader(path, formats) or "no format that can be read, or damaged"
-        cause: Exception | None = None
+        raise Unreadable(reason) from error
     except Exception as error:  # Pillow's decoders raise errors of many classes for damaged files
-        reason, cause = reason_of(error)[:200], error
-    raise RunError(
-        f"{readable(path)} cannot be read as an image ({reason}); allowed: {ALLOWED}; repair or remove it"
-    ) from cause
+        raise Unreadable(reason_of(error)[:200]) from error
 
 
 def readable(path: str | os.PathLike[str]) -> str:
@@ -152,11 +161,11 @@ def _open_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 def _check_file(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise _Unreadable("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+        raise Unreadable("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
     if status.st_size == 0:
-        raise _Unreadable("it is empty")
+        raise Unreadable("it is empty")
     if status.st_size > MAX_BYTES:
-        raise _Unreadable(f"it has {status.st_size:,} bytes; allowed: at most {MAX_BYTES:,}")
+        raise Unreadable(f"it has {status.st_size:,} bytes; allowed: at most {MAX_BYTES:,}")
 
 
 def looks_like_image(path: str | os.PathLike[str]) -> bool:
@@ -164,7 +173,7 @@ def looks_like_image(path: str | os.PathLike[str]) -> bool:
     try:
         with _open_file(path) as file:
             start = file.read(12)
-    except (OSError, _Unreadable):
+    except (OSError, Unreadable):
         return False
     return start.startswith(_STARTS) or start[4:8] == b"ftyp"
 
@@ -177,7 +186,7 @@ def _pixels(image: Image.Image, height: int, width: int, resize: str) -> np.ndar
     from PIL import Image
 
     if image.width * image.height > MAX_PIXELS:
-        raise _Unreadable(
+        raise Unreadable(
             f"it has {image.width} x {image.height} pixels; allowed: at most {MAX_PIXELS:,} in total"
         )
     if image.format in ("JPEG", "MPO"):
@@ -238,14 +247,16 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     allowed = (0, 255) if image.mode == "F" else (0, 65535)
     if not allowed[0] <= low <= high <= allowed[1]:  # NaN, too
-        raise _Unreadable(
+        raise Unreadable(
             f"it has pixels from {low:.6g} to {high:.6g}; allowed: {allowed[0]} to {allowed[1]}"
             + (", or 0 to 1" if image.mode == "F" else "")
         )
     scale = 1 / 257 if image.mode != "F" else 255.0 if high <= 1 else 1.0
     key = image.info.get("transparency") if image.mode != "F" else None  # the grey that is transparent
     result = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), 256):  # rows: floats of the whole image would take eight times its memory
+    for start in range(
+        0, len(values), 256
+    ):  # rows: floats of the whole image would take eight times its memory
         rows = values[start : start + 256]
         result[start : start + 256] = np.rint(rows * scale)
         if isinstance(key, int):
