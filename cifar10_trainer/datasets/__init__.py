@@ -14,12 +14,14 @@ from . import cifar10, digits, folder
 from .arrays import as_dataset, from_arrays
 from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
+from .folder import rows as file_rows
 from .images import read_image
 
 __all__ = [
     "CIFAR10_CLASSES",
     "Dataset",
     "as_dataset",
+    "file_rows",
     "fingerprint",
     "from_arrays",
     "load",

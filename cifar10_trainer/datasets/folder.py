@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,7 +225,7 @@ def _classes(
     for name in names:
         place = os.fspath(folder / name)
         inside = os.path.relpath(place, root)
-        classes[name] = [inside + path[len(place) :] for path in find_pictures(place, left_out)]
+        classes[name] = _in_order(inside + path[len(place) :] for path in find_pictures(place, left_out))
         if not classes[name]:
             raise RunError(
                 f"the class folder {readable(folder / name)} is empty; put images into it, or remove it"
@@ -398,28 +398,29 @@ def _recorded(rows: Sequence[Row]) -> _Found:
     for folder, (file, name, part) in zip(folders, rows, strict=True):
         own = _PART_OF[folder] if has_parts else "test" if part == "test" else "train"
         files.setdefault(own, {}).setdefault(name, []).append(file)
-    return _Found(files, False)
+    # A run splits its validation images off; the order of all of them shows where they were.
+    return _Found(
+        {part: {k: _in_order(v) for k, v in classes.items()} for part, classes in files.items()}, False
+    )
 
 
-def rows(data: Dataset, validation: np.ndarray) -> list[Row]:
-    """The files of a data set of `load_folder`, and what a run uses them for.
+def _in_order(files: Iterable[str]) -> list[str]:
+    """Sorted by the names of folders and files."""
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def rows(data: Dataset) -> list[Row]:
+    """(file, class, part) of each picture of a folder; empty for other data.
 
     Args:
-        data: as it was loaded.
-        validation: the numbers, from 0, of the training images that the run holds out.
-
-    Returns:
-        (file, relative to the data set's folder; class; "train", "validation" or "test") of each picture.
+        data: as a run split it: `validation` and `files` hold what the run holds out.
     """
-    held_out = set(validation.tolist())
     labels = {"train": data.train_labels, "test": data.test_labels}
     if data.validation is not None:
         labels["validation"] = data.validation[1]
-    found = []
-    for part in ("train", "validation", "test"):
-        files = (data.files or {}).get(part, ())
-        if len(files) == len(labels.get(part, ())):  # a cross-validation takes the test images away
-            for i, (file, label) in enumerate(zip(files, labels.get(part, ()), strict=True)):
-                used = "validation" if part == "train" and i in held_out else part
-                found.append((file, data.class_names[label], used))
-    return found
+    return [
+        (file, data.class_names[label], part)
+        for part in ("train", "validation", "test")
+        if data.files and len(labels.get(part, ()))  # a cross-validation takes the test images away
+        for file, label in zip(data.files[part], labels[part], strict=True)
+    ]
