@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from . import cli
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
-from .errors import ConfigError, unknown
+from .errors import ConfigError, reason_of, shown, unknown
+from .files import parse_json, regular_file
 from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES
 
@@ -123,12 +122,17 @@ _define(flags.DEFINE_boolean, "verbose", "show the progress bar in a file or a p
 _define(flags.DEFINE_boolean, "hdf5", "write the model as model.h5, too", False)
 
 
+CONFIG_BYTES = (
+    4 << 20
+)  # of the largest --config; the class names of a run with thousands of classes are in it
+
+
 def read_config(path: str) -> Config:
     """The Config in a JSON file: config.json of a run, or best_config.json of a search. Raises ConfigError."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(regular_file(path, CONFIG_BYTES).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read --config={path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read --config={path}: {reason_of(error)}") from error
     except ValueError as error:
         raise ConfigError(
             f"--config={path} is not a JSON file: {error}; allowed: config.json of a run, or best_config.json of a search"
@@ -179,9 +183,9 @@ def config_from_flags() -> Config:
     for setting in FLAGS.set:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(f"--set {setting!r}; allowed: section.name=value")
+            raise ConfigError(f"--set {shown(setting)}; allowed: section.name=value")
         try:
-            changes[name.replace(".", "__")] = json.loads(value)
+            changes[name.replace(".", "__")] = parse_json(value)
         except ValueError:
             changes[name.replace(".", "__")] = value
     if changes.get("dataset", config.dataset) == "folder" and not FLAGS.config:
@@ -211,7 +215,7 @@ def list_recipes() -> None:
 def main(argv: list[str]) -> None:
     if argv:
         raise ConfigError(
-            f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)"
+            f"unexpected argument {shown(argv[0])}; allowed: flags, as --name=value (--help shows them)"
         )
     if FLAGS.list_recipes:
         list_recipes()

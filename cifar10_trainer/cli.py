@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from . import __version__
-from .errors import ConfigError, RunError
+from .errors import ConfigError, RunError, cut, shown
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
@@ -119,7 +119,7 @@ def run(
         elif flag_values["version"].value:
             print(versions())
         else:
-            _check_not_empty(flag_values)
+            _check_texts(flag_values)
             main(positional)
         if sys.stdout is not None:  # None where the shell closed it
             sys.stdout.flush()  # here, so that an error of it is handled as any other
@@ -140,11 +140,15 @@ def run(
             signal.signal(signal.SIGTERM, before)
 
 
-def _check_not_empty(flag_values: flags.FlagValues) -> None:
-    """Raises ConfigError on a flag without a value, as from an unset variable of the shell."""
+def _check_texts(flag_values: flags.FlagValues) -> None:
+    """Raises ConfigError on a flag without a value, as from an unset variable of the shell, and on what is not UTF-8."""
     for name in flag_values:
-        if flag_values[name].value == "":
+        value = flag_values[name].value
+        if value == "":
             raise ConfigError(f"--{name} is empty; allowed: a value; to use the default, leave the flag out")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ConfigError(f"--{name} is {shown(text)}; allowed: names in UTF-8; rename the file")
 
 
 def _reader_has_gone() -> bool:
@@ -166,7 +170,7 @@ def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, ConfigError | RunError):
-        text = f"{type(error).__name__}: {text[:500]} (--debug shows the traceback)"
+        text = f"{type(error).__name__}: {cut(text, 500)} (--debug shows the traceback)"
     print(f"error: {text}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import types
 import typing
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError, unknown
+from .errors import ConfigError, shown, unknown
 
 DATASETS = ("cifar10", "digits", "folder")
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
@@ -41,6 +40,8 @@ RECORDED = (  # what config.json holds besides the Config
     "environment",
 )
 YOUNGER = ("resize", "class_weights", "adapt")  # settings that `Config.to_dict` leaves out at their defaults
+FLOAT32_TINY, FLOAT32_HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+OPTION_DEPTH = 5  # of the lists in an option
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
 
 _UNUSED = {  # optimizer -> settings that it ignores, so that setting one is an error
@@ -68,9 +69,9 @@ class _Section:
     def _between(self, name: str, low: float, high: float, *, exclusive: bool = False) -> None:
         value = getattr(self, name)
         inside = low < value < high if exclusive else low <= value <= high
-        if not (math.isfinite(value) and inside):
+        if not inside:
             how = "greater than {} and less than {}" if exclusive else "from {} to {}"
-            raise ConfigError(f"{name} is {value}; allowed: {how.format(low, high)}")
+            raise ConfigError(f"{name} is {shown(value)}; allowed: {how.format(low, high)}")
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
@@ -87,20 +88,38 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         (item, *_) = typing.get_args(hint)
         return tuple(_coerce(name, v, item) for v in value)
     elif origin is Mapping and isinstance(value, Mapping):
-        return {str(k): _tuples(v) for k, v in value.items()}
+        return {str(k): _option(f"{name}.{k}", v) for k, v in value.items()}
     if isinstance(value, bool) and origin is not bool:
         pass
     elif origin is float and isinstance(value, int | float):
-        return float(value)
+        return _float(name, value)
     elif origin is int and isinstance(value, float) and value.is_integer():
         return int(value)
     elif isinstance(value, origin):
         return value
-    raise ConfigError(f"{name} is {value!r}; allowed: a value of type {getattr(hint, '__name__', hint)}")
+    raise ConfigError(f"{name} is {shown(value)}; allowed: a value of type {getattr(hint, '__name__', hint)}")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+def _float(name: str, value: float) -> float:
+    """`value` as a float that float32 can hold, as all arithmetic of a run is in it. Raises ConfigError."""
+    size = abs(value)
+    if not (value == 0 or FLOAT32_TINY <= size <= FLOAT32_HUGE):
+        allowed = f"0, or a size from {FLOAT32_TINY:.3g} to {FLOAT32_HUGE:.3g}, which float32 holds"
+        raise ConfigError(f"{name} is {shown(value)}; allowed: {allowed}")
+    return float(value)
+
+
+def _option(name: str, value: Any, depth: int = 0) -> Any:
+    """The value of an option: lists as tuples, numbers within their ranges. Raises ConfigError."""
+    if isinstance(value, list | tuple):
+        if depth >= OPTION_DEPTH:
+            raise ConfigError(f"{name} is {shown(value)}; allowed: lists that are nested {OPTION_DEPTH} deep")
+        return tuple(_option(name, v, depth + 1) for v in value)
+    if isinstance(value, float):
+        return _float(name, value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{name} is {shown(value)}; allowed: an integer of 64 bits")
+    return value
 
 
 def _section_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -159,7 +178,7 @@ class Optimizer(_Section):
         for name in _UNUSED.get(self.name, ()):
             if getattr(self, name) != usual[name]:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)}, which {self.name} does not use; allowed: {usual[name]}"
+                    f"{name} is {shown(getattr(self, name))}, which {self.name} does not use; allowed: {usual[name]}"
                 )
         self._between("learning_rate", 0, 100, exclusive=True)
         self._between("momentum", 0, 0.9999)
@@ -194,7 +213,9 @@ class Schedule(_Section):
         self._between("cycles", 1, 1000)
         self._between("patience", 1, 1000)
         if list(self.drops) != sorted(self.drops) or not all(0 < d < 1 for d in self.drops):
-            raise ConfigError(f"drops is {self.drops}; allowed: rising fractions of the run between 0 and 1")
+            raise ConfigError(
+                f"drops is {shown(self.drops)}; allowed: rising fractions of the run between 0 and 1"
+            )
         if self.name == "plateau" and self.warmup:
             raise ConfigError(f"warmup is {self.warmup}; allowed with the plateau schedule: 0")
 
@@ -282,8 +303,11 @@ class Config(_Section):
     synchronize_batch_norm: bool = False
 
     def _check(self) -> None:
-        if not re.fullmatch(r"[\w.+-]*\w", self.recipe, re.ASCII):  # a part of the run folder's name
-            raise ConfigError(f"recipe is {self.recipe!r}; allowed: letters, digits and . + - _")
+        # a part of the run folder's name
+        if not re.fullmatch(r"[\w.+-]{0,99}\w", self.recipe, re.ASCII):
+            raise ConfigError(
+                f"recipe is {shown(self.recipe)}; allowed: up to 100 letters, digits and . + - _"
+            )
         self._one_of("dataset", DATASETS)
         self._one_of("validation_split", SPLITS)
         self._one_of("pixels", PIXELS)
@@ -298,7 +322,7 @@ class Config(_Section):
         for name, only in (("image_size", 32), ("resize", "squash")):
             if getattr(self, name) != only and self.dataset != "folder":
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)}; allowed with the dataset {self.dataset}: {only}"
+                    f"{name} is {shown(getattr(self, name))}; allowed with the dataset {self.dataset}: {only}"
                 )
         self._between("epochs", 0, 100_000, exclusive=True)
         self._between("batch_size", 1, 1_000_000)
@@ -310,11 +334,11 @@ class Config(_Section):
         self._between("seed", 0, 2**31 - 1)
         self._check_fold()
         if self.views not in (1, 2, 6):
-            raise ConfigError(f"views is {self.views}; allowed: 1, 2, 6")
+            raise ConfigError(f"views is {shown(self.views)}; allowed: 1, 2, 6")
         if self.early_stopping is not None:
             self._between("early_stopping", 1, 100_000)
         if any(not 8 <= s <= 512 for s in self.sizes):
-            raise ConfigError(f"sizes is {self.sizes}; allowed: sides from 8 to 512 pixels")
+            raise ConfigError(f"sizes is {shown(self.sizes)}; allowed: sides from 8 to 512 pixels")
         needs_validation = self.early_stopping is not None or self.schedule.name == "plateau"
         if needs_validation and self.validation_fraction is None:
             raise ConfigError(
@@ -333,7 +357,7 @@ class Config(_Section):
             parts = 1
         if not 0 <= self.validation_fold < parts:
             raise ConfigError(
-                f"validation_fold is {self.validation_fold}; allowed with the {self.validation_split} split and"
+                f"validation_fold is {shown(self.validation_fold)}; allowed with the {self.validation_split} split and"
                 f" validation_fraction {self.validation_fraction}: from 0 to {parts - 1}"
             )
 

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 
+VALUE_LENGTH = 100  # characters of a value that an error shows
+MESSAGE_LENGTH = 1500  # characters of an error
 
-class ConfigError(ValueError):
+
+def shown(value: object) -> str:
+    """A received value as an error shows it: its repr in printable characters, at most VALUE_LENGTH of them."""
+    try:
+        text = repr(value)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # an integer of thousands of digits, or lists that are nested too deep
+        text = f"<{type(value).__name__}, too large to be shown>"
+    return cut(text)
+
+
+def cut(text: str, length: int = VALUE_LENGTH) -> str:
+    """`text` in printable characters, and in at most `length` of them: what is left out is in the middle."""
+    half = (length - 3) // 2
+    text = text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+
+
+class _OneLine(Exception):
+    """An error whose text is one line of printable characters, whatever was received: long words are cut, too."""
+
+    def __init__(self, text: object = ""):
+        words = re.sub(r"\S{101,}", lambda word: cut(word[0]), re.sub(r"\s*\n\s*", " ", str(text)))
+        super().__init__(cut(words, MESSAGE_LENGTH))
+
+
+class ConfigError(_OneLine, ValueError):
     """Wrong usage: a flag, a name or a setting that is not allowed. Exit status 2."""
 
 
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """Right usage that failed: data, files, network, a diverged training. Exit status 1."""
 
 
@@ -38,9 +70,9 @@ def interrupted(how: str, workdir: object, overwrite: bool) -> RunInterrupted:
 
 def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigError:
     """The error for a name that is not in `allowed`. It suggests the nearest name, if one is near."""
-    near = difflib.get_close_matches(str(received), list(allowed), n=1)
+    near = difflib.get_close_matches(str(received)[:VALUE_LENGTH], list(allowed), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"unknown {what} {received!r}; allowed: {', '.join(allowed)}.{hint}")
+    return ConfigError(f"unknown {what} {shown(received)}; allowed: {', '.join(allowed)}.{hint}")
 
 
 def reason_of(error: BaseException) -> str:

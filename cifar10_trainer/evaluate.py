@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from . import cli, datasets, measures, report
+from . import archives, cli, datasets, measures, report
 from .config import DATASETS, RESIZES
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
-from .errors import ConfigError, RunError
+from .errors import ConfigError, RunError, cut, shown
+from .files import regular_file
+from .machine import check_fits
+from .models.bounded import bounded_weights
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 
@@ -76,9 +79,16 @@ def load_model(path: str | Path) -> keras.Model:
     import keras
 
     try:
-        if path.suffix.lower() == ".keras" and not zipfile.is_zipfile(path):
-            raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
-        model = keras.models.load_model(path, compile=False)
+        stored = _stored_bytes(path)
+
+        def check(size: int) -> None:  # the file may describe layers whose weights it does not hold
+            if size > archives.RATIO * stored + archives.SLACK:
+                raise ValueError(f"it describes a model of {size:,} bytes or more, and holds {stored:,}")
+
+        with bounded_weights(check):
+            model = keras.models.load_model(path, compile=False)
+    except RunError:
+        raise
     except Exception as error:
         # Each of Keras's readers raises errors of its own.
         reason = " ".join(str(error).split())[:200]
@@ -93,6 +103,30 @@ def load_model(path: str | Path) -> keras.Model:
             " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes)"
         )
     return model
+
+
+def _stored_bytes(path: Path) -> int:
+    """The bytes of the weights in a model file. Raises ValueError where it holds less than it claims, OSError, RunError."""
+    import h5py
+
+    path = regular_file(path)
+    size = path.stat().st_size
+    check_fits(size, f"the model in {path}", "use a machine with more memory")
+    if path.suffix.lower() != ".keras":
+        with h5py.File(path) as file:
+            return archives.check_hdf5(file, size)
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
+    archives.check_zip(path)
+    stored = 0
+    with zipfile.ZipFile(path) as archive:
+        if "config.json" not in archive.namelist():
+            raise ValueError("it has no config.json, so it is not a model")
+        for member in archive.infolist():
+            if member.filename.endswith(".h5"):
+                with archive.open(member) as part, h5py.File(part) as file:
+                    stored += archives.check_hdf5(file, member.file_size)
+    return stored
 
 
 def evaluate_model(
@@ -133,7 +167,7 @@ def evaluate_model(
 def check_model_file(path: str | Path) -> Path:
     """`path`, if its name and a file there fit a saved model. Imports no TensorFlow. Raises ConfigError."""
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file():  # a folder or a FIFO neither
         raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
     if path.suffix.lower() not in (".keras", ".h5", ".hdf5"):
         raise ConfigError(f"the model file is {path}; allowed: a name that ends in .keras, .h5 or .hdf5")
@@ -272,7 +306,7 @@ def first_predictions(
 
 def main(argv: list[str]) -> None:
     if argv:
-        raise ConfigError(f"unexpected argument {argv[0]!r}; allowed: flags only (--help shows them)")
+        raise ConfigError(f"unexpected argument {shown(argv[0])}; allowed: flags only (--help shows them)")
     if (FLAGS.workdir is None) == (FLAGS.model is None):
         raise ConfigError("name the model; allowed: exactly one of --workdir RUN and --model FILE")
 
@@ -296,8 +330,8 @@ def main(argv: list[str]) -> None:
     trained_on = settings.get("class_names")
     if trained_on is not None and list(dataset.class_names) != list(trained_on):
         raise ConfigError(
-            f"data set {name!r} has classes {', '.join(dataset.class_names)}, but the model was trained on"
-            f" {', '.join(trained_on)}; allowed: the data set it was trained on (--dataset, --data_dir)"
+            f"data set {name!r} has classes {cut(', '.join(dataset.class_names))}, but the model was trained on"
+            f" {cut(', '.join(map(str, trained_on)))}; allowed: the data set it was trained on (--dataset, --data_dir)"
         )
     split = FLAGS.split or default_split(dataset, settings)
     images, labels = select(dataset, split, settings)

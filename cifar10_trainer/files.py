@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError
+from .errors import RunError, reason_of
+
+KINDS = {  # what a user's path may be instead of a regular file
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+JSON_BYTES = (
+    64 << 20
+)  # of the largest JSON file that is read; a search of thousands of trials has a few megabytes
+
+
+def regular_file(path: str | os.PathLike[str], limit: float | None = None) -> Path:
+    """`path`, where it is a regular file of at most `limit` bytes. To be called before a user's file is opened.
+
+    To open a FIFO blocks until somebody writes to it, and a device may never end.
+
+    Raises:
+        OSError: where there is no such file, where it is something else, and where it is larger.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    if limit is not None and found.st_size > limit:
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes; allowed: up to {limit:,.0f}", str(path))
+    return Path(path)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none, also where its brackets are nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
 
 
 @contextlib.contextmanager
@@ -38,7 +76,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes `content` (text as UTF-8) to `path`, whole or not at all. Makes the folder. Raises RunError."""
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        # A file name that is not UTF-8 may be a part of the text.
+        temporary.write_bytes(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 @contextlib.contextmanager
@@ -110,9 +151,9 @@ def write_json(path: str | os.PathLike[str], values: Any, indent: int = 2) -> No
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in the file `path`. Raises RunError where it cannot be read, or holds something else."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(regular_file(path, JSON_BYTES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
+        raise RunError(f"cannot read {path}: {reason_of(error)}") from error
     if not isinstance(values, dict):
         raise RunError(f"cannot read {path}: it is not a JSON object")
     return values

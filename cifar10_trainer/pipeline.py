@@ -22,7 +22,7 @@ import tensorflow as tf
 from . import augment
 from .config import Augmentation
 from .datasets.arrays import check_images, check_labels
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .machine import cpu_count
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
@@ -304,9 +304,9 @@ def _check_dataset(
     for name, value, high in (("batch_size", batch_size, len(images)), ("seed", seed, 2**31 - 1)):
         low = 1 if name == "batch_size" else 0
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(f"{name} is {value!r}; allowed: an integer from {low} to {high}")
+            raise ConfigError(f"{name} is {shown(value)}; allowed: an integer from {low} to {high}")
     if epochs is not None and (not isinstance(epochs, int | np.integer) or epochs < 1):
-        raise ConfigError(f"epochs is {epochs!r}; allowed: None, or an integer from 1")
+        raise ConfigError(f"epochs is {shown(epochs)}; allowed: None, or an integer from 1")
     if (augmentation.mixup or augmentation.cutmix) and not one_hot:
         raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
     for layer in augment.layers_of(augmentation):

@@ -14,9 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .archives import check_npz
 from .config import Config
-from .errors import ConfigError, FolderBusyError, RunError
-from .files import cannot_write, folder_lock, read_json, remove_files, replacing, write_atomic, write_json
+from .errors import ConfigError, FolderBusyError, RunError, shown
+from .files import (
+    cannot_write,
+    folder_lock,
+    read_json,
+    regular_file,
+    remove_files,
+    replacing,
+    write_atomic,
+    write_json,
+)
+from .machine import check_fits
 
 if TYPE_CHECKING:
     import keras
@@ -134,7 +145,7 @@ class RunFolder:
         """The rows of history.csv: numbers, None where empty. Raises RunError where it is damaged."""
         path = self.history_file
         try:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(regular_file(path), newline="", encoding="utf-8") as file:
                 rows = csv.reader(file, strict=True)
                 columns = next(rows, [])
                 if tuple(columns) != HISTORY_COLUMNS:
@@ -200,8 +211,17 @@ class RunFolder:
         self._check_same(config)
         if not self.state_file.exists():
             return None
+        return self._read_state(self.state_file)
+
+    def _read_state(self, path: Path) -> dict[str, np.ndarray]:
+        """The arrays in a state file. Raises RunError where it is damaged, or does not fit into memory."""
         try:
-            with open(self.state_file, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            size = check_npz(regular_file(path))
+        except (OSError, ValueError) as error:
+            raise self.damaged_state(error) from error
+        check_fits(size, f"the state in {path}", "use a machine with more memory")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise self.damaged_state(error) from error
@@ -219,7 +239,7 @@ class RunFolder:
         if different:
             key = different[0]
             raise ConfigError(
-                f"{self} holds an unfinished run of another configuration ({key} {there.get(key)!r}, now {ours.get(key)!r});"
+                f"{self} holds an unfinished run of another configuration ({key} {shown(there.get(key))}, now {shown(ours.get(key))});"
                 f" choose another --workdir, or replace it with --overwrite"
             )
 

@@ -244,7 +244,7 @@ def test_a_config_file_of_bytes(tmp_path, capsys):
 
 
 def test_a_config_file_that_cannot_be_read(tmp_path, capsys):
-    for path, reason in ((tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")):
+    for path, reason in ((tmp_path / "none.json", "No such file"), (tmp_path, "it is a folder")):
         status, text = error_of(capsys, f"--config={path}")
         assert status == 2
         assert f"cannot read --config={path}" in text

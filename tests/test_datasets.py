@@ -339,7 +339,10 @@ def test_file_that_is_no_archive(tmp_path):
     one_line(error)
 
 
-@pytest.mark.parametrize("target", ["tarfile.open", "os.listdir"])
+READER = "cifar10_trainer.datasets.cifar10.regular_file"
+
+
+@pytest.mark.parametrize("target", [READER, "os.listdir"])
 def test_no_read_permission(tiny, tmp_path, monkeypatch, target):
     # Raised by hand, since nothing is forbidden to root, as whom containers run tests.
     path = tiny.write("python", tmp_path)
@@ -348,7 +351,7 @@ def test_no_read_permission(tiny, tmp_path, monkeypatch, target):
         raise PermissionError(errno.EACCES, "Permission denied", str(name))
 
     monkeypatch.setattr(target, refuse)
-    path = path if target == "tarfile.open" else tmp_path
+    path = path if target == READER else tmp_path
     with pytest.raises(RunError, match=f"cannot read {path}: Permission denied; correct that") as error:
         datasets.load(data_dir=path)
     one_line(error)

@@ -35,6 +35,7 @@ LAYERS = [
     "recipes",
     "config",
     "cli",
+    "archives",
     "machine",
     "files",
     "errors",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cifar10_trainer.errors import ConfigError, unknown
+from cifar10_trainer.errors import ConfigError, shown, unknown
 
 TUNERS = {
     "random": "random values",
@@ -84,7 +84,7 @@ class Options:
         if self.chief is not None:
             host, _, port = self.chief.rpartition(":")
             if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ConfigError(f"chief is {self.chief!r}; allowed: HOST:PORT, as in {LOOPBACK}:5000")
+                raise ConfigError(f"chief is {shown(self.chief)}; allowed: HOST:PORT, as in {LOOPBACK}:5000")
 
     @property
     def local_workers(self) -> int:

@@ -12,7 +12,7 @@ from absl import flags
 
 from cifar10_trainer import cli
 from cifar10_trainer.config import DATASETS, Config
-from cifar10_trainer.errors import ConfigError, unknown
+from cifar10_trainer.errors import ConfigError, shown, unknown
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
 from .options import DEFAULT_TUNER, LOOPBACK, OBJECTIVES, ROLES, TUNERS, Options
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
     """Runs a search, or a worker of one. `argv`: positional arguments, of which none is allowed."""
     if argv:
         raise ConfigError(
-            f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)"
+            f"unexpected argument {shown(argv[0])}; allowed: flags, as --name=value (--help shows them)"
         )
     ranges = parse(FLAGS.space)
     base = base_from_flags()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar10_trainer.errors import ConfigError, FolderBusyError
+from cifar10_trainer.errors import ConfigError, FolderBusyError, shown
 from cifar10_trainer.files import cannot_write, folder_lock, read_json, remove_files, write_json
 
 # What a search writes, and --overwrite removes.
@@ -73,7 +73,7 @@ class SearchFolder:
         if self.search_file.exists():
             for key, was, now in _differences(read_json(self.search_file), record):
                 raise ConfigError(
-                    f"{self} holds another search: {key} was {was!r}, now {now!r};"
+                    f"{self} holds another search: {key} was {shown(was)}, now {shown(now)};"
                     " choose another --workdir, or replace it with --overwrite"
                 )
         write_json(self.search_file, record)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar10_trainer.config import Augmentation, Config
-from cifar10_trainer.errors import ConfigError, unknown
+from cifar10_trainer.errors import ConfigError, shown, unknown
 from cifar10_trainer.models import check_options
 
 
@@ -75,10 +75,12 @@ def parse(texts: Sequence[str]) -> dict[str, tuple[float, float] | None]:
         try:
             low, high = (float(x) for x in rest.split(":")) if equals else (0, 1)
         except ValueError:
-            raise ConfigError(f"the range of {name} is {rest!r}; allowed: low:high, two numbers") from None
+            raise ConfigError(
+                f"the range of {name} is {shown(rest)}; allowed: low:high, two numbers"
+            ) from None
         if not low < high:
             raise ConfigError(
-                f"the range of {name} is {rest}, which is empty; allowed: low:high with low < high"
+                f"the range of {name} is {shown(rest)}, which is empty; allowed: low:high with low < high"
             )
         ranges[name] = (low, high) if equals else None
     if not ranges:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, cut, shown
 from .base import Dataset
 
 SOURCE = "arrays in memory"
@@ -58,13 +58,13 @@ def from_arrays(
     names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(max(count, 2))))
     if len(names) < max(count, 2) or len(set(names)) != len(names):
         raise ConfigError(
-            f"class_names is {names}, but the labels go up to {count - 1}; allowed: at least {max(count, 2)} different names"
+            f"class_names is {shown(names)}, but the labels go up to {count - 1}; allowed: at least {max(count, 2)} different names"
         )
     present = np.unique(parts["train"][1])
     missing = [names[k] for k in range(len(names)) if k not in present]
     if missing:
         raise ConfigError(
-            f"train labels has no image of {', '.join(missing[:10])}; allowed: at least one image of each of the"
+            f"train labels has no image of {cut(', '.join(missing[:10]))}; allowed: at least one image of each of the"
             f" {len(names)} classes"
         )
     empty = parts["train"][0][:0].copy(), np.zeros(0, np.int64)
@@ -104,7 +104,7 @@ def _collect(name: str, data: Any, tf: Any) -> Pair:
     """All elements of a finite tf.data.Dataset of (image, label) pairs or batches of them."""
     spec = data.element_spec
     if not isinstance(spec, tuple) or len(spec) != 2 or not all(isinstance(s, tf.TensorSpec) for s in spec):
-        raise ConfigError(f"{name} data has the elements {spec}; allowed: (images, labels)")
+        raise ConfigError(f"{name} data has the elements {shown(spec)}; allowed: (images, labels)")
     if data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ConfigError(
             f"{name} data is an infinite tf.data.Dataset; allowed: a finite one, without repeat()"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import SPLITS
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, RunError, shown, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,9 @@ class Dataset:
         source: where the images came from, for people.
         validation: images and labels for validation that belong to the data set; None if there are none.
         files: of a folder: "train", "validation" and "test" -> the file of each image, relative to the folder.
+
+    Raises:
+        RunError: if a class name is not UTF-8, as the name of a folder may be.
     """
 
     name: str
@@ -39,6 +42,13 @@ class Dataset:
     source: str
     validation: tuple[np.ndarray, np.ndarray] | None = None
     files: Mapping[str, tuple[str, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.class_names:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise RunError(f"the class name {shown(name)} is not UTF-8; rename the class") from error
 
     @property
     def num_classes(self) -> int:

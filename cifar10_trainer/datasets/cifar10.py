@@ -7,6 +7,7 @@ forms lead to equal arrays in the official order.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import io
 import os
@@ -22,7 +23,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import ConfigError, RunError, reason_of
+from ..errors import ConfigError, RunError, cut, reason_of
+from ..files import regular_file
 from .base import Dataset
 from .download import PYTHON_URL, download, tfds_folder
 
@@ -41,6 +43,11 @@ CIFAR10_CLASSES = (
 
 _BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 _ROWS = 10_000  # images per batch
+_BATCH_BYTES = 31_100_000  # the largest file of a batch has 31,035,999
+_ARCHIVE_BYTES = (
+    7 * _BATCH_BYTES
+)  # of the unpacked archive, whose six batches are all but a few thousand of its bytes
+_RECORD_BYTES = 1 << 16  # of the largest record of TFDS; 32x32 pixels are 3,072 bytes
 # A row of a .bin file is one label byte and 3,072 pixel bytes: the red, the green and the blue plane. The other files
 # are pickles.
 _MD5 = {
@@ -146,19 +153,53 @@ def _read(form: Path) -> Dataset:
             members = _tfds_members(form)
         else:
             # A generator, so that the next file is read while the last one is verified.
-            members = ((name, (form / name).read_bytes()) for name in _MD5 if (form / name).exists())
+            members = (
+                (name, regular_file(form / name, _BATCH_BYTES).read_bytes())
+                for name in _MD5
+                if (form / name).exists()
+            )
         train, test = _assemble(form, members)
     return Dataset("cifar10", *train, *test, CIFAR10_CLASSES, str(form))
 
 
 def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yields (name, content) of the batches in a tar archive, in one pass and without writing a file."""
-    with tarfile.open(path) as tar:
-        for member in tar:
-            name = os.path.basename(member.name)
-            content = tar.extractfile(member) if name in _MD5 else None
-            if content is not None:
+    with open(regular_file(path), "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: Any = _Bounded(gzip.GzipFile(fileobj=raw) if packed else raw)
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                name = os.path.basename(member.name)
+                if name not in _MD5:
+                    continue
+                content = (
+                    tar.extractfile(member) if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) else None
+                )
+                if content is None:
+                    raise tarfile.TarError(f"its {cut(name)} is a link, or no file")
                 yield name, content.read()
+
+
+class _Bounded:
+    """A file whose reads together are no longer than an honest archive, so that a small archive cannot fill the memory.
+
+    tarfile reads a header of any size at once, and skips a member of any size by reading it.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _BATCH_BYTES:
+            raise tarfile.TarError(f"a part of it has {size:,} bytes; allowed: up to {_BATCH_BYTES:,}")
+        return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        if position > _ARCHIVE_BYTES:
+            raise tarfile.TarError(f"it holds more than {_ARCHIVE_BYTES:,} bytes")
+        return self._file.seek(position)
 
 
 def _tfds_members(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -172,6 +213,8 @@ def _tfds_members(folder: Path) -> Iterator[tuple[str, bytes]]:
     from PIL import Image
 
     rows = np.zeros((len(_BATCHES) * _ROWS, 1 + 3072), np.uint8)
+    for file in folder.glob("*.json"):
+        regular_file(file, _BATCH_BYTES)
     try:
         splits = tfds.builder_from_directory(folder).info.splits
         for split_name, first in (("train", 0), ("test", 5 * _ROWS)):
@@ -181,8 +224,10 @@ def _tfds_members(folder: Path) -> Iterator[tuple[str, bytes]]:
                     _, _, index = feature["id"].bytes_list.value[0].partition(b"_")
                     row = rows[first + int(index)]
                     row[0] = feature["label"].int64_list.value[0]
-                    png = io.BytesIO(feature["image"].bytes_list.value[0])
-                    row[1:] = np.asarray(Image.open(png, formats=("PNG",))).transpose(2, 0, 1).ravel()
+                    png = Image.open(io.BytesIO(feature["image"].bytes_list.value[0]), formats=("PNG",))
+                    if png.size != (32, 32):
+                        raise ValueError(f"an image has {png.size} pixels; allowed: (32, 32)")
+                    row[1:] = np.asarray(png).transpose(2, 0, 1).ravel()
     except PermissionError:
         raise
     except Exception as error:  # TFDS, protobuf and Pillow raise errors of different classes
@@ -193,9 +238,11 @@ def _tfds_members(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _tfrecords(path: str | os.PathLike[str]) -> Iterator[bytes]:
     """Yields the records of a TFRecord file; the md5 of the batches replaces its checksums."""
-    with open(path, "rb") as file:
+    with open(regular_file(path), "rb") as file:
         while header := file.read(12):  # length and its checksum, then the content and its checksum
             (length,) = struct.unpack("<Q4x", header)
+            if length > _RECORD_BYTES:
+                raise ValueError(f"a record has {length:,} bytes; allowed: up to {_RECORD_BYTES:,}")
             yield file.read(length)
             file.read(4)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import RunError, reason_of
-from ..files import folder_lock
+from ..files import folder_lock, regular_file
 
 PYTHON_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 BINARY_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -57,6 +57,8 @@ def download() -> Path:
                 " if you have a copy elsewhere, name it with --data_dir.",
                 file=sys.stderr,
             )
+            if part.exists():
+                regular_file(part)
             _fetch(part)
             sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
             if sha256 != BINARY_SHA256:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, shown, unknown
+from ..machine import check_fits
 
 if TYPE_CHECKING:
     import keras
@@ -83,6 +84,7 @@ def build_model(
 
     Raises:
         ConfigError: if the architecture or an option is unknown, or if a value has the wrong type or is out of range.
+        RunError: if the weights do not fit into memory.
     """
     function = _build_function(architecture)
     allowed = list(inspect.signature(function).parameters)
@@ -101,17 +103,23 @@ def _call(
     shape, num_classes = (without_numpy(arguments[name]) for name in ("input_shape", "num_classes"))
     sides = shape if isinstance(shape, tuple) else ()
     if len(sides) != 3 or not all(side is None or (isinstance(side, int) and side >= 1) for side in sides):
-        raise ConfigError(f"input_shape is {shape}; allowed: (height, width, channels), all positive")
+        raise ConfigError(f"input_shape is {shown(shape)}; allowed: (height, width, channels), all positive")
     if isinstance(num_classes, int) and num_classes < 2:
-        raise ConfigError(f"num_classes is {num_classes}; allowed: 2 or more")
+        raise ConfigError(f"num_classes is {shown(num_classes)}; allowed: 2 or more")
+    from .bounded import bounded_weights
+
+    def check(size: int) -> None:
+        check_fits(size, f"a model of the architecture {architecture}", "make its layers smaller")
+
     try:
-        return function(**{**arguments, "input_shape": tuple(sides)})
+        with bounded_weights(check):
+            return function(**{**arguments, "input_shape": tuple(sides)})
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:  # Keras's own, about the value of an option
+    except (TypeError, ValueError, OverflowError) as error:  # Keras's own, about the value of an option
         options = {k: v for k, v in arguments.items() if k not in _DATA_ARGUMENTS}
         raise ConfigError(
-            f"options is {options}; allowed with the architecture {architecture}: values that Keras accepts ({error})"
+            f"options is {shown(options)}; allowed with the architecture {architecture}: values that Keras accepts ({error})"
         ) from error
 
 

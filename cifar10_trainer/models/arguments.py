@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 BuildFunction = typing.TypeVar("BuildFunction", bound=Callable[..., Any])
 
@@ -25,7 +25,7 @@ def checked(build: BuildFunction) -> BuildFunction:
         arguments = {name: without_numpy(value) for name, value in arguments.items()}
         for name, value in arguments.items():
             if name in hints and not _fits(value, hints[name]):
-                raise ConfigError(f"{name} is {value!r}; allowed: {_in_words(hints[name])}")
+                raise ConfigError(f"{name} is {shown(value)}; allowed: {_in_words(hints[name])}")
         return build(**arguments)
 
     return typing.cast(BuildFunction, check_and_build)

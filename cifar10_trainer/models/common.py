@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import keras
 from keras import layers
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 
 def preprocess(
@@ -33,7 +33,7 @@ def preprocess(
     std = [1.0] * channels if std is None else [float(s) for s in std]
     if not len(mean) == len(std) == channels or min(std) <= 0:
         raise ConfigError(
-            f"mean is {mean} and std is {std}; allowed: {channels} numbers each, all positive in std"
+            f"mean is {shown(mean)} and std is {shown(std)}; allowed: {channels} numbers each, all positive in std"
         )
     return layers.Rescaling(
         scale=[1 / (255 * s) for s in std],
@@ -87,5 +87,5 @@ def per_block(name: str, value: float | Sequence[float], count: int) -> tuple[fl
     """
     values = (value,) * count if isinstance(value, int | float) else tuple(value)
     if len(values) != count:
-        raise ConfigError(f"{name} is {values}; allowed: one number, or {count} numbers")
+        raise ConfigError(f"{name} is {shown(values)}; allowed: one number, or {count} numbers")
     return values

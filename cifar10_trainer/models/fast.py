@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .arguments import checked
 from .common import per_block, preprocess
 
@@ -85,11 +85,11 @@ def _check_options(
 ) -> None:
     """Raises ConfigError as `build` does."""
     if not filters or min(filters) < 1:
-        raise ConfigError(f"filters is {tuple(filters)}; allowed: one positive width per block")
+        raise ConfigError(f"filters is {shown(tuple(filters))}; allowed: one positive width per block")
     if depth < 1:
-        raise ConfigError(f"depth is {depth}; allowed: 1 or more")
+        raise ConfigError(f"depth is {shown(depth)}; allowed: 1 or more")
     if not all(0 <= rate < 1 for rate in per_block("dropout", dropout, len(filters))):
-        raise ConfigError(f"dropout is {dropout}; allowed: 0 to less than 1")
+        raise ConfigError(f"dropout is {shown(dropout)}; allowed: 0 to less than 1")
     smallest = 2 ** len(filters) + 1
     if min(input_shape[:2]) < smallest:
         raise ConfigError(

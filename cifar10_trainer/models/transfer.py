@@ -13,7 +13,7 @@ from typing import NamedTuple
 import keras
 from keras import layers
 
-from ..errors import ConfigError, RunError, unknown
+from ..errors import ConfigError, RunError, shown, unknown
 from . import common
 from .arguments import checked
 
@@ -116,7 +116,7 @@ def _check_arguments(
         raise unknown("backbone", backbone, BACKBONES)
     if mean is not None or std is not None:
         raise ConfigError(
-            f"mean is {mean} and std is {std}, but {backbone} brings its own; allowed: None (pixels='unit')"
+            f"mean is {shown(mean)} and std is {shown(std)}, but {backbone} brings its own; allowed: None (pixels='unit')"
         )
     if input_shape[-1] != 3:
         raise ConfigError(f"input_shape is {tuple(input_shape)}; allowed for transfer: three channels")
@@ -126,7 +126,7 @@ def _pretrained(backbone: str, x: keras.KerasTensor, weights: str | None) -> ker
     """Returns the backbone, without its top, as one graph with its input `x`. Raises as `build` does."""
     application = getattr(keras.applications, BACKBONES[backbone].application)
     if weights not in ("imagenet", None) and not os.path.isfile(weights):
-        raise ConfigError(f"weights is {weights!r}; allowed: 'imagenet', an existing file, or None")
+        raise ConfigError(f"weights is {shown(weights)}; allowed: 'imagenet', an existing file, or None")
     options = dict(include_top=False, input_tensor=x, input_shape=x.shape[1:])
     if weights is None:
         return application(weights=None, **options)
