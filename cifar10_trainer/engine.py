@@ -30,6 +30,7 @@ from .models.initial import initial_model
 from .models.own import plain_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
 
+SMALL_BATCH = 128  # for the evaluation of at most so many images
 EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding
 
 PerReplica: TypeAlias = Any  # a tensor, or under a strategy of several replicas one tensor for each
@@ -494,6 +495,8 @@ class Engine:
             "loss" and "accuracy" (0-1): means over all n images.
         """
         size = EVALUATION_BATCH
+        if len(images) <= SMALL_BATCH:  # of so few images padding would be most of the work
+            size = min(size, SMALL_BATCH)
         rounds = -(-len(images) // (size * self.replicas))
         starts = [(r * self.replicas + i) * size for r in range(rounds) for i in self._replica_ids]
         all_images, all_labels = tf.constant(images), tf.constant(labels, tf.int32)

@@ -48,8 +48,8 @@ class _Found:
     cut: bool  # whether validation and test images are cut from "train"
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def pairs(self) -> dict[str, list[tuple[str, int]]]:
-        """Part -> (file, label) of each picture; "train" and "test" are among the parts."""
+    def pairs(self, only: str | None = None) -> dict[str, list[tuple[str, int]]]:
+        """Part -> (file, label) of each picture; "train" and "test" are among the parts. only: the part that is not empty."""
         numbers = {name: label for label, name in enumerate(self.files["train"])}
         pairs = {
             part: [(file, numbers[name]) for name, inside in classes.items() for file in inside]
@@ -57,7 +57,8 @@ class _Found:
         }
         if self.cut:
             pairs["train"], pairs["test"] = _cut(pairs["train"])
-        return {"test": [], **pairs}
+        pairs.setdefault("test", [])
+        return {part: pairs[part] if only in (None, part) else [] for part in pairs}
 
 
 def _to_stderr(text: str) -> None:
@@ -104,15 +105,9 @@ def load_folder(
     if not 0 <= max_bad < 1:
         raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
     root, log = _existing(data_dir), log or _to_stderr
-    try:  # before the first picture is read, so that a mistake shows at once
-        found = _scan(root) if files is None else _recorded(files)
-    except OSError as error:
-        place = readable(error.filename or root)
-        raise RunError(f"cannot read {place}: {reason_of(error)}; correct that") from error
+    found = _find(root, files)
     _log_left_out(found.left_out, root, strict, log)
-    pairs = found.pairs()
-    if only is not None:
-        pairs = {part: pairs[part] if part == only else [] for part in pairs}
+    pairs = found.pairs(only)
     total = sum(map(len, pairs.values()))
     check_fits(total * size * size * 3, f"{readable(root)}, {total:,} pictures of {size} x {size} pixels")
     bad: list[tuple[str, str]] = []
@@ -135,6 +130,17 @@ def load_folder(
         validation,
         listed,
     )
+
+
+def _find(root: Path, files: Sequence[Row] | None) -> _Found:
+    """The files of an earlier run, or what is in the folder. Raises ConfigError and RunError as `load_folder` does."""
+    if files is not None:
+        return _recorded(files)
+    try:
+        return _scan(root)
+    except OSError as error:
+        place = readable(error.filename or root)
+        raise RunError(f"cannot read {place}: {reason_of(error)}; correct that") from error
 
 
 def _existing(data_dir: str | os.PathLike[str] | None) -> Path:

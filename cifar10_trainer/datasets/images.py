@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import os
-import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..config import RESIZES
 from ..errors import RunError, reason_of, unknown
+from ..files import regular_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -152,20 +152,11 @@ def _missing_reader(path: str | os.PathLike[str], formats: tuple[str, ...]) -> s
 @contextlib.contextmanager
 def _open_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a regular file. Anything else, as a pipe or a device, is refused before it can block."""
-    _check_file(os.stat(path))
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as file:
-        _check_file(os.fstat(descriptor))  # it may have been replaced in between
+    regular_file(path, MAX_BYTES)
+    # Without blocking, because the file may be replaced by a pipe just now.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
         yield file
-
-
-def _check_file(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise Unreadable("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
-    if status.st_size == 0:
-        raise Unreadable("it is empty")
-    if status.st_size > MAX_BYTES:
-        raise Unreadable(f"it has {status.st_size:,} bytes; allowed: at most {MAX_BYTES:,}")
 
 
 def looks_like_image(path: str | os.PathLike[str]) -> bool:
@@ -173,7 +164,7 @@ def looks_like_image(path: str | os.PathLike[str]) -> bool:
     try:
         with _open_file(path) as file:
             start = file.read(12)
-    except (OSError, Unreadable):
+    except OSError:
         return False
     return start.startswith(_STARTS) or start[4:8] == b"ftyp"
 
