@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 
 from . import cli
-from .config import DATASETS, PRECISIONS, STRATEGIES, Config
+from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
 from .errors import ConfigError, reason_of, shown, unknown
 from .files import parse_json, regular_file
 from .machine import PROCESS_START
@@ -20,7 +20,7 @@ Trains a recipe on CIFAR-10, or on images of your own, and evaluates it.
 Examples:
   python -m cifar10_trainer --epochs=40 --strategy=mirrored
   python -m cifar10_trainer --dataset=digits --epochs=10          (offline, a minute)
-  python -m cifar10_trainer --dataset=folder --data_dir=pictures  (pictures/train/<class>/*)"""
+  python -m cifar10_trainer --dataset=folder --data_dir=pictures  (pictures/<class>/*)"""
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
@@ -42,8 +42,16 @@ _define(
     "a TFDS directory, an official archive, its extracted folder, or a folder of images; default: "
     "$CIFAR10_TRAINER_DATA, then the caches of TFDS, Keras and torchvision, then a download",
 )
-_define(flags.DEFINE_float, "epochs", "passes over the training images; default: the recipe's")
-_define(flags.DEFINE_integer, "batch_size", "images in a step, over all replicas; default: the recipe's")
+_define(
+    flags.DEFINE_float,
+    "epochs",
+    "passes over the training images; default: the recipe's, for a folder by its size",
+)
+_define(
+    flags.DEFINE_integer,
+    "batch_size",
+    "images in a step, over all replicas; default: the recipe's, for a folder by its size",
+)
 _define(flags.DEFINE_float, "learning_rate", "peak learning rate; default: the recipe's")
 _define(
     flags.DEFINE_integer, "seed", "the seed of initial weights, order and augmentation; default: the recipe's"
@@ -61,6 +69,28 @@ _define(
     flags.DEFINE_integer,
     "folds",
     "k-fold cross-validation: train K times, each time with another part of the training images held out",
+)
+_define(
+    flags.DEFINE_string,
+    "resize",
+    f"how a folder's images are resized, one of {', '.join(RESIZES)}: squash the whole image, crop to its middle, or pad "
+    "with black; default: squash",
+)
+_define(
+    flags.DEFINE_string,
+    "class_weights",
+    f"one of {', '.join(CLASS_WEIGHTS)}; balanced: all classes count the same in the loss, whatever their numbers of images",
+)
+_define(
+    flags.DEFINE_boolean,
+    "strict",
+    "refuse a folder with files that are no images, or cannot be read, rather than leave them out",
+    False,
+)
+_define(
+    flags.DEFINE_float,
+    "max_bad",
+    "the share of a folder's images, 0-1, that may be left out because they cannot be read; default: 0.05",
 )
 _define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
 _define(
@@ -129,6 +159,8 @@ def config_from_flags() -> Config:
         for flag, name in {
             "dataset": "dataset",
             "image_size": "image_size",
+            "resize": "resize",
+            "class_weights": "class_weights",
             "epochs": "epochs",
             "batch_size": "batch_size",
             "seed": "seed",
@@ -156,7 +188,16 @@ def config_from_flags() -> Config:
             changes[name.replace(".", "__")] = parse_json(value)
         except ValueError:
             changes[name.replace(".", "__")] = value
+    if changes.get("dataset", config.dataset) == "folder" and not FLAGS.config:
+        # Whoever has 30 images, or 300,000, should not have to know what suits them. What a flag sets is not changed.
+        changes.setdefault("adapt", [name for name in ADAPTABLE if name not in changes])
     return config.override(**changes)
+
+
+def folder_options() -> dict[str, Any]:
+    """What --strict and --max_bad ask for, as `train_and_evaluate` takes it."""
+    options = {"strict": FLAGS.strict, "max_bad": FLAGS.max_bad}
+    return {name: value for name, value in options.items() if FLAGS[name].present}
 
 
 def list_recipes() -> None:
@@ -184,6 +225,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--quiet and --verbose; allowed: one of the two")
     verbose = 0 if FLAGS.quiet else 1 if FLAGS.verbose else "auto"
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
+    where["folder_options"] = folder_options()
     if FLAGS.folds is None:
         cli.import_tensorflow()
         from .training import train_and_evaluate

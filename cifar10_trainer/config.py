@@ -22,6 +22,10 @@ STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 PIXELS = ("unit", "centred", "standardised")
 SPLITS = ("stratified", "last")
+RESIZES = ("squash", "crop", "pad")
+CLASS_WEIGHTS = ("none", "balanced")
+# What a run may choose by the number of its images, see `adaptation`.
+ADAPTABLE = ("batch_size", "epochs", "validation_fraction", "validation_interval")
 FLIPS = ("none", "random", "alternating")
 FILLS = ("reflect", "nearest", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
@@ -35,6 +39,7 @@ RECORDED = (  # what config.json holds besides the Config
     "command",
     "environment",
 )
+YOUNGER = ("resize", "class_weights", "adapt")  # settings that `Config.to_dict` leaves out at their defaults
 FLOAT32_TINY, FLOAT32_HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 OPTION_DEPTH = 5  # of the lists in an option
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
@@ -251,6 +256,7 @@ class Config(_Section):
     # data
     dataset: str = "cifar10"
     image_size: int = 32  # the side, in pixels, to which the images of a folder are resized
+    resize: str = "squash"  # how: "squash" the whole image, "crop" to its middle, or "pad" it with black
     validation_fraction: float | None = (
         0.1  # of the training images; None: train on all of them, and keep the last weights
     )
@@ -277,6 +283,8 @@ class Config(_Section):
     # starts on small images. The last one stands for the full size and the others are in proportion to it. Empty: off.
     sizes: tuple[int, ...] = ()
     label_smoothing: float = 0.0
+    # "balanced": the loss of an image counts n / (classes * images of its class) times, over the training images.
+    class_weights: str = "none"
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     averaging: Averaging = field(default_factory=Averaging)
@@ -285,6 +293,9 @@ class Config(_Section):
     views: int = 1  # test-time augmentation (TTA), the mean over views: 2 adds the mirror image, 6 also diagonal shifts
     target: float = 0.85  # the validation accuracy, 0-1, at which the time is reported
     seed: int = 0
+    adapt: tuple[
+        str, ...
+    ] = ()  # the settings, of ADAPTABLE, that the run chooses by the number of its images
 
     # where it runs
     strategy: str = "auto"
@@ -300,13 +311,19 @@ class Config(_Section):
         self._one_of("dataset", DATASETS)
         self._one_of("validation_split", SPLITS)
         self._one_of("pixels", PIXELS)
+        self._one_of("resize", RESIZES)
+        self._one_of("class_weights", CLASS_WEIGHTS)
+        for name in self.adapt:
+            if name not in ADAPTABLE:
+                raise unknown("setting in adapt", name, ADAPTABLE)
         self._one_of("strategy", STRATEGIES)
         self._one_of("precision", PRECISIONS)
         self._between("image_size", 8, 512)
-        if self.image_size != 32 and self.dataset != "folder":
-            raise ConfigError(
-                f"image_size is {shown(self.image_size)}; allowed with the dataset {self.dataset}: 32"
-            )
+        for name, only in (("image_size", 32), ("resize", "squash")):
+            if getattr(self, name) != only and self.dataset != "folder":
+                raise ConfigError(
+                    f"{name} is {shown(getattr(self, name))}; allowed with the dataset {self.dataset}: {only}"
+                )
         self._between("epochs", 0, 100_000, exclusive=True)
         self._between("batch_size", 1, 1_000_000)
         if self.validation_fraction is not None:
@@ -345,8 +362,15 @@ class Config(_Section):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The Config as JSON values; `from_dict` is the inverse."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """The Config as JSON values; `from_dict` is the inverse.
+
+        Settings that are younger than version 1.0.0 are left out at their defaults, so that a Config that does not use them
+        is written, and recognised, as before.
+        """
+        values = dataclasses.asdict(self)
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in YOUNGER}
+        values = {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
+        return json.loads(json.dumps(values))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from . import datasets, runtime
+from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
 from .errors import ConfigError, RunError, RunInterrupted, interrupted
@@ -37,6 +39,7 @@ def cross_validate(
     overwrite: bool = False,
     verbose: int | str = "auto",
     since: float | None = None,
+    folder_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Splits the training images into stratified parts, and trains once for each part, validated on it.
 
@@ -48,7 +51,7 @@ def cross_validate(
         config: what to train; its own validation split is replaced.
         folds: the number of parts, 2 to the number of images of the smallest class.
         workdir: the folder of all runs; None: runs/<recipe>-folds-<time>.
-        data_dir, dataset, overwrite, verbose, since: as for `train_and_evaluate`.
+        data_dir, dataset, overwrite, verbose, since, folder_options: as for `train_and_evaluate`.
 
     Returns:
         The contents of folds.json: recipe, dataset, folds, seed, n_train, val_accuracy_mean, val_accuracy_std (of the
@@ -64,7 +67,11 @@ def cross_validate(
     strategy, _ = runtime.choose_strategy(config.strategy)
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
-    data = _without_test_images(dataset or datasets.load(config.dataset, data_dir, config.image_size), folds)
+    if dataset is None:
+        options = {"log": log, **(folder_options or {})}
+        dataset = datasets.load(config.dataset, data_dir, config.image_size, config.resize, **options)
+    data = _without_test_images(dataset, folds)
+    config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
     taken = ("n_validation", "epochs", "best_epoch", "train_seconds")
@@ -86,6 +93,19 @@ def cross_validate(
     write_json(workdir / FOLDS_FILE, summary)
     log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
+
+
+def _adapted(config: Config, folds: int, n: int, replicas: int, log: Callable[..., None]) -> Config:
+    """The config with what its `adapt` names chosen for n images, of which each fold holds out its share."""
+    if not config.adapt:
+        return config
+    free = tuple(name for name in config.adapt if name != "validation_fraction")
+    before = config.override(validation_fraction=1 / folds, adapt=free)
+    after = adapt(before, n, False, replicas)
+    text = in_words(before, after, n)
+    if text:
+        log(text)
+    return after
 
 
 def _check_not_finished(workdir: Path, overwrite: bool) -> None:

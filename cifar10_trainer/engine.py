@@ -30,6 +30,7 @@ from .models.initial import initial_model
 from .models.own import plain_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
 
+SMALL_BATCH = 128  # for the evaluation of at most so many images
 EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding
 
 PerReplica: TypeAlias = Any  # a tensor, or under a strategy of several replicas one tensor for each
@@ -115,6 +116,7 @@ class Engine:
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.step = 0
         self.running = RunningMetrics()
+        self.class_weights = _class_weights(config.class_weights, labels, num_classes)
         with strategy.scope():
             self._make_variables()
         self._place_data(images, labels)
@@ -224,10 +226,15 @@ class Engine:
             logits, non_trainable, penalties = self.training_model.stateless_call(
                 weights, non_trainable, images, training=True, return_losses=True
             )
+            aims, image_weights = targets, None
+            if self.class_weights is not None:
+                aims, image_weights = weigh(targets, self.class_weights)
             smoothing = self.config.label_smoothing
-            smoothed = targets * (1 - smoothing) + smoothing / self.num_classes
+            smoothed = aims * (1 - smoothing) + smoothing / self.num_classes
             logits = tf.cast(logits, tf.float32)  # in 16 bits where a user's own model ends in a nested one
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)
+            if image_weights is not None:
+                losses *= image_weights
             # Keras optimizers sum over replicas, so each replica adds its share of the mean over the global batch.
             loss = tf.reduce_sum(losses) / self.config.batch_size
             objective = loss + tf.add_n(penalties) / self.replicas if penalties else loss
@@ -488,6 +495,8 @@ class Engine:
             "loss" and "accuracy" (0-1): means over all n images.
         """
         size = EVALUATION_BATCH
+        if len(images) <= SMALL_BATCH:  # of so few images padding would be most of the work
+            size = min(size, SMALL_BATCH)
         rounds = -(-len(images) // (size * self.replicas))
         starts = [(r * self.replicas + i) * size for r in range(rounds) for i in self._replica_ids]
         all_images, all_labels = tf.constant(images), tf.constant(labels, tf.int32)
@@ -568,6 +577,32 @@ class Engine:
         """Copies the weights trained so far into the plain model, and returns it."""
         self.model.set_weights(self.training_model.get_weights())
         return self.model
+
+
+def _class_weights(kind: str, labels: np.ndarray, num_classes: int) -> np.ndarray | None:
+    """The weight of each class, float32 [classes]: n / (classes * images of the class). None for "none"."""
+    if kind == "none":
+        return None
+    counts = np.maximum(np.bincount(labels, minlength=num_classes), 1)
+    return (len(labels) / (num_classes * counts)).astype(np.float32)
+
+
+def weigh(targets: tf.Tensor, class_weights: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+    """The targets and weights of images whose loss counts as their class weighs.
+
+    An image that is mixed of two counts as both do: the cross-entropy with the targets, times the weight, is the sum over the
+    classes of share * weight of the class * cross-entropy with that class.
+
+    Args:
+        targets: float32 [batch, classes], rows that sum to 1.
+        class_weights: float32 [classes], above 0.
+
+    Returns:
+        targets of the same shape, and weights float32 [batch].
+    """
+    weighted = targets * class_weights
+    weights = tf.reduce_sum(weighted, axis=1)
+    return weighted / weights[:, None], weights
 
 
 def padded_slice(

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from . import archives, cli, datasets, report
-from .config import DATASETS
+from . import archives, cli, datasets, measures, report
+from .config import DATASETS, RESIZES
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError, cut, shown
@@ -42,6 +42,10 @@ _define(flags.DEFINE_string, "workdir", "a run folder; its model is scored on it
 _define(flags.DEFINE_string, "model", "a .keras or .h5 file, instead of --workdir")
 _define(flags.DEFINE_enum, "dataset", "default: the run's, else cifar10", enum_values=DATASETS)
 _define(flags.DEFINE_string, "data_dir", "where the data set is; default: the run's")
+_define(
+    flags.DEFINE_enum, "resize", "how a folder's images are resized; default: as the run did, else squash",
+    enum_values=RESIZES,
+)  # fmt: skip
 _define(
     flags.DEFINE_enum, "split", "the images to score; default: test, or validation if there are no test images",
     enum_values=SPLITS,
@@ -242,6 +246,38 @@ def default_split(dataset: datasets.Dataset, settings: dict[str, Any]) -> str:
     return "validation"
 
 
+def load_images(name: str, data_dir: str | None, size: int, settings: dict[str, Any]) -> datasets.Dataset:
+    """The data set to score. A folder is read as the run read it: its files, in the parts that the run used them for.
+
+    Files that came into the folder since then are in no part. Where --data_dir names another folder, which lacks files of
+    the run, it is read as a data set of its own.
+
+    Args:
+        name, data_dir: of the data set.
+        size: the side of the model's images.
+        settings: of the run; empty: none.
+    """
+    if name != "folder":  # the others have one size
+        return datasets.load(name, data_dir)
+    resize = FLAGS.resize or settings.get("resize", "squash")
+    rows = RunFolder(FLAGS.workdir).read_split() if settings else None
+    if rows and FLAGS.data_dir and not all((Path(FLAGS.data_dir) / file).exists() for file, *_ in rows):
+        rows = None
+    has_test = any(part == "test" for _, _, part in rows or ())
+    only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
+    return datasets.load(name, data_dir, size, resize, files=rows, only=only)
+
+
+def measured(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """`score`, with the balanced accuracy and the 95% interval of the accuracy. Arguments as of `score`."""
+    numbers, classes = score(labels, probabilities), probabilities.shape[1]
+    return {
+        **numbers,
+        "balanced_accuracy": measures.balanced_accuracy(labels, probabilities.argmax(axis=1), classes),
+        "accuracy_interval": list(measures.wilson_interval(numbers["accuracy"], numbers["n"])),
+    }
+
+
 def first_predictions(
     labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], count: int
 ) -> list[dict[str, Any]]:
@@ -289,8 +325,7 @@ def main(argv: list[str]) -> None:
     # ---- the model and images that fit it
     cli.import_tensorflow()
     model = load_model(path)
-    size = {"image_size": model.input_shape[1]} if name == "folder" else {}  # the others have one size
-    dataset = datasets.load(name, data_dir, **size)
+    dataset = load_images(name, data_dir, model.input_shape[1], settings)
     check_fit(model, dataset)
     trained_on = settings.get("class_names")
     if trained_on is not None and list(dataset.class_names) != list(trained_on):
@@ -303,7 +338,7 @@ def main(argv: list[str]) -> None:
 
     # ---- the scores
     probabilities = predict_probabilities(model, images, FLAGS.batch_size, views)
-    numbers = score(labels, probabilities)
+    numbers = measured(labels, probabilities)
     predictions = first_predictions(labels, probabilities, dataset.class_names, FLAGS.show)
     if FLAGS.json:
         about = {"model": str(path), "dataset": name, "source": dataset.source, "split": split}
@@ -314,7 +349,11 @@ def main(argv: list[str]) -> None:
         )
         return
     print(f"{path} on {numbers['n']:,} {split} images of {name} ({dataset.source}), views: {views}")
-    print(f"accuracy {numbers['accuracy']:.4f}   loss {numbers['loss']:.4f}\n")
+    interval = measures.interval_in_words(numbers["accuracy"], numbers["n"])
+    balanced = "" if name in report.BALANCED else f"   balanced accuracy {numbers['balanced_accuracy']:.4f}"
+    print(
+        f"accuracy {numbers['accuracy']:.4f}{f' ({interval})' if interval else ''}   loss {numbers['loss']:.4f}{balanced}\n"
+    )
     for a in predictions:
         print(f"image {a['image']}: {a['true']}, predicted {a['predicted']} ({a['probability']:.4f})")
     print(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,17 @@ import numpy as np
 from absl import flags
 
 from . import cli, datasets, evaluate
-from .errors import ConfigError
+from .config import RESIZES
+from .datasets.folder import find_pictures
+from .datasets.images import SUFFIXES, open_formats, readable
+from .errors import ConfigError, RunError, reason_of
+from .machine import cpu_count
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     import keras
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+BLOCK_BYTES = 2**28  # of pixels that are labelled at a time
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
@@ -37,32 +42,41 @@ _define(
     "class_names",
     "names of the classes, in order; default: those in the run folder, else numbers",
 )
+_define(
+    flags.DEFINE_enum, "resize", "how images are resized; default: as for training, else squash",
+    enum_values=RESIZES,
+)  # fmt: skip
 _define(flags.DEFINE_integer, "top_k", "how many labels to show for each image", 3, lower_bound=1)
 _define(flags.DEFINE_boolean, "json", "print one JSON object a line", False)
 
 USAGE = """usage: python -m cifar10_trainer.predict --workdir=RUN | --model=FILE IMAGE... [flags]
 
-Labels image files; a folder stands for the images in it.
+Labels image files; a folder stands for the images in it and in its folders. Files that cannot be read are named on
+stderr, and the exit status is then 1.
 Examples:
   python -m cifar10_trainer.predict --workdir=runs/mine cat.jpg holiday/
   python -m cifar10_trainer.predict --model=model.keras --json cat.jpg"""
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The image files: each argument or, where it is a folder, the images directly in it, sorted by name.
+    """The image files: each argument or, where it is a folder, the images in it and in the folders within it, sorted.
 
     Raises ConfigError where an argument does not exist, and where a folder holds no images.
     """
     paths: list[Path] = []
     for argument in map(Path, arguments):
         if argument.is_dir():
-            inside = sorted(p for p in argument.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            try:
+                inside = [Path(path) for path in find_pictures(argument)]
+            except OSError as error:
+                place = readable(error.filename or argument)
+                raise RunError(f"cannot read {place}: {reason_of(error)}; correct that") from error
             if not inside:
                 raise ConfigError(
                     f"no images in {argument}; allowed: files that end in {', '.join(SUFFIXES)}"
                 )
             paths += inside
-        elif argument.exists():
+        elif argument.exists() or argument.is_symlink():
             paths.append(argument)
         else:
             raise ConfigError(f"no image at {argument}; allowed: image files and folders of them")
@@ -77,7 +91,10 @@ def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
 
 
 def predict_images(
-    model: keras.Model, images: Sequence[str | Path] | np.ndarray, class_names: Sequence[str] | None = None
+    model: keras.Model,
+    images: Sequence[str | Path] | np.ndarray,
+    class_names: Sequence[str] | None = None,
+    resize: str = "squash",
 ) -> list[dict[str, Any]]:
     """Labels images. Files are all read before the first is predicted.
 
@@ -85,6 +102,7 @@ def predict_images(
         model: as from `evaluate.load_model`.
         images: image files, or raw pixels uint8 [n, height, width, 3] in the model's size.
         class_names: one for each output of the model; None: numbers from 0.
+        resize: how files are resized, "squash", "crop" or "pad", see `datasets.read_image`: as for training.
 
     Returns:
         for each image {"file": its name, or its number from 0, "label", "probability", "probabilities": {class name:
@@ -94,13 +112,7 @@ def predict_images(
         ConfigError: if the class names do not fit the model.
     """
     height, width, _ = model.input_shape[1:]
-    classes = model.output_shape[-1]
-    names = tuple(map(str, range(classes)) if class_names is None else class_names)
-    if len(names) != classes or len(set(names)) != classes:
-        raise ConfigError(
-            f"{len(names)} class names ({', '.join(names)}) for a model of {classes} classes;"
-            f" allowed: {classes} different ones (--class_names=a,b,...)"
-        )
+    names = _check_class_names(model, class_names)
     if isinstance(images, np.ndarray):
         pixels, files = images, [str(i) for i in range(len(images))]
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
@@ -111,7 +123,26 @@ def predict_images(
         files = [str(path) for path in images]
         pixels = np.zeros((len(files), height, width, 3), np.uint8)
         for image, path in zip(pixels, files, strict=True):
-            image[:] = datasets.read_image(path, (height, width))
+            image[:] = datasets.read_image(path, (height, width), resize)
+    return _label(model, pixels, files, names)
+
+
+def _check_class_names(model: keras.Model, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """The class names; numbers for None. Raises ConfigError where they do not fit the model."""
+    classes = model.output_shape[-1]
+    names = tuple(map(str, range(classes)) if class_names is None else class_names)
+    if len(names) != classes or len(set(names)) != classes:
+        raise ConfigError(
+            f"{len(names)} class names ({', '.join(names)}) for a model of {classes} classes;"
+            f" allowed: {classes} different ones (--class_names=a,b,...)"
+        )
+    return names
+
+
+def _label(
+    model: keras.Model, pixels: np.ndarray, files: Sequence[str], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What `predict_images` returns, of pixels in the model's size."""
     results = []
     for file, row in zip(files, evaluate.predict_probabilities(model, pixels), strict=True):
         ranked = [(names[c], float(f"{row[c]:.6g}")) for c in np.argsort(-row, kind="stable")]
@@ -122,13 +153,56 @@ def predict_images(
     return results
 
 
+def label_files(
+    model: keras.Model, paths: Sequence[Path], names: Sequence[str], resize: str
+) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Labels the files that can be read, some at a time, so that memory does not grow with their number.
+
+    Args:
+        model: as from `evaluate.load_model`.
+        paths: any number of image files.
+        names: one for each output of the model.
+        resize: see `predict_images`.
+
+    Returns:
+        results as those of `predict_images`, and an error for each file that cannot be read.
+    """
+    height, width, _ = model.input_shape[1:]
+    count = max(1, BLOCK_BYTES // (height * width * 3))
+    _check_class_names(model, names)
+
+    def read(path: Path) -> np.ndarray | str:
+        try:
+            return datasets.read_image(path, (height, width), resize)
+        except RunError as error:
+            return str(error)
+
+    open_formats()  # not in several threads at once
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        for start in range(0, len(paths), count):
+            block = paths[start : start + count]
+            read_ones = list(zip(block, pool.map(read, block), strict=True))
+            good = [(str(path), image) for path, image in read_ones if not isinstance(image, str)]
+            results = []
+            if good:
+                results = _label(model, np.stack([i for _, i in good]), [f for f, _ in good], names)
+            yield results, [image for _, image in read_ones if isinstance(image, str)]
+
+
+def find_resize(model_path: str | Path) -> str:
+    """How the images were resized for training, by the config.json beside the model; where there is none, "squash"."""
+    folder = RunFolder(Path(model_path).parent)
+    resize = folder.read_config().get("resize", "squash") if folder.config_file.is_file() else "squash"
+    return resize if resize in RESIZES else "squash"
+
+
 def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
     """`results` as aligned text: file, label, probability, then further labels, `top_k` in all."""
     rows = [("file", "label", "probability", "then" if top_k > 1 else "")]
     for result in results:
         following = list(result["probabilities"].items())[1:top_k]
         then = ", ".join(f"{name} {p:.4f}" for name, p in following)
-        rows.append((result["file"], result["label"], f"{result['probability']:.4f}", then))
+        rows.append((readable(result["file"]), result["label"], f"{result['probability']:.4f}", then))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -145,12 +219,22 @@ def main(argv: list[str]) -> None:
     cli.import_tensorflow()
     model = evaluate.load_model(path)
     names = FLAGS.class_names or find_class_names(path, model.output_shape[-1])
-    results = predict_images(model, paths, names)
-    if FLAGS.json:
-        for result in results:
-            print(json.dumps(result))
-    else:
+    resize = FLAGS.resize or find_resize(path)
+    results: list[dict[str, Any]] = []
+    unreadable = 0
+    for block, errors in label_files(model, paths, names, resize):
+        for error in errors:
+            print(error, file=sys.stderr)
+        unreadable += len(errors)
+        if FLAGS.json:
+            for result in block:
+                print(json.dumps(result))
+        else:
+            results += block  # the widths of the table depend on all of them
+    if results:
         print(table(results, FLAGS.top_k))
+    if unreadable:
+        raise RunError(f"{unreadable:,} of {len(paths):,} images cannot be read; repair or remove them")
 
 
 def command() -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import measures
 from .figures import (
     class_distribution,
     confusion_matrix,
@@ -32,6 +33,7 @@ NO_TEST_IMAGES = (
     " weights, so expect a little less on new images."
 )
 
+Tile = tuple[str, str, str]  # value, what it is, detail
 NOT_SCORED = "its images were not scored"
 NOTHING_TO_SCORE = "there are neither test nor validation images"
 FIGURES = {
@@ -42,6 +44,10 @@ FIGURES = {
     "sample_images": "Images of each class",
     "random_samples": "Images at random",
 }
+BALANCED = (
+    "cifar10",
+    "digits",
+)  # data sets whose classes are of one size, so that accuracy is balanced accuracy
 SCORED_FIGURES = ("confusion_matrix", "misclassified_examples")
 
 
@@ -88,6 +94,7 @@ def write_report(
 
     # ---- the parts about the score
     scored, note, text, accuracy = "test", "", "", None
+    balance: list[Tile] = []
     images, labels = dataset.test_images, dataset.test_labels
     if len(labels) == 0:
         scored, note, images, labels = "validation", NO_TEST_IMAGES, val_images, val_labels
@@ -99,6 +106,10 @@ def write_report(
         assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
         predicted = test_probabilities.argmax(axis=1)
         accuracy = float((predicted == labels).mean())
+        if dataset.name not in BALANCED:
+            balanced = measures.balanced_accuracy(labels, predicted, len(names))
+            recall = measures.smallest_class_recall(labels, predicted, train_labels, len(names))
+            balance = [(f"{balanced:.2%}", "balanced accuracy", f"smallest class's recall {recall:.2%}")]
         text = classification_report(labels, predicted, names)
         confusion_matrix(labels, predicted, names, drawn["confusion_matrix"], scored)
         path = drawn["misclassified_examples"]
@@ -107,31 +118,37 @@ def write_report(
     # ---- the two texts
     text = "\n\n".join(filter(None, (note, text.rstrip()))) + "\n"
     write_atomic(folder.classification_report_file, text)
-    tiles = _tiles(metrics, scored, n, accuracy)
+    tiles = _tiles(metrics, scored, n, accuracy, balance)
     page = _page(tiles, note, drawn, text, config=config, metrics=metrics, history=history)
     write_atomic(folder.report_file, page)
 
 
-Tile = tuple[str, str, str]  # value, what it is, detail
-
-
-def _tiles(metrics: Mapping[str, Any], scored: str, n: int, accuracy: float | None) -> list[Tile]:
-    """The key figures at the head of the page, without those that the run lacks."""
+def _tiles(
+    metrics: Mapping[str, Any],
+    scored: str,
+    n: int,
+    accuracy: float | None,
+    balance: Sequence[Tile] = (),
+) -> list[Tile]:
+    """The key figures at the head of the page, without those that the run lacks. balance: to stand beside the accuracy."""
     get = metrics.get
     tiles: list[Tile] = []
     if accuracy is not None:
         averaged = get("views") not in (None, 1)
         tta = f", TTA of {get('views')} views" if averaged else ""
-        tiles.append((f"{accuracy:.2%}", f"{scored} accuracy", f"{n:,} images{tta}"))
+        interval = measures.interval_in_words(accuracy, n)
+        detail = ", ".join(filter(None, (f"{n:,} images{tta}", interval)))
+        tiles.append((f"{accuracy:.2%}", f"{scored} accuracy", detail))
+        tiles += balance
         if averaged and get("test_accuracy") is not None:
             tiles.append((f"{get('test_accuracy'):.2%}", "test accuracy", "without TTA"))
     best, target, seconds = get("best_val_accuracy"), get("target"), get("seconds_to_target")
     if best is not None:
         # With TTA, a score on the same images stands beside it, and differs.
         without = ", without TTA" if scored == "validation" and get("views") not in (None, 1) else ""
-        tiles.append(
-            (f"{best:.2%}", "best validation accuracy", f"epoch {_text(get('best_epoch'))}{without}")
-        )
+        interval = measures.interval_in_words(best, get("n_validation") or 0)
+        detail = f"epoch {_text(get('best_epoch'))}{without}" + (f", {interval}" if interval else "")
+        tiles.append((f"{best:.2%}", "best validation accuracy", detail))
     if best is not None and target is not None:
         what = f"to {100 * target:.4g}% on validation"
         if seconds is None:

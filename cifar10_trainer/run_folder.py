@@ -39,12 +39,14 @@ RUN_FILES = (  # what a run writes, and --overwrite removes
     "model.keras",
     "model.h5",
     "state.npz",
+    "split.csv",
     "classification_report.txt",
     "report.html",
     "figures",
     "tensorboard",
 )
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
+SPLIT_COLUMNS = ("file", "class", "part")
 
 
 class RunFolder:
@@ -62,6 +64,7 @@ class RunFolder:
         self.model_file = self.path / "model.keras"
         self.hdf5_file = self.path / "model.h5"
         self.state_file = self.path / "state.npz"
+        self.split_file = self.path / "split.csv"
         self.classification_report_file = self.path / "classification_report.txt"
         self.report_file = self.path / "report.html"
         self.figures = self.path / "figures"
@@ -151,6 +154,35 @@ class RunFolder:
         except (OSError, ValueError, csv.Error) as error:
             raise RunError(f"cannot read {path}: {error}") from error
 
+    # ---- split.csv
+
+    def write_split(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """Writes split.csv: file, class and part of each picture of a folder; without pictures, nothing. Raises RunError.
+
+        The names need not be UTF-8.
+        """
+        rows = list(rows)
+        if not rows:
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(SPLIT_COLUMNS)
+        writer.writerows(rows)
+        write_atomic(self.split_file, text.getvalue().encode("utf-8", "surrogateescape"))
+
+    def read_split(self) -> list[tuple[str, str, str]] | None:
+        """The rows of split.csv; None where there is none, as in runs on other data. Raises RunError where it is damaged."""
+        if not self.split_file.exists():
+            return None
+        try:
+            with open(self.split_file, newline="", encoding="utf-8", errors="surrogateescape") as file:
+                head, *rows = csv.reader(file, strict=True)
+            if tuple(head) != SPLIT_COLUMNS or any(len(row) != len(head) for row in rows):
+                raise ValueError(f"its columns are not {', '.join(SPLIT_COLUMNS)}")
+            return [(file, name, part) for file, name, part in rows]
+        except (OSError, ValueError, csv.Error) as error:
+            raise RunError(f"cannot read {self.split_file}: {error}") from error
+
     # ---- model.keras
 
     def save_model(self, model: keras.Model, path: Path | None = None) -> None:
@@ -203,13 +235,24 @@ class RunFolder:
                 f"{self.config_file} is damaged ({error}); choose another --workdir, or replace it with --overwrite"
             ) from error
         ours = config.to_dict()
-        different = [key for key in ours if there.get(key) != ours[key]]
+        different = [key for key in {**ours, **there} if there.get(key) != ours.get(key)]
         if different:
             key = different[0]
             raise ConfigError(
-                f"{self} holds an unfinished run of another configuration ({key} {shown(there.get(key))}, now {shown(ours[key])});"
+                f"{self} holds an unfinished run of another configuration ({key} {shown(there.get(key))}, now {shown(ours.get(key))});"
                 f" choose another --workdir, or replace it with --overwrite"
             )
+
+    def resume(self, config: Config) -> tuple[Config, dict[str, np.ndarray] | None]:
+        """`unfinished_state` of `config`, with the values that the run chose for the settings in `config.adapt`."""
+        if config.adapt and self.has_run() and not self.is_finished():
+            try:
+                there = Config.from_record(self.read_config())
+            except (RunError, ValueError, TypeError):
+                pass  # `unfinished_state` reports it
+            else:
+                config = config.override(**{name: getattr(there, name) for name in config.adapt}, adapt=())
+        return config, self.unfinished_state(config)
 
     def damaged_state(self, error: Exception) -> RunError:
         """The one-line error for a state.npz that cannot be used."""

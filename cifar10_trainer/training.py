@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import datasets, models, report, runtime, scoring
+from . import adaptation, datasets, measures, models, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
@@ -28,6 +28,14 @@ from .models import own
 from .run_folder import RunFolder
 
 Log = Callable[[str], None]
+SCORES = (
+    "test_loss",
+    "test_accuracy",
+    "test_accuracy_views",
+    "test_balanced_accuracy",
+    "test_smallest_class_recall",
+)
+FEW_IMAGES = 10  # of a class to train on, below which a run warns
 
 
 def train_and_evaluate(
@@ -48,6 +56,7 @@ def train_and_evaluate(
     score_test: bool = True,
     hdf5: bool = False,
     since: float | None = None,
+    folder_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
 
@@ -74,6 +83,7 @@ def train_and_evaluate(
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
         score_test: whether to score the test images; a search does not.
         hdf5: whether to write the model in the older format as well, as model.h5.
+        folder_options: `strict` and `max_bad` of a folder of images, see `datasets.load`.
         since: when this run's clock began, as from `time.time()`; None: with this call.
 
     Returns:
@@ -85,7 +95,6 @@ def train_and_evaluate(
     since = time.time() if since is None else since
     verbose = runtime.verbosity(verbose)
     log: Log = print if verbose else (lambda text: None)
-
     _check_sources(data, dataset, data_dir, (validation_data, test_data, class_names))
 
     # ---- strategy, precision, folder
@@ -98,12 +107,13 @@ def train_and_evaluate(
     log(f"precision: {policy}: {reason}")
 
     with folder.lock() if chief else contextlib.nullcontext():
-        saved = None if overwrite else folder.unfinished_state(config)
+        config, saved = (config, None) if overwrite else folder.resume(config)
         # ---- data and model
         given = data if data is not None else dataset
         if given is None:
-            given = datasets.load(config.dataset, data_dir, config.image_size)
+            given = _load(config, data_dir, folder if saved else None, folder_options, log)
         found = datasets.as_dataset(given, validation_data, test_data, class_names)
+        config = _adapt(config, found, strategy, log)
         fingerprint = datasets.fingerprint(found)
         engine, found, validation = _prepare(config, found, model, strategy, policy, log)
         digest = None if model is None else own.digest(engine.model)
@@ -120,6 +130,7 @@ def train_and_evaluate(
             log(f"resumed at step {engine.step:,} of {engine.steps:,}")
         if chief:
             folder.write_config(record)
+            folder.write_split(datasets.file_rows(found))
 
         # ---- train
         _train(loop, validation, folder)
@@ -140,13 +151,9 @@ def train_and_evaluate(
         if chief:
             if full_report:
                 report.write_report(
-                    folder,
-                    config=record,
-                    metrics=metrics,
-                    history=loop.history,
-                    dataset=found,
+                    folder, config=record, metrics=metrics, history=loop.history, dataset=found,
                     test_probabilities=probabilities,
-                )
+                )  # fmt: skip
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
     _summarize(log, metrics, folder)
     return metrics
@@ -167,6 +174,67 @@ def _check_sources(data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ..
         )
 
 
+def _load(
+    config: Config,
+    data_dir: str | None,
+    resumed: RunFolder | None,
+    options: Mapping[str, Any] | None,
+    log: Log,
+) -> Dataset:
+    """The data set of the config. resumed: the folder of the run that goes on, with the files that it began with."""
+    files = None if resumed is None else resumed.read_split()
+    return datasets.load(
+        config.dataset, data_dir, config.image_size, config.resize, files=files, log=log, **(options or {})
+    )
+
+
+def _adapt(config: Config, data: Dataset, strategy: tf.distribute.Strategy, log: Log) -> Config:
+    """The config with what `config.adapt` names chosen for the data set."""
+    if not config.adapt:
+        return config
+    n = len(data.train_labels)
+    chosen = adaptation.adapt(config, n, data.validation is not None, strategy.num_replicas_in_sync)
+    text = adaptation.in_words(config, chosen, n)
+    if text:
+        log(text)
+    return chosen
+
+
+def _split_files(config: Config, data: Dataset) -> Mapping[str, tuple[str, ...]] | None:
+    """The files of a folder in the parts in which the run uses them; of other data None."""
+    if data.files is None or data.validation is not None:
+        return data.files
+    numbers = dataclasses.replace(data, train_images=np.arange(len(data.train_labels)))
+    train, _, held_out, _ = _split(config, numbers)
+    files = data.files["train"]
+    return {
+        **data.files,
+        "train": tuple(files[i] for i in train),
+        "validation": tuple(files[i] for i in held_out),
+    }
+
+
+def _split(config: Config, data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`datasets.split` as the config asks for it."""
+    kind, fraction = config.validation_split, config.validation_fraction
+    return datasets.split(data, fraction, kind, config.seed, config.validation_fold)
+
+
+def _log_few(data: Dataset, log: Log) -> None:
+    """Warns of classes with few images, or without validation images."""
+    assert data.validation is not None  # `_prepare` set it
+    names, classes = data.class_names, range(data.num_classes)
+    training, held_out = (
+        np.bincount(labels, minlength=data.num_classes) for labels in (data.train_labels, data.validation[1])
+    )
+    few = [f"{names[k]} ({training[k]})" for k in classes if training[k] < FEW_IMAGES]
+    none = [names[k] for k in classes if len(data.validation[1]) and not held_out[k]]
+    for what, found in (("few images to train on", few), ("no validation image", none)):
+        if found:
+            more = f" and {len(found) - 10} more classes" if len(found) > 10 else ""
+            log(f"warning: {what} of {', '.join(found[:10])}{more}")
+
+
 def _prepare(
     config: Config,
     data: Dataset,
@@ -180,9 +248,7 @@ def _prepare(
     The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
     set, memory holds them once.
     """
-    images, labels, *held_out = datasets.split(
-        data, config.validation_fraction, config.validation_split, config.seed, config.validation_fold
-    )
+    images, labels, *held_out = _split(config, data)
     validation = (held_out[0], held_out[1])
     if not len(validation[1]) and (config.early_stopping is not None or config.schedule.name == "plateau"):
         raise ConfigError(
@@ -205,7 +271,11 @@ def _prepare(
         programs = max(1, len(set(engine.sizes)))
         log(f"XLA compiles {programs} program(s) on the way, which takes about half a minute each")
     del images
-    data = dataclasses.replace(data, train_images=engine.images, train_labels=labels, validation=validation)
+    files = _split_files(config, data)
+    data = dataclasses.replace(
+        data, train_images=engine.images, train_labels=labels, validation=validation, files=files
+    )
+    _log_few(data, log)
     return engine, data, validation
 
 
@@ -266,7 +336,7 @@ def _score(
 
     Without test images: the probabilities of the validation images, and scores of None. Without a model: neither.
     """
-    scores: dict[str, float | None] = {"test_loss": None, "test_accuracy": None, "test_accuracy_views": None}
+    scores: dict[str, float | None] = dict.fromkeys(SCORES)
     has_test = len(data.test_labels) > 0
     images, labels = (data.test_images, data.test_labels) if has_test else validation
     if model is None or len(labels) == 0:
@@ -275,10 +345,15 @@ def _score(
     if has_test:
         plain = scoring.predict_probabilities(model, images) if views > 1 else averaged
         one, several = (scoring.score(labels, p) for p in (plain, averaged))
+        predicted, k = plain.argmax(axis=1), data.num_classes
         scores = {
             "test_loss": one["loss"],
             "test_accuracy": one["accuracy"],
             "test_accuracy_views": several["accuracy"],
+            "test_balanced_accuracy": measures.balanced_accuracy(labels, predicted, k),
+            "test_smallest_class_recall": measures.smallest_class_recall(
+                labels, predicted, data.train_labels, k
+            ),
         }
     return averaged, scores
 
@@ -321,10 +396,18 @@ def _new_folder(config: Config, strategy: tf.distribute.Strategy) -> str:
 
 def _summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
     best = metrics["best_val_accuracy"]
-    validation = "no images held out" if best is None else f"{best:.2%} (epoch {metrics['best_epoch']})"
+    validation = "no images held out"
+    if best is not None:
+        interval = measures.interval_in_words(best, metrics["n_validation"])
+        validation = ", ".join(filter(None, (f"{best:.2%} (epoch {metrics['best_epoch']})", interval)))
     log(f"\n{metrics['recipe']}, {metrics['epochs']} epochs, {metrics['train_seconds']:,.1f} s")
     log(f"  validation accuracy  {validation}")
     log(f"  test accuracy        {_test_in_words(metrics)}")
+    if metrics["test_balanced_accuracy"] is not None and metrics["dataset"] not in report.BALANCED:
+        recall = metrics["test_smallest_class_recall"]
+        log(
+            f"  balanced accuracy    {metrics['test_balanced_accuracy']:.2%}, smallest class's recall {recall:.2%}"
+        )
     goal, at = f"{metrics['target']:.2%}", metrics["seconds_to_target"]
     reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
     log(f"  target {goal:<13} {reached}")
@@ -339,6 +422,8 @@ def _test_in_words(metrics: dict[str, Any]) -> str:
     if metrics["test_accuracy"] is None:
         return "not scored" if metrics["n_test"] else "no test images"
     text = f"{metrics['test_accuracy']:.2%}"
+    interval = measures.interval_in_words(metrics["test_accuracy"], metrics["n_test"])
+    text += f", {interval}" if interval else ""
     if metrics["views"] > 1:
         text += f", {metrics['test_accuracy_views']:.2%} with TTA of {metrics['views']} views"
     return text

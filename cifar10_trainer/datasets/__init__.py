@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from ..config import DATASETS
 from ..errors import ConfigError, unknown
@@ -13,12 +14,14 @@ from . import cifar10, digits, folder
 from .arrays import as_dataset, from_arrays
 from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
+from .folder import rows as file_rows
 from .images import read_image
 
 __all__ = [
     "CIFAR10_CLASSES",
     "Dataset",
     "as_dataset",
+    "file_rows",
     "fingerprint",
     "from_arrays",
     "load",
@@ -28,18 +31,25 @@ __all__ = [
 
 
 def load(
-    name: str = "cifar10", data_dir: str | os.PathLike[str] | None = None, image_size: int = 32
+    name: str = "cifar10",
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int = 32,
+    resize: str = "squash",
+    **folder_options: Any,
 ) -> Dataset:
     """Reads a data set into memory.
 
     Args:
         name: "cifar10" (50,000 + 10,000 images in the official order), "digits" (the 1,797 images of scikit-learn,
             enlarged to 32x32; a fifth of them are test images) or "folder" (train/<class>/*, optionally val/ and
-            test/).
+            test/, or simply <class>/*, of which a fifth are test images).
         data_dir: for cifar10, an official archive (python or binary), its extracted folder, a directory that TFDS
             prepared, or a folder that holds one of these. None: the first of $CIFAR10_TRAINER_DATA, the caches of
             TFDS, Keras and torchvision, and a download. For folder, the folder. digits accepts only None.
         image_size: the side in pixels, 8 to 512, that images of a folder are resized to; 32 for the other data sets.
+        resize: how images of a folder are resized, "squash", "crop" or "pad", see `read_image`.
+        folder_options: for a folder: `strict`, `max_bad`, `files`, `only`, `log` of `folder.load_folder`. Unless `log`
+            receives them, lines on files that are left out go to stderr.
 
     Returns:
         The data set.
@@ -53,7 +63,11 @@ def load(
     if name == "folder":
         if not 8 <= image_size <= 512:
             raise ConfigError(f"image_size is {image_size}; allowed: from 8 to 512")
-        return folder.load_folder(data_dir, image_size)
-    if image_size != 32:
-        raise ConfigError(f"image_size is {image_size}; allowed with the dataset {name}: 32")
+        return folder.load_folder(data_dir, image_size, resize, **folder_options)
+    for option, value in folder_options.items():
+        if option != "log" and value:
+            raise ConfigError(f"{option} is {value}; allowed with the dataset folder only")
+    for what, value, only in (("image_size", image_size, 32), ("resize", resize, "squash")):
+        if value != only:
+            raise ConfigError(f"{what} is {value}; allowed with the dataset {name}: {only}")
     return cifar10.load_cifar10(data_dir) if name == "cifar10" else digits.load_digits(data_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ class Dataset:
         class_names: the name of each label.
         source: where the images came from, for people.
         validation: images and labels for validation that belong to the data set; None if there are none.
+        files: of a folder: "train", "validation" and "test" -> the file of each image, relative to the folder.
 
     Raises:
         RunError: if a class name is not UTF-8, as the name of a folder may be.
@@ -39,6 +41,7 @@ class Dataset:
     class_names: tuple[str, ...]
     source: str
     validation: tuple[np.ndarray, np.ndarray] | None = None
+    files: Mapping[str, tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
         for name in self.class_names:

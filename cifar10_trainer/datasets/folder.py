@@ -1,88 +1,432 @@
-"""A folder of images: train/<class>/*, and optionally val/<class>/* and test/<class>/*."""
+"""A folder of pictures: train/<class>/*, with or without val/ and test/ beside it, or simply <class>/*."""
 
 from __future__ import annotations
 
 import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import ConfigError, RunError, reason_of
-from ..machine import cpu_count
-from .base import Dataset
-from .images import read_image
+from ..machine import check_fits, cpu_count
+from .base import Dataset, stratified_mask
+from .images import SUFFIXES, Unreadable, decode, looks_like_image, open_formats, readable
 
-_FOLDER_LAYOUT = "a folder with train/<class>/* and, optionally, val/<class>/* and test/<class>/*"
+LAYOUT = (
+    "a folder with train/<class>/* and, optionally, val/<class>/* and test/<class>/*; or with <class>/*, from which"
+    " validation and test images are cut"
+)
+_NAMES = {  # part -> what its folder may be called, in any case of letters
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "validate", "dev", "development"),
+    "test": ("test", "testing"),
+}
+_PART_OF = {name: part for part, names in _NAMES.items() for name in names}
+TEST_SHARE = 0.2  # of <class>/*
+_TEST_SEED = 8  # the test images are the same ones for every seed of a run
+MAX_BAD = 0.05
+SHOWN = 10  # files that a message names
+PROGRESS_SECONDS = 10.0
+_BLOCK = 1024  # files that are handed to the threads at a time
+
+Log = Callable[[str], None]
+Row = tuple[str, str, str]  # file, relative to the data set's folder; class; part
 
 
-def load_folder(data_dir: str | os.PathLike[str] | None, size: int) -> Dataset:
-    """Reads a folder of images.
+@dataclass
+class _Found:
+    """What is in a folder: part -> class -> files, all sorted and relative to the folder; and what is left out."""
+
+    files: dict[str, dict[str, list[str]]]
+    cut: bool  # whether validation and test images are cut from "train"
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def pairs(self, only: str | None = None) -> dict[str, list[tuple[str, int]]]:
+        """Part -> (file, label) of each picture; "train" and "test" are among the parts. only: the part that is not empty."""
+        numbers = {name: label for label, name in enumerate(self.files["train"])}
+        pairs = {
+            part: [(file, numbers[name]) for name, inside in classes.items() for file in inside]
+            for part, classes in self.files.items()
+        }
+        if self.cut:
+            pairs["train"], pairs["test"] = _cut(pairs["train"])
+        pairs.setdefault("test", [])
+        return {part: pairs[part] if only in (None, part) else [] for part in pairs}
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def load_folder(
+    data_dir: str | os.PathLike[str] | None,
+    size: int,
+    resize: str = "squash",
+    *,
+    strict: bool = False,
+    max_bad: float = MAX_BAD,
+    files: Sequence[Row] | None = None,
+    only: str | None = None,
+    log: Log | None = None,
+) -> Dataset:
+    """Reads a folder of pictures.
+
+    Where the folder holds train/, the folders in it are the classes, and val/ and test/ are used where they exist, under
+    any of their usual names. Otherwise its own folders are the classes, and TEST_SHARE of each class becomes the test
+    images, the same ones for every seed of a run. The pictures of a class may lie in folders within its folder.
 
     Args:
-        data_dir: the folder; the names of the folders in its train/ are the class names.
-        size: the side in pixels that each image is resized to.
+        data_dir: the folder.
+        size: the side in pixels that each picture is resized to.
+        resize: how, see `read_image`.
+        strict: whether to refuse files that are no pictures, and pictures that cannot be read, rather than to leave them
+            out.
+        max_bad: the share of pictures that cannot be read, 0-1, up to which they are left out.
+        files: the files of an earlier run, as `rows` returns them: these are read, all of them, and no others.
+        only: the part to read, "train", "validation" or "test"; the others are left empty. None: all.
+        log: receives lines on what is left out, and on the progress; None: they go to stderr.
 
     Returns:
-        The data set, with classes and files in sorted order.
+        The data set, with classes and files in sorted order, and with `Dataset.files`.
 
     Raises:
-        ConfigError: if the folder does not exist, or if val/ or test/ has a class that train/ has not.
-        RunError: if there are fewer than two classes, an empty class, or a file that is not an image.
+        ConfigError: if the folder does not exist, if it has two folders for one part or a further folder with classes, or
+            if val/ or test/ has a class that train/ has not.
+        RunError: if there are fewer than two classes, an empty class, a picture outside the classes, or too many pictures
+            that cannot be read.
     """
-    if not data_dir:
-        raise ConfigError(f"data_dir is not set; allowed with the dataset folder: {_FOLDER_LAYOUT}")
-    root = Path(data_dir).expanduser()
+    if not 0 <= max_bad < 1:
+        raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
+    root, log = _existing(data_dir), log or _to_stderr
+    found = _find(root, files)
+    _log_left_out(found.left_out, root, strict, log)
+    pairs = found.pairs(only)
+    total = sum(map(len, pairs.values()))
+    check_fits(total * size * size * 3, f"{readable(root)}, {total:,} pictures of {size} x {size} pixels")
+    bad: list[tuple[str, str]] = []
+    read = {part: _read(root, pairs[part], size, resize, bad, log) for part in pairs}
+    _check_bad(bad, total, 0.0 if strict or files is not None else max_bad, root, log)
+    class_names = tuple(map(readable, found.files["train"]))
+    if only is None:
+        _check_classes(read["train"][1], class_names, root)
+    (train_images, train_labels, _), (test_images, test_labels, _) = read["train"], read["test"]
+    validation = read["validation"][:2] if "validation" in read else None
+    listed = {part: tuple(names) for part, (_, _, names) in read.items()}
+    return Dataset(
+        "folder",
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        class_names,
+        str(root),
+        validation,
+        listed,
+    )
+
+
+def _find(root: Path, files: Sequence[Row] | None) -> _Found:
+    """The files of an earlier run, or what is in the folder. Raises ConfigError and RunError as `load_folder` does."""
+    if files is not None:
+        return _recorded(files)
     try:
-        if not root.exists():
-            raise ConfigError(f"data_dir is {root}, which does not exist; allowed: {_FOLDER_LAYOUT}")
-        if not (root / "train").is_dir():
-            raise RunError(f"{root} has no folder train/; allowed: {_FOLDER_LAYOUT}")
-        # Before the first image is read, so that a mistake shows at once.
-        parts = [part for part in ("train", "val", "test") if (root / part).exists()]
-        files = {part: _list_images(root / part) for part in parts}
+        return _scan(root)
     except OSError as error:
-        raise RunError(f"cannot read {error.filename or root}: {reason_of(error)}; correct that") from error
-    class_names = tuple(files["train"])
-    if len(class_names) < 2:
-        raise RunError(
-            f"{root / 'train'} has {len(class_names)} class folder ({', '.join(class_names) or 'none'});"
-            f" allowed: two or more, in {_FOLDER_LAYOUT}"
-        )
-    for part, classes in files.items():
-        extra = sorted(set(classes) - set(class_names))
+        place = readable(error.filename or root)
+        raise RunError(f"cannot read {place}: {reason_of(error)}; correct that") from error
+
+
+def _existing(data_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder. Raises ConfigError where there is none."""
+    if not data_dir:
+        raise ConfigError(f"data_dir is not set; allowed with the dataset folder: {LAYOUT}")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        what = "is no folder" if root.exists() else "does not exist"
+        raise ConfigError(f"data_dir is {readable(root)}, which {what}; allowed: {LAYOUT}")
+    return root
+
+
+# ---- what is in the folder
+
+
+def _scan(root: Path) -> _Found:
+    """Finds the parts, classes and files. Raises ConfigError and RunError as `load_folder` does."""
+    left_out: Counter[str] = Counter()
+    folders, files = _entries(root, left_out)
+    by_part: dict[str, list[str]] = {}
+    for name in folders:
+        if name.casefold() in _PART_OF:
+            by_part.setdefault(_PART_OF[name.casefold()], []).append(name)
+    if "train" not in by_part:
+        for names in by_part.values():
+            for name in names:  # of a class, perhaps
+                if _has_classes(root / name):
+                    raise RunError(f"{readable(root)} has {name}/ but no folder train/; allowed: {LAYOUT}")
+        classes = _classes(root, folders, files, left_out, root)
+        _check_class_names(classes, root)
+        return _Found({"train": classes}, True, left_out)
+    for part, names in by_part.items():
+        if len(names) > 1:
+            raise ConfigError(
+                f"{readable(root)} has {' and '.join(f'{n}/' for n in names)}, both for {part} images; allowed: one of them"
+            )
+    for name in sorted(set(folders) - {names[0] for names in by_part.values()}):
+        if _has_classes(root / name):
+            raise ConfigError(
+                f"{readable(root)} has {readable(name)}/ with classes beside train/; allowed: train, val and test"
+                f" ({', '.join(n for n in _PART_OF if n not in by_part)}); rename it, or move it away"
+            )
+        left_out[f"folder {readable(name)}"] += 1
+    _leave_out(files, left_out)
+    parts = {}
+    for part in _NAMES:
+        if part in by_part:
+            place = root / by_part[part][0]
+            parts[part] = _classes(place, *_entries(place, left_out), left_out, root)
+    _check_class_names(parts["train"], root / by_part["train"][0])
+    for part in parts:
+        extra = sorted(set(parts[part]) - set(parts["train"]))
         if extra:
             raise ConfigError(
-                f"{root / part} has the class {', '.join(extra)}, which train/ lacks;"
-                f" allowed: {', '.join(class_names)}"
+                f"{readable(root / by_part[part][0])} has the class {', '.join(map(readable, extra))}, which train/ lacks;"
+                f" allowed: {', '.join(map(readable, parts['train']))}"
             )
-
-    def read(classes: dict[str, list[Path]]) -> tuple[np.ndarray, np.ndarray]:
-        paths = [path for name in classes for path in classes[name]]
-        labels = [class_names.index(name) for name in classes for _ in classes[name]]
-        images = np.empty((len(paths), size, size, 3), np.uint8)
-        for i, image in enumerate(pool.map(lambda path: read_image(path, (size, size)), paths)):
-            images[i] = image
-        return images, np.array(labels, np.int64)
-
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        train = read(files["train"])
-        validation = read(files["val"]) if "val" in files else None
-        test = read(files.get("test", {}))
-    return Dataset("folder", *train, *test, class_names, str(root), validation)
+    return _Found(parts, False, left_out)
 
 
-def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Returns {class name: its files}, both sorted and without hidden ones. Raises RunError if one is empty."""
+def _entries(folder: str | os.PathLike[str], left_out: Counter[str]) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the other entries in `folder`, sorted; hidden ones are left out."""
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif entry.name == "__MACOSX":  # what macOS adds to zip archives
+                left_out["__MACOSX"] += 1
+            else:
+                (folders if entry.is_dir() else files).append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def _classes(
+    folder: Path, names: list[str], files: list[str], left_out: Counter[str], root: Path
+) -> dict[str, list[str]]:
+    """{class: its files, relative to `root`} of the folders `names`. Raises RunError as `load_folder` does."""
+    lost = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+    if lost:
+        raise RunError(
+            f"{readable(folder / lost[0])} is not in the folder of a class ({len(lost):,} such pictures); allowed: {LAYOUT}"
+        )
+    _leave_out(files, left_out)
     classes = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir():
-            raise RunError(f"{entry} is not in the folder of a class; allowed: {_FOLDER_LAYOUT}")
-        classes[entry.name] = sorted(path for path in entry.iterdir() if not path.name.startswith("."))
-        if not classes[entry.name]:
-            raise RunError(f"the class folder {entry} is empty; put images into it, or remove it")
+    for name in names:
+        place = os.fspath(folder / name)
+        inside = os.path.relpath(place, root)
+        classes[name] = _in_order(inside + path[len(place) :] for path in find_pictures(place, left_out))
+        if not classes[name]:
+            raise RunError(
+                f"the class folder {readable(folder / name)} is empty; put images into it, or remove it"
+            )
     if not classes:
-        raise RunError(f"{folder} holds no class folders; allowed: {_FOLDER_LAYOUT}")
+        raise RunError(f"{readable(folder)} holds no class folders; allowed: {LAYOUT}")
     return classes
+
+
+def _leave_out(files: list[str], left_out: Counter[str]) -> None:
+    for name in files:
+        left_out[Path(readable(name)).suffix.lower() or "without an ending"] += 1
+
+
+def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None = None) -> Iterator[str]:
+    """Finds the picture files in a folder and in the folders within it, in sorted order.
+
+    Links are followed, and each folder is read once, so that links in a circle end; a link to a folder around this one is
+    left alone. A file is taken for a picture by its
+    ending or, without one, by its first bytes. A name with the ending of a picture counts, whatever it is.
+
+    Args:
+        folder: where to begin.
+        left_out: counts what is left out, by its ending.
+    """
+    left_out = Counter() if left_out is None else left_out
+    waiting = [os.fspath(folder)]
+    seen = {_identity(around) for around in Path(folder).resolve().parents}
+    while waiting:
+        current = waiting.pop()
+        if _identity(current) in seen:
+            continue
+        seen.add(_identity(current))
+        folders, files = _entries(current, left_out)
+        waiting += [os.path.join(current, name) for name in reversed(folders)]
+        for name in files:
+            path, ending = os.path.join(current, name), os.path.splitext(name)[1].lower()
+            if ending in SUFFIXES or (not ending and looks_like_image(path)):
+                yield path
+            else:
+                left_out[readable(ending) or "without an ending"] += 1
+
+
+def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether a folder holds a folder that holds a picture."""
+    ignored: Counter[str] = Counter()
+    return any(next(find_pictures(folder / name, ignored), None) for name in _entries(folder, ignored)[0])
+
+
+def _check_class_names(classes: dict[str, list[str]], folder: Path) -> None:
+    """Raises RunError where there are fewer than two classes."""
+    if len(classes) > 1:
+        return
+    (name,) = classes
+    inside, _ = _entries(folder / name, Counter())
+    hint = f"; or --data_dir={readable(folder / name)}, which holds folders" if len(inside) > 1 else ""
+    raise RunError(
+        f"{readable(folder)} has 1 class folder ({readable(name)}); allowed: two or more, in {LAYOUT}{hint}"
+    )
+
+
+def _log_left_out(left_out: Counter[str], root: Path, strict: bool, log: Log) -> None:
+    """Says what is left out, in one line. Raises RunError where `strict`."""
+    if not left_out:
+        return
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common(SHOWN))
+    more = len(left_out) - SHOWN
+    kinds += f" and {more} other endings" if more > 0 else ""
+    text = f"{left_out.total():,} files or folders in {readable(root)} are no pictures: {kinds}"
+    if strict:
+        raise RunError(f"{text}; remove them, or leave them out without --strict")
+    log(f"left out: {text}")
+
+
+def _cut(pairs: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Cuts the test images from (file, label) pairs: the others, and they. A class of one or two images keeps them."""
+    labels = np.array([label for _, label in pairs])
+    test = stratified_mask(labels, TEST_SHARE, _TEST_SEED) & (np.bincount(labels)[labels] > 2)
+    others = [pair for pair, is_test in zip(pairs, test, strict=True) if not is_test]
+    return others, [pair for pair, is_test in zip(pairs, test, strict=True) if is_test]
+
+
+# ---- the pictures
+
+
+def _read(
+    root: Path, pairs: list[tuple[str, int]], size: int, resize: str, bad: list[tuple[str, str]], log: Log
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Reads pictures in parallel.
+
+    Args:
+        root: where the files are.
+        pairs: file and label.
+        size, resize: see `read_image`.
+        bad: receives (file, reason) of those that cannot be read.
+        log: receives a line on the progress from time to time.
+
+    Returns:
+        Images, labels and files of those that can be read, in their order.
+    """
+    n = len(pairs)
+    images, labels = np.empty((n, size, size, 3), np.uint8), np.empty(n, np.int64)
+    names: list[str] = []
+    open_formats()  # not in several threads at once
+
+    def one(pair: tuple[str, int]) -> np.ndarray | str:
+        try:
+            return decode(root / pair[0], (size, size), resize)
+        except Unreadable as error:
+            return str(error)
+
+    said = time.monotonic()
+    pool = ThreadPoolExecutor(cpu_count())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged tags and the like, of each picture
+        try:
+            for start in range(0, n, _BLOCK):
+                block = pairs[start : start + _BLOCK]
+                for pair, image in zip(block, pool.map(one, block), strict=True):
+                    if isinstance(image, str):
+                        bad.append((pair[0], image))
+                        continue
+                    images[len(names)], labels[len(names)] = image, pair[1]
+                    names.append(pair[0])
+                if time.monotonic() - said > PROGRESS_SECONDS:
+                    said = time.monotonic()
+                    log(f"read {start + len(block):,} of {n:,} pictures")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return images[: len(names)], labels[: len(names)], names
+
+
+def _check_bad(bad: list[tuple[str, str]], total: int, max_bad: float, root: Path, log: Log) -> None:
+    """Says which pictures cannot be read. Raises RunError where they are too many."""
+    if not bad:
+        return
+    named = ", ".join(f"{readable(root / file)} ({reason})" for file, reason in bad[:SHOWN])
+    named += f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    text = f"{len(bad):,} of {total:,} pictures cannot be read as an image: {named}"
+    if len(bad) > max_bad * total:
+        more = f", or leave out a larger share than {max_bad:g} with --max_bad" if max_bad else ""
+        raise RunError(f"{text}; repair or remove them{more}")
+    log(f"left out: {text}")
+
+
+def _check_classes(labels: np.ndarray, class_names: tuple[str, ...], root: Path) -> None:
+    """Raises RunError where no training picture of a class can be read."""
+    missing = [name for k, name in enumerate(class_names) if not (labels == k).any()]
+    if missing:
+        raise RunError(
+            f"{readable(root)} has no picture to train on that can be read in class {', '.join(missing)}; put images into it,"
+            " or remove it"
+        )
+
+
+# ---- the files of a run
+
+
+def _recorded(rows: Sequence[Row]) -> _Found:
+    """The files of an earlier run, as `_scan` and `_cut` found them: validation images that it split off are training images."""
+    names = dict.fromkeys(name for _, name, _ in rows)  # the training images come first, class by class
+    files: dict[str, dict[str, list[str]]] = {"train": {name: [] for name in names}}
+    folders = [file.split(os.sep, 1)[0].casefold() for file, _, _ in rows]
+    has_parts = "train" in (_PART_OF.get(folder) for folder in folders)
+    for folder, (file, name, part) in zip(folders, rows, strict=True):
+        own = _PART_OF[folder] if has_parts else "test" if part == "test" else "train"
+        files.setdefault(own, {}).setdefault(name, []).append(file)
+    # A run splits its validation images off; the order of all of them shows where they were.
+    return _Found(
+        {part: {k: _in_order(v) for k, v in classes.items()} for part, classes in files.items()}, False
+    )
+
+
+def _in_order(files: Iterable[str]) -> list[str]:
+    """Sorted by the names of folders and files."""
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def rows(data: Dataset) -> list[Row]:
+    """(file, class, part) of each picture of a folder; empty for other data.
+
+    Args:
+        data: as a run split it: `validation` and `files` hold what the run holds out.
+    """
+    labels = {"train": data.train_labels, "test": data.test_labels}
+    if data.validation is not None:
+        labels["validation"] = data.validation[1]
+    return [
+        (file, data.class_names[label], part)
+        for part in ("train", "validation", "test")
+        if data.files and len(labels.get(part, ()))  # a cross-validation takes the test images away
+        for file, label in zip(data.files[part], labels[part], strict=True)
+    ]

@@ -126,7 +126,7 @@ def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         raise unknown("recipe", ran.recipe, RECIPES)
     free = {name: getattr(ran, name) for name in FREE}
     recipe = RECIPES[ran.recipe].override(**free).to_dict()
-    different = [key for key, value in ran.to_dict().items() if recipe[key] != value]
+    different = [key for key, value in ran.to_dict().items() if recipe.get(key) != value]
     if different:
         key = different[0]
         raise RunError(
