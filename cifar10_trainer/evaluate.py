@@ -23,6 +23,7 @@ from .config import DATASETS
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError
+from .process import keras_defaults
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 
@@ -59,6 +60,7 @@ Examples:
   python -m cifar10_trainer.evaluate --model=model.keras --dataset=folder --data_dir=pictures --views=6"""
 
 
+@keras_defaults()
 def load_model(path: str | Path) -> keras.Model:
     """Opens a saved image classifier, uncompiled, with Keras's safe mode on.
 
@@ -91,6 +93,7 @@ def load_model(path: str | Path) -> keras.Model:
     return model
 
 
+@keras_defaults()
 def evaluate_model(
     model: keras.Model,
     data: datasets.Dataset | tuple[np.ndarray, np.ndarray],

@@ -19,6 +19,7 @@ from absl import flags
 
 from . import cli, datasets, evaluate
 from .errors import ConfigError
+from .process import keras_defaults
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
     return tuple(names) if names else tuple(map(str, range(classes)))
 
 
+@keras_defaults()
 def predict_images(
     model: keras.Model, images: Sequence[str | Path] | np.ndarray, class_names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, unknown
+from ..process import keras_defaults
 
 if TYPE_CHECKING:
     import keras
@@ -62,6 +63,7 @@ def build(
     return _call(build_function, config.architecture, {**data, **config.options})
 
 
+@keras_defaults()
 def build_model(
     architecture: str = "fast",
     *,
