@@ -102,7 +102,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    from .process import check_backend
+
     module, attribute = _LAZY[name]
+    if module != "datasets":  # which needs no Keras
+        check_backend()
     value = getattr(importlib.import_module(f".{module}", __name__), attribute)
     globals()[name] = value
     return value

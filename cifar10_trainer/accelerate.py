@@ -31,6 +31,7 @@ from .layers import (
     FusedBatchNormalization,
 )
 from .models.own import logits_before_softmax, softmax_of
+from .process import keras_defaults
 
 # Layers whose results lose too much in 16 bits.
 FLOAT32_LAYERS = {"preprocess", "head", "logits"}
@@ -54,6 +55,7 @@ SLOW_IN_BFLOAT16 = (keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
 REPLACED_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
+@keras_defaults()
 def make_training_model(
     model: keras.Model,
     policy: str,

@@ -18,6 +18,7 @@ from absl import flags
 
 from . import __version__
 from .errors import ConfigError, RunError, cut, shown
+from .process import check_backend
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
@@ -46,7 +47,11 @@ HIDDEN_PACKAGES = ("matplotlib", "sklearn", "scipy", "IPython")
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow and finds its devices. Hides the dozen lines that its C++ side prints at any log level."""
+    """Imports TensorFlow and finds its devices. Hides the dozen lines that its C++ side prints at any log level.
+
+    Raises ConfigError where Keras has another backend.
+    """
+    check_backend()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     with tempfile.TemporaryFile() as output, _not_installed(*HIDDEN_PACKAGES):

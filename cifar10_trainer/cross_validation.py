@@ -23,12 +23,14 @@ from .config import Config
 from .datasets import Dataset
 from .errors import ConfigError, RunError, RunInterrupted, interrupted
 from .files import write_json
+from .process import keras_defaults
 from .run_folder import RunFolder
 from .training import train_and_evaluate
 
 FOLDS_FILE = "folds.json"
 
 
+@keras_defaults()
 def cross_validate(
     config: Config,
     folds: int,

@@ -29,6 +29,7 @@ from .errors import ConfigError, RunError
 from .models.initial import initial_model
 from .models.own import plain_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
+from .process import keras_defaults, seeded
 
 SMALL_BATCH = 128  # for the evaluation of at most so many images
 EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding
@@ -83,6 +84,7 @@ class Engine:
     compile_loop: bool  # whether XLA compiles the loop of whole steps
     _gradients_of: Callable[..., Any]  # `_gradients`, compiled by XLA or not
 
+    @keras_defaults()
     def __init__(
         self,
         model: keras.Model,
@@ -426,6 +428,7 @@ class Engine:
             lambda context: batches[context.replica_id_in_sync_group]
         )
 
+    @keras_defaults()
     def train(self, count: int) -> dict[str, float]:
         """Takes up to `count` steps.
 
@@ -482,7 +485,13 @@ class Engine:
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
-    def evaluate(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    @keras_defaults()
+    def evaluate(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        on_batch: Callable[[int, dict[str, float] | None], None] | None = None,
+    ) -> dict[str, float]:
         """Computes the loss and accuracy of the training model, on all replicas.
 
         There is no test-time augmentation (TTA), which averages the predictions for several versions of an image.
@@ -490,6 +499,7 @@ class Engine:
         Args:
             images: uint8 [n, height, width, channels].
             labels: integers [n].
+            on_batch: is called before and after each batch, with its number from 0, and None or the means until then.
 
         Returns:
             "loss" and "accuracy" (0-1): means over all n images.
@@ -503,8 +513,20 @@ class Engine:
         data = tf.data.Dataset.from_tensor_slices(tf.constant(starts))
         data = data.map(no_autograph(lambda start: padded_slice(all_images, all_labels, start, size)))
         data = data.prefetch(2).with_options(tuned_by_hand())
-        loss_sum, num_correct = self._evaluation(iter(data), tf.constant(rounds))
-        return {"loss": float(loss_sum) / len(images), "accuracy": float(num_correct) / len(images)}
+        batches = iter(data)
+        if on_batch is None:
+            loss_sum, num_correct = self._evaluation(batches, tf.constant(rounds))
+            return {"loss": float(loss_sum) / len(images), "accuracy": float(num_correct) / len(images)}
+        sums, scores = np.zeros(2, np.float32), {"loss": 0.0, "accuracy": 0.0}
+        for i in range(rounds):
+            on_batch(i, None)
+            sums += np.array(
+                self._evaluation(batches, tf.constant(1))
+            )  # in float32, as the loop in the graph adds
+            n = min((i + 1) * size * self.replicas, len(images))
+            scores = {"loss": float(sums[0]) / n, "accuracy": float(sums[1]) / n}
+            on_batch(i, dict(scores))
+        return scores
 
     @functools.cached_property
     def _evaluation(self) -> Callable[[Iterator, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
@@ -578,6 +600,19 @@ class Engine:
         self.model.set_weights(self.training_model.get_weights())
         return self.model
 
+    def set_weights(self, weights: list[np.ndarray]) -> None:
+        """Sets the weights, from which training continues.
+
+        Args:
+            weights: as `get_weights` of the plain model returns them.
+        """
+        self.training_model.set_weights(weights)
+        averaged = [*self.training_model.trainable_variables, *self._norm_statistics()]
+        for variable, average in zip(
+            averaged, self.averages, strict=False
+        ):  # without lookahead there are none
+            average.assign(variable.numpy())
+
 
 def _class_weights(kind: str, labels: np.ndarray, num_classes: int) -> np.ndarray | None:
     """The weight of each class, float32 [classes]: n / (classes * images of the class). None for "none"."""
@@ -647,11 +682,13 @@ def make_engine(
     Raises:
         ConfigError: if the engine cannot train the model, or the config does not fit it.
     """
-    if model is None:
-        model = initial_model(config, images, num_classes)
-    else:
+    if model is not None:
         if config.whitening:
             raise ConfigError("whitening is True; allowed with a model of your own: False")
         model = plain_model(model, images.shape[1:], num_classes)
-        keras.utils.set_random_seed(config.seed)  # of dropout; the weights are the model's own
-    return Engine(model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes)
+    # Initial weights and dropout depend on this seed; the order of the data has seeds of its own.
+    with seeded(config.seed):
+        model = initial_model(config, images, num_classes) if model is None else model
+        return Engine(
+            model, config, images, labels, strategy=strategy, policy=policy, num_classes=num_classes
+        )

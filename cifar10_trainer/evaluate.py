@@ -26,6 +26,7 @@ from .errors import ConfigError, RunError, cut, shown
 from .files import regular_file
 from .machine import check_fits
 from .models.bounded import bounded_weights
+from .process import keras_defaults
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 
@@ -66,6 +67,7 @@ Examples:
   python -m cifar10_trainer.evaluate --model=model.keras --dataset=folder --data_dir=pictures --views=6"""
 
 
+@keras_defaults()
 def load_model(path: str | Path) -> keras.Model:
     """Opens a saved image classifier, uncompiled, with Keras's safe mode on.
 
@@ -129,6 +131,7 @@ def _stored_bytes(path: Path) -> int:
     return stored
 
 
+@keras_defaults()
 def evaluate_model(
     model: keras.Model,
     data: datasets.Dataset | tuple[np.ndarray, np.ndarray],

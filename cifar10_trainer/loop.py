@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -13,6 +13,7 @@ import numpy as np
 from . import runtime
 from .engine import Engine, RunningMetrics
 from .errors import ConfigError, RunError, interrupted
+from .hooks import Hooks
 from .run_folder import RunFolder
 
 # What Keras's EarlyStopping and ReduceLROnPlateau learn. Their other attributes are settings; they are not kept, because
@@ -53,7 +54,7 @@ class TrainingLoop:
         folder: the run folder.
         fingerprint: of the data set; see `datasets.fingerprint`.
         chief: whether this process writes the run's files.
-        callbacks: further Keras callbacks.
+        callbacks: further Keras callbacks, from `hooks.check_callbacks`.
         verbose: 0: nothing; 1: a progress bar; 2: one line per epoch.
         full_report: whether to write TensorBoard logs.
         since: when this process's part of the run began, as from `time.time()`.
@@ -68,7 +69,7 @@ class TrainingLoop:
         fingerprint: str,
         *,
         chief: bool,
-        callbacks: Iterable[keras.callbacks.Callback],
+        callbacks: Sequence[keras.callbacks.Callback],
         verbose: int,
         full_report: bool,
         since: float,
@@ -90,23 +91,16 @@ class TrainingLoop:
         )  # when the loop began in this process; when the state was saved last
         self._before = {"seconds": 0.0, "elapsed": 0.0, "epoch_seconds": 0.0}  # of earlier processes
         self._epoch_began = 0.0
-        # It shares the plain model's layers, so that an optimizer attached to it is not saved with the plain model.
-        self._callback_model = keras.Model(engine.model.input, engine.model.output, name=engine.model.name)
-        self._callback_model.optimizer = engine.optimizer
-        self._callback_model.stop_training = False
         self._recipe_callbacks = self._make_callbacks()
-        self.callbacks = keras.callbacks.CallbackList(
-            [
-                *self._recipe_callbacks,
-                *callbacks,
-                *([EpochLines(self.epochs)] if chief and verbose == 2 else []),
-            ],
-            add_history=False,
-            add_progbar=chief and verbose == 1,
-            model=self._callback_model,
+        self._last_logs: dict[str, float] | None = None  # of the last epoch
+        self.hooks = Hooks(
+            engine,
+            self._recipe_callbacks,
+            callbacks,
+            shown=[EpochLines(self.epochs)] if chief and verbose == 2 else [],
             epochs=self.epochs,
-            steps=engine.steps_per_epoch,
             verbose=verbose if chief else 0,
+            progress_bar=chief and verbose == 1,
         )
 
     def metrics(self) -> dict[str, Any]:
@@ -167,14 +161,14 @@ class TrainingLoop:
             RunError: for what failed.
         """
         engine, per_epoch = self.engine, self.engine.steps_per_epoch
-        (mean_step,) = runtime.mean_over_workers(engine.strategy, engine.step)
+        mean_step, each_step = runtime.mean_over_workers(engine.strategy, engine.step, self.hooks.each_step)
         if mean_step != engine.step:
             raise RunError(
                 f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
             )
         count, start, self._began = 1, engine.step, time.time()
         stopped: float = self._wants_stop()  # before an interruption
-        self.callbacks.on_train_begin()
+        self.hooks.call("on_train_begin")
         # Keras's callbacks forget in on_train_begin.
         for callback, state in zip(self._recipe_callbacks, self._saved_callbacks, strict=False):
             vars(callback).update(state)
@@ -183,7 +177,7 @@ class TrainingLoop:
             end = min((epoch + 1) * per_epoch, engine.steps)
             self._epoch_began = time.time() - self._before["epoch_seconds"]
             self._before["epoch_seconds"] = 0.0
-            self.callbacks.on_epoch_begin(epoch)
+            self.hooks.call("on_epoch_begin", epoch)
             while engine.step < end:
                 # All workers of a cluster take as many steps a call, and stop together.
                 wanted, caught, stopped = runtime.mean_over_workers(
@@ -195,11 +189,12 @@ class TrainingLoop:
                     stopped and engine.step > start
                 ):  # as in `Model.fit`, the epoch still ends with a validation
                     break
-                count = self._train_steps(min(int(wanted), end - engine.step), int(wanted), epoch)
+                steps = 1 if each_step else min(int(wanted), end - engine.step)
+                count = self._train_steps(steps, int(wanted), epoch)
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
             self._end_epoch(epoch, validation, last=bool(stopped) or engine.step >= engine.steps)
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
-        self.callbacks.on_train_end()
+        self.hooks.call("on_train_end", self._last_logs, last=True)
         if self.best_epoch is None:
             self.best_epoch = self.history[-1]["epoch"]
             self._save_model()
@@ -214,9 +209,9 @@ class TrainingLoop:
         """
         engine, before, start = self.engine, self.engine.step, time.perf_counter()
         first = epoch * engine.steps_per_epoch
-        self.callbacks.on_train_batch_begin(before - first)
+        self.hooks.call("on_train_batch_begin", before - first)
         logs = engine.train(steps)
-        self.callbacks.on_train_batch_end(engine.step - 1 - first, logs)
+        self.hooks.call("on_train_batch_end", engine.step - 1 - first, logs)
         done, spent = engine.step - before, time.perf_counter() - start
         self.images += done * self.config.batch_size
         self.step_seconds += spent
@@ -224,17 +219,21 @@ class TrainingLoop:
 
     def _wants_stop(self) -> bool:
         """Whether a callback of this process has asked to stop."""
-        return bool(self._callback_model.stop_training)
+        return bool(self.hooks.model.stop_training)
 
     def _end_epoch(self, epoch: int, validation: Sequence[np.ndarray], *, last: bool) -> None:
         """Validates, where it is due or the epoch is the last one, and keeps history, best model and state."""
         engine, logs = self.engine, self.engine.running.logs()
         rate = float(np.asarray(engine.optimizer.learning_rate))
         if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
-            self.callbacks.on_test_begin()
-            scores = engine.evaluate(*validation)
+            self.hooks.call("on_test_begin")
+            images, labels = validation
+            if self.hooks.each_test_batch:
+                scores = engine.evaluate(images, labels, self.hooks.on_test_batch)
+            else:
+                scores = engine.evaluate(images, labels)
             logs.update({f"val_{k}": v for k, v in scores.items()})
-            self.callbacks.on_test_end(scores)
+            self.hooks.call("on_test_end", scores)
         row = {
             "epoch": epoch + 1,
             **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")},
@@ -249,7 +248,8 @@ class TrainingLoop:
                 self._save_model()
             if self.target is None and reached >= self.config.target:
                 self.target = (epoch + 1, self.elapsed())
-        self.callbacks.on_epoch_end(epoch, {**logs, "learning_rate": rate})
+        self._last_logs = {**logs, "learning_rate": rate}
+        self.hooks.call("on_epoch_end", epoch, self._last_logs)
         engine.running = RunningMetrics()
         if self.chief:
             self.folder.write_history(self.history)
@@ -258,7 +258,8 @@ class TrainingLoop:
 
     def _stop(self, by: str) -> None:
         """Saves everything, and raises RunInterrupted."""
-        self.callbacks.on_train_end()
+        # Weights that a callback sets now, as the best ones, are not those from which the run resumes.
+        self.hooks.call("on_train_end", self._last_logs, last=True)
         if self.best_epoch is None:
             self.engine.export()
             self._save_model()
@@ -311,7 +312,7 @@ class TrainingLoop:
             self.target = meta["target"] and tuple(meta["target"])
             self.images, self.step_seconds = meta["images"], meta["step_seconds"]
             self._before = {name: meta[name] for name in self._before}
-            self._callback_model.stop_training = meta["stopped"]
+            self.hooks.model.stop_training = meta["stopped"]
             self._saved_callbacks = meta["callbacks"]
         except (KeyError, ValueError, TypeError) as error:
             raise self.folder.damaged_state(error) from error

@@ -274,6 +274,11 @@ def newton_schulz(x: tf.Tensor, steps: int = 3) -> tf.Tensor:
     return x
 
 
+def is_constant(schedule: Schedule) -> bool:
+    """Returns whether the optimizer has a number as its learning rate, which callbacks may change."""
+    return schedule.name in ("constant", "plateau") and not schedule.warmup
+
+
 def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> keras.optimizers.Optimizer:
     """Makes the Keras optimizer of a run.
 
@@ -286,8 +291,7 @@ def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> kera
         The optimizer, not built yet.
     """
     o = optimizer
-    constant = schedule.name in ("constant", "plateau") and not schedule.warmup
-    rate = o.learning_rate if constant else RunSchedule(o.learning_rate, steps, schedule)
+    rate = o.learning_rate if is_constant(schedule) else RunSchedule(o.learning_rate, steps, schedule)
     if o.name == "adam":
         return Adam(rate, global_clipnorm=o.clip_norm)
     if o.name == "adamw":

@@ -24,6 +24,7 @@ from .config import Augmentation
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, shown
 from .machine import cpu_count
+from .process import keras_defaults
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
 # a second in total.
@@ -234,6 +235,7 @@ def training_data(
     return data.with_options(tuned_by_hand(cores if any_size else 1))
 
 
+@keras_defaults()
 def make_dataset(
     images: np.ndarray,
     labels: np.ndarray,

@@ -24,6 +24,7 @@ from .datasets.folder import find_pictures
 from .datasets.images import SUFFIXES, open_formats, readable
 from .errors import ConfigError, RunError, reason_of
 from .machine import cpu_count
+from .process import keras_defaults
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
     return tuple(names) if names else tuple(map(str, range(classes)))
 
 
+@keras_defaults()
 def predict_images(
     model: keras.Model,
     images: Sequence[str | Path] | np.ndarray,

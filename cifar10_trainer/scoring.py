@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ConfigError, RunError
+from .process import keras_defaults
 
 if TYPE_CHECKING:
     import keras
@@ -47,6 +48,7 @@ def _views(images: np.ndarray, views: int) -> list[tuple[float, np.ndarray]]:
     return [(1 / 4, images), (1 / 4, mirrored)] + [(1 / 8, v) for s in shifted for v in (s, s[:, :, ::-1])]
 
 
+@keras_defaults()
 def predict_probabilities(
     model: keras.Model, images: np.ndarray, batch_size: int = BATCH_SIZE, views: int = 1
 ) -> np.ndarray:

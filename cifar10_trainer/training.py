@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import adaptation, datasets, measures, models, report, runtime, scoring
+from . import adaptation, datasets, measures, models, process, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
 from .errors import ConfigError
 from .files import cannot_write
+from .hooks import check_callbacks
 from .loop import TrainingLoop
 from .models import own
 from .run_folder import RunFolder
@@ -38,6 +39,7 @@ SCORES = (
 FEW_IMAGES = 10  # of a class to train on, below which a run warns
 
 
+@process.keras_defaults()
 def train_and_evaluate(
     config: Config,
     workdir: str | os.PathLike | None = None,
@@ -50,7 +52,7 @@ def train_and_evaluate(
     data_dir: str | None = None,
     dataset: Dataset | None = None,
     overwrite: bool = False,
-    callbacks: Iterable[keras.callbacks.Callback] = (),
+    callbacks: Iterable[keras.callbacks.Callback] | keras.callbacks.Callback | None = (),
     verbose: int | str = "auto",
     full_report: bool = True,
     score_test: bool = True,
@@ -77,7 +79,7 @@ def train_and_evaluate(
         data_dir: where the images of the config's data set are; see `datasets.load`.
         dataset: as `data`, the name in version 1.0.0.
         overwrite: whether an earlier run in `workdir` may be replaced.
-        callbacks: further Keras callbacks. Their `model` shares the plain model's layers, with the weights of the last epoch.
+        callbacks: further Keras callbacks, one or several. Their `model` shares the plain model's layers, with the weights of now.
         verbose: 0: nothing is printed; 1: messages and a progress bar; 2: messages and one line per epoch; "auto": 1 on a
             terminal, else 2.
         full_report: whether to draw figures and report.html, and to write TensorBoard logs.
@@ -95,6 +97,7 @@ def train_and_evaluate(
     since = time.time() if since is None else since
     verbose = runtime.verbosity(verbose)
     log: Log = print if verbose else (lambda text: None)
+    callbacks = check_callbacks(callbacks, config)
     _check_sources(data, dataset, data_dir, (validation_data, test_data, class_names))
 
     # ---- strategy, precision, folder
@@ -106,7 +109,7 @@ def train_and_evaluate(
     policy, reason = runtime.choose_precision(config.precision)
     log(f"precision: {policy}: {reason}")
 
-    with folder.lock() if chief else contextlib.nullcontext():
+    with _only_run(config, model, log), folder.lock() if chief else contextlib.nullcontext():
         config, saved = (config, None) if overwrite else folder.resume(config)
         # ---- data and model
         given = data if data is not None else dataset
@@ -157,6 +160,13 @@ def train_and_evaluate(
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
     _summarize(log, metrics, folder)
     return metrics
+
+
+@contextlib.contextmanager
+def _only_run(config: Config, model: keras.Model | None, log: Log) -> Iterator[None]:
+    """No other run of the process trains meanwhile. A user's own model may draw from the global random generators."""
+    with process.only_run(log), process.global_seeds(None if model is None else config.seed):
+        yield
 
 
 def _check_sources(data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..errors import ConfigError, shown, unknown
 from ..machine import check_fits
+from ..process import keras_defaults
 
 if TYPE_CHECKING:
     import keras
@@ -63,6 +64,7 @@ def build(
     return _call(build_function, config.architecture, {**data, **config.options})
 
 
+@keras_defaults()
 def build_model(
     architecture: str = "fast",
     *,

@@ -1,4 +1,4 @@
-"""The plain model that a run starts with: its weights depend on the seed, its preprocessing on the training images."""
+"""The plain model that a run starts with. Its preprocessing depends on the training images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def initial_model(config: Config, images: np.ndarray, num_classes: int) -> keras
     """Builds the plain model that a run starts with.
 
     Args:
-        config: architecture, options, seed, `pixels` and `whitening`.
+        config: architecture, options, `pixels` and `whitening`. The caller chooses the seed of the weights, see `process.seeded`.
         images: the training images, uint8 [n, height, width, channels].
         num_classes: the number of classes.
 
@@ -25,8 +25,6 @@ def initial_model(config: Config, images: np.ndarray, num_classes: int) -> keras
     Raises:
         ConfigError: if the config and the images do not fit together.
     """
-    # Weights and dropout depend on the global seed; the order of the data has seeds of its own.
-    keras.utils.set_random_seed(config.seed)
     mean, std = pixel_statistics(config.pixels, images)
     model = build(config, input_shape=images.shape[1:], num_classes=num_classes, mean=mean, std=std)
     if config.whitening:

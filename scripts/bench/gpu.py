@@ -201,19 +201,22 @@ def start(
     from cifar10_trainer.engine import Engine
     from cifar10_trainer.models import fast
     from cifar10_trainer.models.initial import initial_model, pixel_statistics
+    from cifar10_trainer.process import seeded
 
     config = RECIPES[recipe].override(seed=seed, **changes)
     strategy, _ = runtime.choose_strategy(config.strategy)
     policy, _ = runtime.choose_precision(config.precision)
-    model = initial_model(config, data.train_images, data.num_classes)
-    whitening = 0.0
-    if config.whitening:  # again, to time it
-        statistics_of_pixels = pixel_statistics(config.pixels, data.train_images)
-        began = time.perf_counter()
-        fast.whiten(model, data.train_images, *statistics_of_pixels)
-        whitening = time.perf_counter() - began
-    arrays = data.train_images[:images], data.train_labels[:images]
-    engine = Engine(model, config, *arrays, strategy=strategy, policy=policy, num_classes=data.num_classes)
+    with seeded(config.seed):
+        model = initial_model(config, data.train_images, data.num_classes)
+        whitening = 0.0
+        if config.whitening:  # again, to time it
+            statistics_of_pixels = pixel_statistics(config.pixels, data.train_images)
+            began = time.perf_counter()
+            fast.whiten(model, data.train_images, *statistics_of_pixels)
+            whitening = time.perf_counter() - began
+        arrays = data.train_images[:images], data.train_labels[:images]
+        classes = data.num_classes
+        engine = Engine(model, config, *arrays, strategy=strategy, policy=policy, num_classes=classes)
     return engine, whitening
 
 
