@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import datasets, runtime
+from . import datasets, machine, runtime
 from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
@@ -63,7 +63,7 @@ def cross_validate(
         as `train_and_evaluate`.
     """
     log = print if runtime.verbosity(verbose) else (lambda *_: None)
-    since = time.time() if since is None else since
+    since = machine.monotonic(since)
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_not_finished(workdir, overwrite)
     strategy, _ = runtime.choose_strategy(config.strategy)
@@ -90,7 +90,7 @@ def cross_validate(
             accuracy = metrics["best_val_accuracy"]
             log(f"   {100 * accuracy:.2f}%\n")
             runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
-            since = time.time()
+            since = time.monotonic()
     summary = _summary(config, data, runs)
     write_json(workdir / FOLDS_FILE, summary)
     log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")

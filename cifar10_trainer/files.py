@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
+import re
 import shutil
 import stat
 import threading
@@ -53,29 +55,83 @@ def parse_json(text: str | bytes) -> Any:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, durable: bool = False, parents: bool = True) -> Iterator[Path]:
     """Gives a temporary file beside `path` to write to, and renames it to `path` at the end. Makes the folder.
 
     So `path` has the old content or all of the new one, never a part. The temporary name has the suffix of `path`, because
-    writers determine the format from it. Raises RunError where nothing can be written.
+    writers determine the format from it.
+
+    Args:
+        path: the file to write.
+        durable: whether the new file is on the disk at the end, so that a power failure does not lose it.
+        parents: whether to make the parents of the folder, too.
+
+    Raises:
+        RunError: if nothing can be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=parents, exist_ok=True)
         yield temporary
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes `content` (text as UTF-8) to `path`, whole or not at all. Makes the folder. Raises RunError."""
-    with replacing(path) as temporary:
+def sync(path: str | os.PathLike[str]) -> None:
+    """Waits until a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do that for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Removes what killed processes left of `replacing` the files `names` in `folder`, whose lock the caller holds."""
+    for name in names:
+        pattern = re.compile(rf"\.{re.escape(name)}\.\d+\.\d+\.tmp({re.escape(Path(name).suffix)})?")
+        for path in folder.glob(f".{glob.escape(name)}.*"):
+            if pattern.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
+                    missing_ok=True
+                )
+
+
+def identity(folder: Path) -> tuple[int, int]:
+    """What tells the folder from another one of the same name. Raises OSError where there is none."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def check_there(folder: Path, was: tuple[int, int] | None) -> None:
+    """Raises RunError where `folder` is no longer the one whose `identity` was `was`. None: any folder will do."""
+    with contextlib.suppress(OSError):
+        if was is None or identity(folder) == was:
+            return
+    raise RunError(
+        f"cannot write to {folder}: it was removed or replaced meanwhile; nothing more is written; begin again"
+    )
+
+
+def write_atomic(
+    path: str | os.PathLike[str], content: str | bytes, *, durable: bool = False, parents: bool = True
+) -> None:
+    """Writes `content` (text as UTF-8) to `path`, whole or not at all; see `replacing`. Raises RunError."""
+    with replacing(path, durable=durable, parents=parents) as temporary:
         # A file name that is not UTF-8 may be a part of the text.
         temporary.write_bytes(
             content.encode(errors="backslashreplace") if isinstance(content, str) else content
@@ -143,9 +199,16 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def write_json(path: str | os.PathLike[str], values: Any, indent: int = 2) -> None:
-    """Writes `values` as a JSON file, whole or not at all. Makes the folder. Raises RunError."""
-    write_atomic(path, json.dumps(values, indent=indent) + "\n")
+def write_json(
+    path: str | os.PathLike[str],
+    values: Any,
+    indent: int = 2,
+    *,
+    durable: bool = False,
+    parents: bool = True,
+) -> None:
+    """Writes `values` as a JSON file, whole or not at all; see `replacing`. Raises RunError."""
+    write_atomic(path, json.dumps(values, indent=indent) + "\n", durable=durable, parents=parents)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -162,13 +225,19 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def remove_files(folder: Path, marker: str, names: Iterable[str]) -> None:
     """Removes the files and folders `names` from `folder`, but only where the file `marker` shows that they are ours.
 
-    Raises RunError where one of them cannot be removed.
+    It removes them in their order, and the marker last, so that another call completes what a kill cuts short. A folder
+    goes as a whole: it first gets a name that `remove_leftovers` knows. Raises RunError where one cannot be removed.
     """
     if not (folder / marker).exists():
         return
     try:
-        for path in (folder / name for name in names):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in (folder / name for name in (*names, marker)):
+            if path.is_dir() and not path.is_symlink():
+                doomed = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+                os.replace(path, doomed)
+                shutil.rmtree(doomed)
+            else:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
 

@@ -20,7 +20,7 @@ from .run_folder import RunFolder
 # EarlyStopping changes the sign of its own `min_delta`.
 CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
 RECIPE_MODEL = "of the config"
-SAVE_SECONDS = 30  # between two saves of the state at the ends of epochs
+SAVE_SECONDS = 60.0  # the most training, in seconds, that a killed process loses
 CALL_SECONDS = (
     0.5  # that one call of the graph should take: between calls, progress is shown and signals are handled
 )
@@ -57,7 +57,8 @@ class TrainingLoop:
         callbacks: further Keras callbacks, from `hooks.check_callbacks`.
         verbose: 0: nothing; 1: a progress bar; 2: one line per epoch.
         full_report: whether to write TensorBoard logs.
-        since: when this process's part of the run began, as from `time.time()`.
+        since: when this process's part of the run began, as from `time.monotonic()`.
+        save_seconds: the most seconds of training that a killed process loses.
         model_digest: of somebody's own model; None: the model is that of the config.
         overwrite: whether the command asked to replace an earlier run; only for the message of an interruption.
     """
@@ -74,6 +75,7 @@ class TrainingLoop:
         full_report: bool,
         since: float,
         overwrite: bool,
+        save_seconds: float = SAVE_SECONDS,
         model_digest: str | None = None,
     ):
         self.engine, self.config, self.folder = engine, engine.config, folder
@@ -85,10 +87,11 @@ class TrainingLoop:
         self.target: tuple[int, float] | None = None  # the epoch and the seconds at which it was reached
         self.images, self.step_seconds = 0, 0.0
         self._saved_callbacks: list[dict[str, Any]] = []  # CALLBACK_STATE of each, from before this process
-        self._since = since
-        self._began = self._saved = (
-            time.time()
-        )  # when the loop began in this process; when the state was saved last
+        self._since, self._save_seconds = since, save_seconds
+        # When the loop began in this process; when the state was taken that was saved last, and its step.
+        self._began = self._saved = time.monotonic()
+        self._saved_step = engine.step
+        self._call_cost = self._validation_cost = self._save_cost = 0.0  # seconds that the last one took
         self._before = {"seconds": 0.0, "elapsed": 0.0, "epoch_seconds": 0.0}  # of earlier processes
         self._epoch_began = 0.0
         self._recipe_callbacks = self._make_callbacks()
@@ -141,11 +144,11 @@ class TrainingLoop:
 
     def seconds(self) -> float:
         """Seconds in the loop, over all processes of this run: training, validation, saving."""
-        return self._before["seconds"] + time.time() - self._began
+        return self._before["seconds"] + time.monotonic() - self._began
 
     def elapsed(self) -> float:
         """Seconds in this run, over all its processes, each from its very start, imports included."""
-        return self._before["elapsed"] + time.time() - self._since
+        return self._before["elapsed"] + time.monotonic() - self._since
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ class TrainingLoop:
 
         Args:
             validation: images uint8 [n, height, width, channels] and labels [n]; n may be 0.
-            signals: what catches SIGINT and SIGTERM.
+            signals: what catches SIGINT, SIGTERM and SIGHUP.
 
         Raises:
             RunInterrupted: after a signal, with everything saved.
@@ -166,7 +169,13 @@ class TrainingLoop:
             raise RunError(
                 f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
             )
-        count, start, self._began = 1, engine.step, time.time()
+        count, start = 1, engine.step
+        self._began = self._saved = time.monotonic()
+        self._saved_step = start
+        if self.chief and self.history:
+            self.folder.write_history(
+                self.history
+            )  # it may have lost rows, or have some that came after the state
         stopped: float = self._wants_stop()  # before an interruption
         self.hooks.call("on_train_begin")
         # Keras's callbacks forget in on_train_begin.
@@ -175,7 +184,7 @@ class TrainingLoop:
         while engine.step < engine.steps and not stopped:
             epoch = engine.step // per_epoch
             end = min((epoch + 1) * per_epoch, engine.steps)
-            self._epoch_began = time.time() - self._before["epoch_seconds"]
+            self._epoch_began = time.monotonic() - self._before["epoch_seconds"]
             self._before["epoch_seconds"] = 0.0
             self.hooks.call("on_epoch_begin", epoch)
             while engine.step < end:
@@ -190,6 +199,8 @@ class TrainingLoop:
                 ):  # as in `Model.fit`, the epoch still ends with a validation
                     break
                 steps = 1 if each_step else min(int(wanted), end - engine.step)
+                # Not after the last step of an epoch: its validation belongs to it.
+                self._save_if_due(self._call_cost + self._validation_cost * (engine.step + steps == end))
                 count = self._train_steps(steps, int(wanted), epoch)
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
             self._end_epoch(epoch, validation, last=bool(stopped) or engine.step >= engine.steps)
@@ -215,6 +226,7 @@ class TrainingLoop:
         done, spent = engine.step - before, time.perf_counter() - start
         self.images += done * self.config.batch_size
         self.step_seconds += spent
+        self._call_cost = spent
         return int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * wanted, 1024)))
 
     def _wants_stop(self) -> bool:
@@ -223,22 +235,26 @@ class TrainingLoop:
 
     def _end_epoch(self, epoch: int, validation: Sequence[np.ndarray], *, last: bool) -> None:
         """Validates, where it is due or the epoch is the last one, and keeps history, best model and state."""
+        if self.chief:
+            self.folder.check_there()
         engine, logs = self.engine, self.engine.running.logs()
         rate = float(np.asarray(engine.optimizer.learning_rate))
         if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
             self.hooks.call("on_test_begin")
+            began = time.monotonic()
             images, labels = validation
             if self.hooks.each_test_batch:
                 scores = engine.evaluate(images, labels, self.hooks.on_test_batch)
             else:
                 scores = engine.evaluate(images, labels)
+            self._validation_cost = time.monotonic() - began
             logs.update({f"val_{k}": v for k, v in scores.items()})
             self.hooks.call("on_test_end", scores)
         row = {
             "epoch": epoch + 1,
             **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")},
         }
-        seconds = round(time.time() - self._epoch_began, 3)
+        seconds = round(time.monotonic() - self._epoch_began, 3)
         self.history.append({**row, "learning_rate": rate, "seconds": seconds})
         engine.export()
         reached = logs.get("val_accuracy")
@@ -253,8 +269,8 @@ class TrainingLoop:
         engine.running = RunningMetrics()
         if self.chief:
             self.folder.write_history(self.history)
-            if not (last or self._wants_stop()) and time.time() - self._saved > SAVE_SECONDS:
-                self.save()
+            if not (last or self._wants_stop()):
+                self._save_if_due(self._call_cost)
 
     def _stop(self, by: str) -> None:
         """Saves everything, and raises RunInterrupted."""
@@ -275,8 +291,16 @@ class TrainingLoop:
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
+    def _save_if_due(self, ahead: float) -> None:
+        """Saves, unless there will be time for that after what comes next. ahead: the seconds that it takes."""
+        unsaved = time.monotonic() - self._saved
+        due = unsaved + ahead + self._save_cost >= self._save_seconds
+        if self.chief and due and self.engine.step != self._saved_step:
+            self.save()
+
     def save(self) -> None:
         """Saves all that the rest of the run depends on: variables, step, callbacks, history."""
+        began = time.monotonic()
         in_epoch = self.engine.step % self.engine.steps_per_epoch
         meta = {
             "data": self.fingerprint,
@@ -289,14 +313,16 @@ class TrainingLoop:
             "step_seconds": self.step_seconds,
             "seconds": self.seconds(),
             "elapsed": self.elapsed(),
-            "epoch_seconds": time.time() - self._epoch_began if in_epoch else 0.0,
+            "epoch_seconds": time.monotonic() - self._epoch_began if in_epoch else 0.0,
             "stopped": self._wants_stop(),
             "callbacks": [
                 {k: v for k, v in vars(c).items() if k in CALLBACK_STATE} for c in self._recipe_callbacks
             ],
         }
-        self.folder.write_state({"meta": np.array(json.dumps(meta)), **self.engine.state()})
-        self._saved = time.time()
+        arrays = {"meta": np.array(json.dumps(meta)), **self.engine.state()}
+        self.folder.write_state(self.config, arrays)
+        self._saved, self._saved_step = began, self.engine.step
+        self._save_cost = time.monotonic() - began
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Takes up what `save` wrote.

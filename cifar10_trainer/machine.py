@@ -11,10 +11,22 @@ from pathlib import Path
 
 from .errors import RunError
 
-# When Python began to run this process: now, less the processor time used so far. Until here Python only loads modules, so it
-# waits for nothing but the disk. The kernel's start of the process may be earlier: with `bash -c 'sleep 9 && python ...'` the
-# shell becomes the Python process.
-PROCESS_START = time.time() - time.process_time()
+# When Python began to run this process, by time.monotonic(): now, less the processor time used so far. Until here Python only
+# loads modules, so it waits for nothing but the disk. The kernel's start of the process may be earlier: with
+# `bash -c 'sleep 9 && python ...'` the shell becomes the Python process.
+PROCESS_START = time.monotonic() - time.process_time()
+
+
+def monotonic(since: float | None) -> float:
+    """A moment by `time.monotonic()`, which no setting of the clock changes.
+
+    Args:
+        since: by `time.monotonic()`; or by `time.time()`, as in version 1.0.0, which is more than any uptime; None: now.
+    """
+    now = time.monotonic()
+    if since is None:
+        return now
+    return since if since <= now else now - max(0.0, time.time() - since)
 
 
 def cpu_count() -> int:

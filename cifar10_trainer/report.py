@@ -80,6 +80,7 @@ def write_report(
         test_probabilities: float [n, classes] of `dataset.test_images`; of the validation images where the data set has no
             test images, and the report says so; empty where it has neither, and the report leaves the scores out.
     """
+    folder.check_there()
     names = dataset.class_names
     train_images, train_labels = dataset.train_images, dataset.train_labels
     val_images, val_labels = dataset.validation or (train_images[:0], train_labels[:0])
@@ -117,10 +118,10 @@ def write_report(
 
     # ---- the two texts
     text = "\n\n".join(filter(None, (note, text.rstrip()))) + "\n"
-    write_atomic(folder.classification_report_file, text)
+    write_atomic(folder.classification_report_file, text, parents=False)
     tiles = _tiles(metrics, scored, n, accuracy, balance)
     page = _page(tiles, note, drawn, text, config=config, metrics=metrics, history=history)
-    write_atomic(folder.report_file, page)
+    write_atomic(folder.report_file, page, parents=False)
 
 
 def _tiles(

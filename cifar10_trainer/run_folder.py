@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
+import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,15 @@ from .config import Config
 from .errors import ConfigError, FolderBusyError, RunError, shown
 from .files import (
     cannot_write,
+    check_there,
     folder_lock,
+    identity,
     read_json,
     regular_file,
     remove_files,
+    remove_leftovers,
     replacing,
+    sync,
     write_atomic,
     write_json,
 )
@@ -32,18 +38,20 @@ from .machine import check_fits
 if TYPE_CHECKING:
     import keras
 
-RUN_FILES = (  # what a run writes, and --overwrite removes
-    "config.json",
-    "history.csv",
+# What a run writes, and --overwrite removes in this order. config.json shows whose the others are, so it goes last.
+RUN_FILES = (
+    "state.npz",
+    "state.previous.npz",
     "metrics.json",
+    "history.csv",
     "model.keras",
     "model.h5",
-    "state.npz",
     "split.csv",
     "classification_report.txt",
     "report.html",
     "figures",
     "tensorboard",
+    "config.json",
 )
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 SPLIT_COLUMNS = ("file", "class", "part")
@@ -53,7 +61,8 @@ class RunFolder:
     """The folder of one run.
 
     A run writes config.json before it trains and metrics.json last of all. So a folder with config.json alone holds an
-    unfinished run, which state.npz resumes, and a folder with both holds a finished one.
+    unfinished run, which state.npz resumes, and a folder with both holds a finished one. The state before the newest one
+    is kept as state.previous.npz until the run is finished. Each state holds the config that it belongs to.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -65,10 +74,13 @@ class RunFolder:
         self.hdf5_file = self.path / "model.h5"
         self.state_file = self.path / "state.npz"
         self.split_file = self.path / "split.csv"
+        self.previous_state_file = self.path / "state.previous.npz"
         self.classification_report_file = self.path / "classification_report.txt"
         self.report_file = self.path / "report.html"
         self.figures = self.path / "figures"
         self.tensorboard = self.path / "tensorboard"
+        self._identity: tuple[int, int] | None = None  # of the folder that is locked
+        self._state_is_whole = False  # whether state.npz has been read back whole
 
     def __str__(self) -> str:
         return str(self.path)
@@ -76,6 +88,8 @@ class RunFolder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Makes the folder, and keeps other runs out of it. A folder that was made and left empty is removed again.
+
+        Removes the temporary files that killed runs left.
 
         Raises FolderBusyError where another run is in it, RunError where it cannot be written to.
         """
@@ -90,13 +104,21 @@ class RunFolder:
                 stack.enter_context(folder_lock(self.path, busy))
                 (self.path / ".writable").touch()
                 (self.path / ".writable").unlink(missing_ok=True)
+                remove_leftovers(self.path, RUN_FILES)
+                if self.figures.is_dir():
+                    remove_leftovers(self.figures, [path.name for path in self.figures.iterdir()])
+                self._identity = identity(self.path)
             except OSError as error:
                 raise cannot_write(self.path, error) from error
             yield
 
+    def check_there(self) -> None:
+        """Raises RunError where the folder was removed or replaced since `lock`."""
+        check_there(self.path, self._identity)
+
     def remove_run(self) -> None:
         """Removes what an earlier run wrote, where config.json shows that there was one. Raises RunError."""
-        remove_files(self.path, self.config_file.name, RUN_FILES)
+        remove_files(self.path, self.config_file.name, RUN_FILES[:-1])
 
     # ---- config.json and metrics.json
 
@@ -112,17 +134,29 @@ class RunFolder:
         """The record in config.json: the Config, and what the run found (`config.RECORDED`). Raises RunError."""
         return read_json(self.config_file)
 
-    def write_config(self, record: Mapping[str, Any]) -> None:
-        write_json(self.config_file, record)
+    def write_config(self, record: Mapping[str, Any], *, resumed: bool) -> None:
+        """Writes config.json. Where no run is resumed, it first removes what would be taken for this run's. Raises RunError."""
+        self.check_there()
+        if not resumed:
+            try:
+                for path in (*self._states(), self.metrics_file, self.history_file, self.model_file):
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+        write_json(self.config_file, record, durable=True, parents=False)
 
     def read_metrics(self) -> dict[str, Any]:
         """The contents of metrics.json. Raises RunError."""
         return read_json(self.metrics_file)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Writes metrics.json, which makes the run a finished one, and removes the state. Raises RunError."""
-        write_json(self.metrics_file, metrics)
-        self.state_file.unlink(missing_ok=True)
+        """Writes metrics.json, which makes the run a finished one, and removes the states. Raises RunError."""
+        self.check_there()
+        if self.history_file.exists():
+            sync(self.history_file)  # until here the state held it, too
+        write_json(self.metrics_file, metrics, durable=True, parents=False)
+        for path in self._states():
+            path.unlink(missing_ok=True)
 
     # ---- history.csv
 
@@ -131,6 +165,7 @@ class RunFolder:
 
         Numbers are written so that `read_history` gives back the same ones. Raises ValueError on another key.
         """
+        self.check_there()
         text = io.StringIO()
         writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -139,7 +174,7 @@ class RunFolder:
             writer.writerow(
                 {k: v if v is None or isinstance(v, int) else repr(float(v)) for k, v in row.items()}
             )
-        write_atomic(self.history_file, text.getvalue())
+        write_atomic(self.history_file, text.getvalue(), parents=False)
 
     def read_history(self) -> list[dict[str, Any]]:
         """The rows of history.csv: numbers, None where empty. Raises RunError where it is damaged."""
@@ -187,63 +222,109 @@ class RunFolder:
 
     def save_model(self, model: keras.Model, path: Path | None = None) -> None:
         """Saves `model` as model.keras, or as `path`, in the format that its name ends in. Raises RunError."""
-        with replacing(path or self.model_file) as temporary:
+        self.check_there()
+        with replacing(path or self.model_file, durable=True, parents=False) as temporary:
             model.save(temporary)
 
     # ---- state.npz
 
-    def write_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes state.npz, whole or not at all. Raises RunError."""
-        with replacing(self.state_file) as temporary:
-            np.savez(temporary, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes them for its own options
+    def _states(self) -> list[Path]:
+        """The files of states that exist, the newest first."""
+        return [path for path in (self.state_file, self.previous_state_file) if path.exists()]
 
-    def unfinished_state(self, config: Config) -> dict[str, np.ndarray] | None:
-        """The arrays in state.npz of an unfinished run of `config`; None where no run was saved here.
+    def write_state(self, config: Config, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes state.npz, whole or not at all, and reads it back. What was whole before becomes state.previous.npz.
 
-        Raises ConfigError where the folder holds a finished run or one of another config, RunError on damaged files.
+        Args:
+            config: of the run; `unfinished_state` compares it.
+            arrays: by name; "config" is taken.
+
+        Raises:
+            RunError: if it cannot be written, or is not what was written.
         """
+        self.check_there()
+        with replacing(self.state_file, durable=True, parents=False) as temporary:
+            np.savez(temporary, config=np.array(json.dumps(config.to_dict())), **arrays)  # type: ignore[arg-type]
+            sync(temporary)
+            _check_archive(temporary)
+            if self._state_is_whole:
+                os.replace(self.state_file, self.previous_state_file)
+            self._state_is_whole = False  # while there is none
+        self._state_is_whole = True
+
+    def unfinished_state(self, config: Config, log: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+        """The arrays of the newest whole state of an unfinished run of `config`; None where no run was saved here.
+
+        Args:
+            config: of the run.
+            log: prints a line where the newest state is damaged, and the one before is taken.
+
+        Raises:
+            ConfigError: if the folder holds a finished run or one of another config.
+            RunError: if its files are damaged, or its state is of another config.
+        """
+        states = self._states()
         if not self.has_run():
+            if states:
+                raise self._foreign_state(states, f"has no {self.config_file.name} beside it")
             return None
         if self.is_finished():
             raise ConfigError(
                 f"{self} holds a finished run; choose another --workdir, or replace it with --overwrite"
             )
         self._check_same(config)
-        if not self.state_file.exists():
-            return None
-        return self._read_state(self.state_file)
+        errors: list[Exception] = []
+        for path in states:
+            try:
+                arrays = _read_arrays(path)
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+                errors.append(error)
+                continue
+            self._check_config_of(arrays, config)
+            if errors:
+                log(
+                    f"{states[0]} is damaged ({_short(errors[0])}); resuming from the state before it, {path}"
+                )
+            self._state_is_whole = path == self.state_file
+            return arrays
+        if errors:
+            raise self.damaged_state(errors[0])
+        return None
 
-    def _read_state(self, path: Path) -> dict[str, np.ndarray]:
-        """The arrays in a state file. Raises RunError where it is damaged, or does not fit into memory."""
+    def _check_config_of(self, arrays: dict[str, np.ndarray], config: Config) -> None:
+        """Takes the config out of a state. Raises RunError where it is another one than `config`."""
+        if "config" not in arrays:  # version 1.0.0 wrote none; config.json is all that shows it
+            return
         try:
-            size = check_npz(regular_file(path))
-        except (OSError, ValueError) as error:
+            there = Config.from_dict(json.loads(str(arrays.pop("config"))))
+        except (ValueError, TypeError) as error:
             raise self.damaged_state(error) from error
-        check_fits(size, f"the state in {path}", "use a machine with more memory")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise self.damaged_state(error) from error
+        if difference := _difference(there, config):
+            raise self._foreign_state(self._states(), f"is of another configuration ({difference})")
+
+    def _foreign_state(self, states: list[Path], why: str) -> RunError:
+        """The one-line error for a state that does not belong to the run that is asked for."""
+        return RunError(
+            f"{states[0]} {why}, so it is not resumed; choose another --workdir, or replace it with --overwrite"
+        )
 
     def _check_same(self, config: Config) -> None:
         """Raises ConfigError where the unfinished run in the folder has another config."""
         try:
-            there = Config.from_record(self.read_config()).to_dict()
+            there = Config.from_record(self.read_config())
         except (RunError, ValueError, TypeError) as error:
             raise RunError(
                 f"{self.config_file} is damaged ({error}); choose another --workdir, or replace it with --overwrite"
             ) from error
-        ours = config.to_dict()
-        different = [key for key in {**ours, **there} if there.get(key) != ours.get(key)]
-        if different:
-            key = different[0]
+        if difference := _difference(there, config):
             raise ConfigError(
-                f"{self} holds an unfinished run of another configuration ({key} {shown(there.get(key))}, now {shown(ours.get(key))});"
+                f"{self} holds an unfinished run of another configuration ({difference});"
                 f" choose another --workdir, or replace it with --overwrite"
             )
 
-    def resume(self, config: Config) -> tuple[Config, dict[str, np.ndarray] | None]:
+    def resume(
+        self, config: Config, log: Callable[[str], None]
+    ) -> tuple[Config, dict[str, np.ndarray] | None]:
         """`unfinished_state` of `config`, with the values that the run chose for the settings in `config.adapt`."""
         if config.adapt and self.has_run() and not self.is_finished():
             try:
@@ -252,14 +333,46 @@ class RunFolder:
                 pass  # `unfinished_state` reports it
             else:
                 config = config.override(**{name: getattr(there, name) for name in config.adapt}, adapt=())
-        return config, self.unfinished_state(config)
+        return config, self.unfinished_state(config, log)
 
     def damaged_state(self, error: Exception) -> RunError:
-        """The one-line error for a state.npz that cannot be used."""
-        reason = " ".join(str(error).split())[:200]
+        """The one-line error where no state can be used."""
+        files = self._states()
+        is_damaged, it = ("are damaged", "both") if len(files) == 2 else ("is damaged", "it")
         return RunError(
-            f"{self.state_file} is damaged, or of other data ({reason}); delete it to begin this run again"
+            f"{' and '.join(map(str, files))} {is_damaged}, or of other data ({_short(error)});"
+            f" delete {it} to begin this run again"
         )
+
+
+def _difference(there: Config, ours: Config) -> str:
+    """The first setting that differs, as in "seed 0, now 7"; empty where none does."""
+    was, now = there.to_dict(), ours.to_dict()
+    keys = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    return f"{keys[0]} {shown(was.get(keys[0]))}, now {shown(now.get(keys[0]))}" if keys else ""
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a state. Raises RunError where they do not fit into memory, other errors where it is damaged."""
+    check_fits(check_npz(regular_file(path)), f"the state in {path}", "use a machine with more memory")
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+        return dict(found)
+
+
+def _check_archive(path: Path) -> None:
+    """Reads a zip archive whole and compares its checksums. Raises OSError where it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise OSError(errno.EIO, f"what was written reads back damaged ({_short(error)})") from error
+    if damaged is not None:
+        raise OSError(errno.EIO, f"what was written reads back damaged ({damaged})")
+
+
+def _short(error: Exception) -> str:
+    """The text of an error in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def _number(text: str) -> int | float | None:

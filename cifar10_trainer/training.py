@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import shlex
 import sys
@@ -17,14 +18,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import adaptation, datasets, measures, models, process, report, runtime, scoring
+from . import adaptation, datasets, machine, measures, models, process, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
-from .errors import ConfigError
+from .errors import ConfigError, interrupted
 from .files import cannot_write
 from .hooks import check_callbacks
-from .loop import TrainingLoop
+from .loop import SAVE_SECONDS, TrainingLoop
 from .models import own
 from .run_folder import RunFolder
 
@@ -37,6 +38,7 @@ SCORES = (
     "test_smallest_class_recall",
 )
 FEW_IMAGES = 10  # of a class to train on, below which a run warns
+MAX_SAVE_SECONDS = 86_400
 
 
 @process.keras_defaults()
@@ -59,12 +61,13 @@ def train_and_evaluate(
     hdf5: bool = False,
     since: float | None = None,
     folder_options: Mapping[str, Any] | None = None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> dict[str, Any]:
     """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
 
     The kept weights are those with the best validation accuracy, or the last where nothing is held out. An
-    unfinished run of the same config in `workdir` is resumed, exactly. SIGINT and SIGTERM end it after the step
-    in progress, with everything saved.
+    unfinished run of the same config in `workdir` is resumed, exactly. SIGINT, SIGTERM and SIGHUP end it after the
+    steps in progress, with everything saved. If stdout breaks, the training continues without it.
 
     Args:
         config: what to do.
@@ -86,7 +89,8 @@ def train_and_evaluate(
         score_test: whether to score the test images; a search does not.
         hdf5: whether to write the model in the older format as well, as model.h5.
         folder_options: `strict` and `max_bad` of a folder of images, see `datasets.load`.
-        since: when this run's clock began, as from `time.time()`; None: with this call.
+        since: when this run's clock began, by `time.monotonic()` or `time.time()`; None: with this call.
+        save_seconds: the most seconds of training that a killed process loses; 0: the state is saved after every call.
 
     Returns:
         the contents of metrics.json.
@@ -94,11 +98,12 @@ def train_and_evaluate(
         ConfigError: for a wrong argument.
         RunError: for what failed, and for an interrupted run.
     """
-    since = time.time() if since is None else since
+    since = machine.monotonic(since)
     verbose = runtime.verbosity(verbose)
     log: Log = print if verbose else (lambda text: None)
     callbacks = check_callbacks(callbacks, config)
     _check_sources(data, dataset, data_dir, (validation_data, test_data, class_names))
+    _check_save_seconds(save_seconds)
 
     # ---- strategy, precision, folder
     models.check_options(config.architecture, config.options)
@@ -109,8 +114,9 @@ def train_and_evaluate(
     policy, reason = runtime.choose_precision(config.precision)
     log(f"precision: {policy}: {reason}")
 
-    with _only_run(config, model, log), folder.lock() if chief else contextlib.nullcontext():
-        config, saved = (config, None) if overwrite else folder.resume(config)
+    locked = folder.lock() if chief else contextlib.nullcontext()
+    with _only_run(config, model, log), locked, _interruptible(folder, overwrite) as training_is_over:
+        config, saved = (config, None) if overwrite else folder.resume(config, log)
         # ---- data and model
         given = data if data is not None else dataset
         if given is None:
@@ -126,22 +132,20 @@ def train_and_evaluate(
         loop = TrainingLoop(
             engine, folder, fingerprint,
             chief=chief, callbacks=callbacks, verbose=verbose, full_report=full_report, since=since, overwrite=overwrite,
-            model_digest=digest,
+            model_digest=digest, save_seconds=save_seconds,
         )  # fmt: skip
         if saved:
             loop.restore(saved)
             log(f"resumed at step {engine.step:,} of {engine.steps:,}")
         if chief:
-            folder.write_config(record)
+            folder.write_config(record, resumed=bool(saved))
             folder.write_split(datasets.file_rows(found))
 
         # ---- train
         _train(loop, validation, folder)
+        training_is_over()
         trained = loop.metrics()
-        log(
-            f"trained: {trained['epochs']} epochs in {trained['train_seconds']:,.1f} s; "
-            f"kept epoch {trained['best_epoch']}"
-        )
+        log("trained: {epochs} epochs in {train_seconds:,.1f} s; kept epoch {best_epoch}".format(**trained))
 
         # ---- evaluate
         if not folder.model_file.exists():  # only the chief writes
@@ -159,6 +163,7 @@ def train_and_evaluate(
                 )  # fmt: skip
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
     _summarize(log, metrics, folder)
+    _warn_at_chance(log, loop.history, found, metrics["best_val_accuracy"])
     return metrics
 
 
@@ -243,6 +248,28 @@ def _log_few(data: Dataset, log: Log) -> None:
         if found:
             more = f" and {len(found) - 10} more classes" if len(found) > 10 else ""
             log(f"warning: {what} of {', '.join(found[:10])}{more}")
+
+
+def _check_save_seconds(seconds: float) -> None:
+    if not 0 <= seconds <= MAX_SAVE_SECONDS:
+        raise ConfigError(f"save_seconds is {seconds}; allowed: from 0 to {MAX_SAVE_SECONDS:,}")
+
+
+@contextlib.contextmanager
+def _interruptible(folder: RunFolder, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """Turns an interruption of the scoring or the report into an error that shows how to continue.
+
+    Gives the function to call when the training is over.
+    """
+    over: list[bool] = []
+    try:
+        yield lambda: over.append(True)
+    except KeyboardInterrupt as error:
+        if not over or folder.is_finished():
+            raise
+        raise interrupted(
+            "stopped after the training, before everything was scored", folder, overwrite
+        ) from error
 
 
 def _prepare(
@@ -425,6 +452,26 @@ def _summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
         f.name for f in (folder.report_file, folder.model_file, folder.metrics_file) if f.exists()
     )
     log(f"  files                {folder}/  ({files})")
+
+
+def _warn_at_chance(
+    log: Log, history: Sequence[Mapping[str, Any]], data: Dataset, best_val_accuracy: float | None
+) -> None:
+    """Logs a line where the accuracy is no better than that of always guessing the largest class.
+
+    It is better where it exceeds the share of that class by more than 2.33 standard deviations of a share of so many
+    images (a one-sided test at 1%). The accuracy is the best validation accuracy, or the last training accuracy.
+    """
+    labels = data.train_labels if data.validation is None else data.validation[1]
+    accuracy, images = best_val_accuracy, "validation images"
+    if accuracy is None:
+        labels, accuracy, images = data.train_labels, history[-1]["accuracy"], "training images"
+    share = float(np.bincount(labels).max()) / len(labels)
+    if accuracy <= share + 2.33 * math.sqrt(share * (1 - share) / len(labels)):
+        log(
+            f"  at chance level      {accuracy:.2%} of the {len(labels):,} {images}; to guess the largest class gives"
+            f" {share:.2%}: the network has learned nothing that these images show; try a smaller --learning_rate"
+        )
 
 
 def _test_in_words(metrics: dict[str, Any]) -> str:

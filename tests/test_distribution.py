@@ -206,9 +206,9 @@ def worker(out):
 
     # The number of steps a call differs between the workers as far as it may, and a worker is late.
     train = sys.modules["cifar10_trainer.training"]
-    train.CALL_SECONDS, train.SAVE_SECONDS = (0.0, 100.0)[index], 0
+    train.CALL_SECONDS = (0.0, 100.0)[index]
     digits = datasets.load("digits")
-    run = {"dataset": digits, "verbose": 0, "full_report": False}
+    run = {"dataset": digits, "verbose": 0, "full_report": False, "save_seconds": 0}
     config = digits_config(early_stopping=1)
     folder = os.path.dirname(out)
     found["whole"] = train_and_evaluate(config, f"{folder}/whole", **run)

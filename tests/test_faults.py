@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, datasets, loop
+from cifar10_trainer import cli, datasets
 from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.engine import Engine
@@ -52,10 +52,9 @@ def few():
     )
 
 
-def run(config, workdir, dataset, *callbacks):
-    return train_and_evaluate(
-        config, workdir, dataset=dataset, callbacks=callbacks, verbose=0, full_report=False
-    )
+def run(config, workdir, dataset, *callbacks, **options):
+    options = {"verbose": 0, "full_report": False, **options}
+    return train_and_evaluate(config, workdir, dataset=dataset, callbacks=callbacks, **options)
 
 
 def after(epoch, action):
@@ -151,13 +150,12 @@ def test_a_full_disk_leaves_the_old_files_whole(begun, few, monkeypatch, what):
         monkeypatch.setattr(Engine, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 1.0})
     else:
         monkeypatch.setattr(Engine, "evaluate", lambda *_: {"loss": 1.0, "accuracy": 0.0})
-        monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     before = {p.name: p.read_bytes() for p in begun.iterdir()}
     limit = 8000
     assert len(before[what]) > limit > len(before["config.json"])
     reason = rf"cannot write .*{what}: .*; make room or choose another folder"
     with pytest.raises(RunError, match=reason) as info, no_file_larger_than(limit):
-        run(TINY, begun, few)
+        run(TINY, begun, few, save_seconds=60 if what == "model.keras" else 0)
     one_line(info)
     now = {p.name: p.read_bytes() for p in begun.iterdir()}
     assert now.keys() == before.keys()  # nothing half-written lies about
@@ -174,26 +172,36 @@ def test_a_save_that_is_cut_short_leaves_nothing(begun, few, monkeypatch):
             raise KeyboardInterrupt
         true(source, target)
 
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
-    for accuracy in (0.0, 1.0):
+    for accuracy, seconds in ((1.0, 60), (0.0, 0)):
         monkeypatch.setattr(Engine, "evaluate", lambda *_, a=accuracy: {"loss": 1.0, "accuracy": a})
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", cut_short)
             with pytest.raises(KeyboardInterrupt):
-                run(TINY, begun, few)
+                run(TINY, begun, few, save_seconds=seconds)
         now = {p.name: p.read_bytes() for p in begun.iterdir()}
+        if seconds == 0:  # it is cut short when the old state has made room, and is the one before
+            now["state.npz"] = now.pop("state.previous.npz")
         assert now.keys() == before.keys()
         assert all(now[name] == before[name] for name in ("model.keras", "state.npz"))
+    assert run(TINY, begun, few)["epochs"] == 4
 
 
 def test_what_a_killed_process_left_does_not_confuse_the_next(begun, few):
     """A process killed while it saves cannot clean up."""
     (begun / ".model.keras").write_bytes(b"half a model")
-    (begun / ".state.npz.1234.5678.tmp").write_bytes(b"half a state")
-    (begun / ".writable").touch()
+    ours = [".state.npz.1234.5678.tmp", ".state.npz.1.2.tmp.npz", ".history.csv.3.4.tmp.csv", ".writable"]
+    theirs = [".model.keras.1.tmp", ".mine.npz.1.2.tmp.npz", ".state.npz.swp"]
+    for name in ours + theirs:
+        (begun / name).write_bytes(b"half")
+    (begun / "figures").mkdir()
+    (begun / "figures" / ".training_curves.png.5.6.tmp.png").write_bytes(b"half a figure")
+    (begun / "figures" / "training_curves.png").write_bytes(b"of before")
     metrics = run(TINY, begun, few)
     assert metrics["epochs"] == 4 and keras.models.load_model(begun / "model.keras")
-    assert (begun / "metrics.json").exists() and not (begun / ".writable").exists()
+    assert (begun / "metrics.json").exists()
+    assert not [name for name in ours if (begun / name).exists()]
+    assert all((begun / name).read_bytes() == b"half" for name in theirs)
+    assert [path.name for path in (begun / "figures").iterdir()] == ["training_curves.png"]
 
 
 # --- damaged files --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from cifar10_trainer import __main__ as command
 from cifar10_trainer import cli, datasets, evaluate, loop, predict, runtime, training
 from cifar10_trainer.config import Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine
-from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 from cifar10_trainer.models.initial import pixel_statistics
 from cifar10_trainer.recipes import RECIPES
 from cifar10_trainer.run_folder import RunFolder
@@ -492,9 +492,9 @@ KILLED = """
 import signal, sys
 sys.path[:0] = {path!r}
 import test_training as t
-t.loop.SAVE_SECONDS, t.loop.CALL_SECONDS = 0, 0.0
+t.loop.CALL_SECONDS = 0.0
 digits = t.datasets.load("digits")
-t.train_quietly(t.DROPOUT, {workdir!r}, digits, callbacks=[t.At(31, t.send(signal.SIGKILL))])
+t.train_quietly(t.DROPOUT, {workdir!r}, digits, save_seconds=0, callbacks=[t.At(31, t.send(signal.SIGKILL))])
 """
 DROPOUT = TINY.override(options__dropout=0.3, epochs=3.25)
 
@@ -507,7 +507,7 @@ def test_a_killed_run_goes_on_from_its_last_save(tmp_path, digits):
     assert status.returncode == -signal.SIGKILL, status.stderr.decode()[-2000:]
     assert not (workdir / "metrics.json").exists()
     with np.load(workdir / "state.npz") as arrays:
-        assert arrays["engine"][0] == 24  # it died in the third epoch
+        assert arrays["engine"][0] == 30  # it died in the third epoch, after step 31
     found = train_quietly(DROPOUT, workdir, digits)
     assert without_seconds(read_history(workdir)) == without_seconds(read_history(tmp_path / "whole"))
     assert_same_weights(saved_weights(workdir), saved_weights(tmp_path / "whole"))
@@ -639,12 +639,11 @@ def test_early_stopping(tmp_path, digits, monkeypatch, step_by_step, late):
 
 def test_a_run_killed_after_early_stopping_does_not_train_on(tmp_path, digits, monkeypatch):
     script_validation(monkeypatch, [0.5, 0.6, 0.1], [0.1, 0.2, 0.9])
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     config = TINY.override(early_stopping=1, epochs=3)
     with monkeypatch.context() as patch:
         patch.setattr(training.scoring, "predict_probabilities", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_quietly(config, tmp_path, digits)
+            train_quietly(config, tmp_path, digits, save_seconds=0)
     assert train_quietly(config, tmp_path, digits)["epochs"] == 2
     assert len(read_history(tmp_path)) == 2
 
@@ -656,7 +655,8 @@ def test_a_run_interrupted_while_it_is_scored_does_not_train_again(tmp_path, dig
     workdir = tmp_path / "parts"
     with monkeypatch.context() as patch:
         patch.setattr(training, "_score", lambda *_: send(signal.SIGINT)())
-        with pytest.raises(KeyboardInterrupt):
+        way_on = rf"stopped after the training, before .*; everything is saved in .*--workdir={workdir}$"
+        with pytest.raises(RunInterrupted, match=way_on):
             train_quietly(config, workdir, digits)
     rows = read_history(workdir)
     monkeypatch.setattr(Engine, "train", lambda *_: pytest.fail("trained"))
