@@ -14,9 +14,8 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from . import datasets, runtime
+from . import cluster, datasets, runtime
 from .config import Config
 from .datasets import Dataset
 from .errors import ConfigError, RunError, RunInterrupted, interrupted
@@ -61,8 +60,7 @@ def cross_validate(
     since = time.time() if since is None else since
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_not_finished(workdir, overwrite)
-    strategy, _ = runtime.choose_strategy(config.strategy)
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+    if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
     data = _without_test_images(dataset or datasets.load(config.dataset, data_dir, config.image_size), folds)
     (workdir / FOLDS_FILE).unlink(missing_ok=True)

@@ -154,8 +154,10 @@ class RunFolder:
         with replacing(self.state_file) as temporary:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes them for its own options
 
-    def unfinished_state(self, config: Config) -> dict[str, np.ndarray] | None:
+    def unfinished_state(self, config: Config, any_strategy: bool = False) -> dict[str, np.ndarray] | None:
         """The arrays in state.npz of an unfinished run of `config`; None where no run was saved here.
+
+        any_strategy: whether the strategy may be another one.
 
         Raises ConfigError where the folder holds a finished run or one of another config, RunError on damaged files.
         """
@@ -165,7 +167,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self} holds a finished run; choose another --workdir, or replace it with --overwrite"
             )
-        self._check_same(config)
+        self._check_same(config, any_strategy)
         if not self.state_file.exists():
             return None
         try:
@@ -174,7 +176,7 @@ class RunFolder:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise self.damaged_state(error) from error
 
-    def _check_same(self, config: Config) -> None:
+    def _check_same(self, config: Config, any_strategy: bool) -> None:
         """Raises ConfigError where the unfinished run in the folder has another config."""
         try:
             there = Config.from_record(self.read_config()).to_dict()
@@ -184,6 +186,8 @@ class RunFolder:
             ) from error
         ours = config.to_dict()
         different = [key for key in ours if there.get(key) != ours[key]]
+        if any_strategy and "strategy" in different:
+            different.remove("strategy")
         if different:
             key = different[0]
             raise ConfigError(

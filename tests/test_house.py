@@ -33,6 +33,8 @@ LAYERS = [
     "recipes",
     "config",
     "cli",
+    "launch",
+    "cluster",
     "machine",
     "files",
     "errors",
