@@ -205,6 +205,14 @@ def list_recipes() -> None:
         print("  ".join(cells))
 
 
+def check_folds() -> None:
+    """Raises ConfigError where a flag is given that cross-validation does not have."""
+    several = ("workers", "local_workers", "allow_replica_change")
+    for flag in ("final_fit", "hdf5", "validation_fraction", *several):
+        if FLAGS.folds is not None and FLAGS[flag].present:
+            raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
+
+
 def join_flags(config: Config) -> None:
     """Turns --workers and --worker_index into TF_CONFIG, which TensorFlow reads. Raises ConfigError."""
     several = [
@@ -262,6 +270,7 @@ def main(argv: list[str]) -> None:
     config = config_from_flags()
     if FLAGS.quiet and FLAGS.verbose:
         raise ConfigError("--quiet and --verbose; allowed: one of the two")
+    check_folds()
     join_flags(config)
     if FLAGS.local_workers is not None:
         start_local_workers(config)
@@ -277,16 +286,6 @@ def main(argv: list[str]) -> None:
             where[name] = FLAGS[name].value
         train_and_evaluate(config, FLAGS.workdir, since=PROCESS_START, **where)
         return
-    for flag in (
-        "final_fit",
-        "hdf5",
-        "validation_fraction",
-        "workers",
-        "local_workers",
-        "allow_replica_change",
-    ):
-        if FLAGS[flag].present:
-            raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
     import_tensorflow()
     from .cross_validation import cross_validate
 

@@ -205,12 +205,18 @@ class _Connection:
 
 
 def _listen(place: Place) -> socket.socket:
-    """A socket that listens on this worker's own address, until TensorFlow needs the port. Raises ConfigError."""
+    """A socket that listens on this worker's own address, until TensorFlow needs the port.
+
+    Raises ConfigError, or gaierror where its name has no address.
+    """
     host, port = _host_and_port(place.addresses[place.index], "the cluster")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        others = {_host_and_port(other, "the cluster")[0] for other in place.addresses} - {host}
+        if others and str(address[0]).startswith("127.") and not host.startswith("127."):
+            address = ("", port)  # some systems give their own name to loopback only
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -220,6 +226,8 @@ def _listen(place: Place) -> socket.socket:
             listener.close()
             raise
         return listener
+    except socket.gaierror:
+        raise
     except OSError as error:
         how = {
             errno.EADDRINUSE: "another process uses the port, perhaps another worker with the same index",
@@ -297,8 +305,8 @@ class Team:
         self._watcher = threading.Thread(target=self._watch, name="cluster", daemon=True)
         if self.alone:
             return
-        self._listener = _listen(place)
         try:
+            self._listener = self._listen()
             self._gather() if place.index == 0 else self._find_chief()
             self._check_reach()
         except BaseException as error:
@@ -324,8 +332,10 @@ class Team:
         if self._watcher.is_alive():
             self._watcher.join()
         self.free_port()
-        for connection in (*self._members.values(), self._bell, self._ear):
+        for connection in self._members.values():
             connection.close()
+        self._bell.close()
+        self._ear.close()
 
     def free_port(self) -> None:
         """Gives this worker's port to TensorFlow's server, when all have arrived."""
@@ -334,6 +344,19 @@ class Team:
             self._listener = None
 
     # -- meeting
+
+    def _listen(self) -> socket.socket:
+        """Listens on this worker's address, when its name has one: in Kubernetes that may take a while."""
+        waiting = _Waiting(self._log)
+        while True:
+            try:
+                return _listen(self.place)
+            except socket.gaierror as error:
+                text = f"an address of {self.place.name()}, which is this one: {reason_of(error)}"
+                if waiting.seconds() > self._timeout:
+                    raise self._too_late(text) from error
+                waiting(text)
+                time.sleep(0.5)
 
     def _gather(self) -> None:
         """The chief's part of the meeting: waits until every other worker has connected."""

@@ -186,14 +186,35 @@ def test_cpu_replicas_split_the_cpu(trained, monkeypatch):
     [
         (["--workers=a:1,b:2"], "--workers and --worker_index go together; allowed: both, or neither"),
         (["--worker_index=0"], "--workers and --worker_index go together; allowed: both, or neither"),
-        (["--workers=a:1", "--worker_index=1"], "the worker index is 1, but --workers names 1 worker(s); allowed: from 0 to 0"),
-        (["--workers=a:1,a:1", "--worker_index=0"], "--workers names a:1 twice; allowed: an address of its own for each worker"),
-        (["--workers=a,b:2", "--worker_index=0"], "--workers names the address 'a'; allowed: HOST:PORT with a port from 1"),
-        (["--workers=a:1,b:1", "--worker_index=0", "--strategy=none"], "--workers and --strategy=none; allowed: --strategy="),
-        (["--local_workers=2", "--cpu_replicas=2"], "--local_workers and --cpu_replicas; allowed: one of them"),
-        (["--local_workers=2", "--strategy=mirrored"], "--local_workers and --strategy=mirrored; allowed: --strategy=multi"),
+        (
+            ["--workers=a:1", "--worker_index=1"],
+            "the worker index is 1, but --workers names 1 worker(s); allowed: from 0 to 0",
+        ),
+        (
+            ["--workers=a:1,a:1", "--worker_index=0"],
+            "--workers names a:1 twice; allowed: an address of its own for each worker",
+        ),
+        (
+            ["--workers=a,b:2", "--worker_index=0"],
+            "--workers names the address 'a'; allowed: HOST:PORT with a port from 1",
+        ),
+        (
+            ["--workers=a:1,b:1", "--worker_index=0", "--strategy=none"],
+            "--workers and --strategy=none; allowed: --strategy=",
+        ),
+        (
+            ["--local_workers=2", "--cpu_replicas=2"],
+            "--local_workers and --cpu_replicas; allowed: one of them",
+        ),
+        (
+            ["--local_workers=2", "--strategy=mirrored"],
+            "--local_workers and --strategy=mirrored; allowed: --strategy=multi",
+        ),
         (["--local_workers=0"], "--local_workers=0"),
-        (["--cpu_replicas=2", "--strategy=none"], "--cpu_replicas=2 and --strategy=none; allowed: --strategy=mirrored"),
+        (
+            ["--cpu_replicas=2", "--strategy=none"],
+            "--cpu_replicas=2 and --strategy=none; allowed: --strategy=mirrored",
+        ),
         (["--cluster_timeout=0"], "--cluster_timeout=0"),
         (["--folds=2", "--local_workers=2"], "--folds and --local_workers; allowed: one of the two"),
         (["--strategy=multi_worker"], "strategy multi_worker found no cluster; set TF_CONFIG"),

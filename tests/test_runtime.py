@@ -62,7 +62,9 @@ def made(monkeypatch):
 @pytest.fixture
 def all_are_there(monkeypatch):
     """As if all workers of the cluster had met."""
-    monkeypatch.setattr(cluster.Team, "__init__", lambda team, place, timeout, log: vars(team).update(TEAM, place=place))
+    monkeypatch.setattr(
+        cluster.Team, "__init__", lambda team, place, timeout, log: vars(team).update(TEAM, place=place)
+    )
     monkeypatch.setattr(cluster.Team, "agree", lambda team, **terms: None)
 
 
@@ -133,9 +135,7 @@ def test_a_cluster_does_not_matter_where_another_strategy_is_asked_for(devices, 
     assert made == [("MirroredStrategy", ["/device:GPU:0", "/device:GPU:1"])]
 
 
-@pytest.mark.parametrize(
-    "text", [None, "", "{}"]
-)
+@pytest.mark.parametrize("text", [None, "", "{}"])
 def test_multi_worker_without_a_cluster(text, devices, made, monkeypatch):
     devices(0)
     if text is not None:
@@ -152,15 +152,23 @@ def test_a_cluster_of_one_worker_says_what_it_means(devices, made, monkeypatch):
     alone = {"cluster": {"worker": ["localhost:1"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(alone))
     _, why = runtime.choose_strategy("auto")
-    assert why.endswith("on 1 worker(s); TF_CONFIG names this worker alone; unset it to train as without a cluster")
+    assert why.endswith(
+        "on 1 worker(s); TF_CONFIG names this worker alone; unset it to train as without a cluster"
+    )
     cluster.team().close()
 
 
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (RuntimeError("Collective ops must be configured at program startup"), "call .*choose_strategy.* before you make"),
-        (tf.errors.UnknownError(None, None, "Could not start gRPC server"), "server did not start .Could not start gRPC"),
+        (
+            RuntimeError("Collective ops must be configured at program startup"),
+            "call .*choose_strategy.* before you make",
+        ),
+        (
+            tf.errors.UnknownError(None, None, "Could not start gRPC server"),
+            "server did not start .Could not start gRPC",
+        ),
     ],
 )
 def test_a_server_that_cannot_start_is_one_line(error, text, devices, monkeypatch, all_are_there):
