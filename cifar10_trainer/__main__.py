@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -236,7 +235,12 @@ def join_flags(config: Config) -> None:
 
 def meet_workers(config: Config) -> None:
     """Meets the other workers of a cluster, before TensorFlow's import, so that nobody waits for a wrong flag."""
-    log = functools.partial(print, flush=True) if not FLAGS.quiet else (lambda text: None)
+
+    def log(text: str) -> None:
+        left_over = config.strategy == "auto" and FLAGS.workers is None
+        if not FLAGS.quiet:
+            print(f"{text} of TF_CONFIG, which --strategy=none ignores" if left_over else text, flush=True)
+
     team = cluster.join_workers(config.strategy, FLAGS.cluster_timeout, log)
     if team is not None:
         team.agree(config=config.to_dict())

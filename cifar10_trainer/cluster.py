@@ -410,7 +410,8 @@ class Team:
                     " workers the same list, in one order"
                 )
                 self._send_to_all(error=str(error))
-                connection.send(error=str(error))
+                with contextlib.suppress(_Closed):
+                    connection.send(error=str(error))
                 raise error
             if not 0 < index < len(ours):
                 raise _Closed

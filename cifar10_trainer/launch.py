@@ -112,11 +112,12 @@ def _end_with_parent() -> None:
 
 def _relay(source: IO[str], index: int, errors: list[str]) -> None:
     """Prints a worker's stderr line by line, with its name for all but the first. Keeps its final error back."""
-    for line in source:
-        if line.startswith("error: "):
-            errors.append(line.removeprefix("error: ").strip())
-        elif line != "interrupted\n":
-            print(line if index == 0 else f"worker {index}: {line}", end="", file=sys.stderr, flush=True)
+    with source:
+        for line in source:
+            if line.startswith("error: "):
+                errors.append(line.removeprefix("error: ").strip())
+            elif line != "interrupted\n":
+                print(line if index == 0 else f"worker {index}: {line}", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

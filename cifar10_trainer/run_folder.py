@@ -190,9 +190,10 @@ class RunFolder:
             different.remove("strategy")
         if different:
             key = different[0]
+            how = ", or allow it with --allow_replica_change" if different == ["strategy"] else ""
             raise ConfigError(
                 f"{self} holds an unfinished run of another configuration ({key} {there.get(key)!r}, now {ours[key]!r});"
-                f" choose another --workdir, or replace it with --overwrite"
+                f" choose another --workdir, or replace it with --overwrite{how}"
             )
 
     def damaged_state(self, error: Exception) -> RunError:

@@ -505,7 +505,9 @@ def test_another_number_of_replicas_must_be_allowed(found):
     refused = found["elastic refused"]
     assert "holds an unfinished run with replicas 2, now 4" in refused
     assert refused.endswith("or allow it with --allow_replica_change")
-    assert "another configuration (strategy 'mirrored', now 'none')" in found["elastic"]["refused strategy"]
+    refused = found["elastic"]["refused strategy"]
+    assert "another configuration (strategy 'mirrored', now 'none')" in refused
+    assert refused.endswith("or allow it with --allow_replica_change")
 
 
 def test_fast_convolutions_under_replicas(found):
