@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from typing import Any
 
 from absl import flags
 
-from . import cli
+from . import cli, cluster, launch
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
 from .errors import ConfigError, reason_of, shown, unknown
 from .files import parse_json, regular_file
@@ -99,6 +101,37 @@ _define(
     f"one of {', '.join(STRATEGIES)}; default: the recipe's, auto: multi_worker with TF_CONFIG, mirrored with several GPUs, else none",
 )
 _define(
+    flags.DEFINE_list,
+    "workers",
+    "HOST:PORT of each worker, separated by commas, the same list for all; they train one run together. Instead of TF_CONFIG",
+)
+_define(flags.DEFINE_integer, "worker_index", "with --workers: which of them this process is, from 0")
+_define(
+    flags.DEFINE_integer,
+    "local_workers",
+    "start so many workers on this machine's CPU, as a cluster of their own, and wait for them",
+    lower_bound=1,
+)
+_define(
+    flags.DEFINE_integer,
+    "cpu_replicas",
+    "train with --strategy=mirrored on so many logical devices of this machine's CPU",
+    lower_bound=1,
+)
+_define(
+    flags.DEFINE_float,
+    "cluster_timeout",
+    "seconds that workers wait for one another at the start",
+    cluster.TIMEOUT,
+    lower_bound=1,
+)
+_define(
+    flags.DEFINE_boolean,
+    "allow_replica_change",
+    "resume a run on another number of replicas or workers, at the same --batch_size over all of them",
+    False,
+)
+_define(
     flags.DEFINE_string,
     "precision",
     f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto: bfloat16 where the hardware has it, float16 on GPUs that only have that, else float32",
@@ -180,6 +213,10 @@ def config_from_flags() -> Config:
         raise ConfigError(
             "validation_fraction is 0; allowed: greater than 0 and less than 1, or --final_fit to train on every image"
         )
+    if FLAGS.cpu_replicas is not None and changes.setdefault("strategy", "mirrored") != "mirrored":
+        raise ConfigError(
+            f"--cpu_replicas={FLAGS.cpu_replicas} and --strategy={changes['strategy']}; allowed: --strategy=mirrored"
+        )
     for setting in FLAGS.set:
         name, equals, value = setting.partition("=")
         if not equals:
@@ -212,6 +249,65 @@ def list_recipes() -> None:
         print("  ".join(cells))
 
 
+def check_folds() -> None:
+    """Raises ConfigError where a flag is given that cross-validation does not have."""
+    several = ("workers", "local_workers", "allow_replica_change")
+    for flag in ("final_fit", "hdf5", "validation_fraction", *several):
+        if FLAGS.folds is not None and FLAGS[flag].present:
+            raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
+
+
+def join_flags(config: Config) -> None:
+    """Turns --workers and --worker_index into TF_CONFIG, which TensorFlow reads. Raises ConfigError."""
+    several = [
+        f"--{name}" for name in ("workers", "local_workers", "cpu_replicas") if FLAGS[name].value is not None
+    ]
+    if len(several) > 1:
+        raise ConfigError(f"{' and '.join(several)}; allowed: one of them")
+    if (FLAGS.workers is None) != (FLAGS.worker_index is None):
+        raise ConfigError("--workers and --worker_index go together; allowed: both, or neither")
+    if FLAGS.workers is None and FLAGS.local_workers is None:
+        return
+    if os.environ.get("TF_CONFIG"):
+        raise ConfigError(f"{several[0]} is given, and TF_CONFIG is set; allowed: one of the two")
+    if config.strategy not in ("auto", "multi_worker"):
+        raise ConfigError(
+            f"{several[0]} and --strategy={config.strategy}; allowed: --strategy=multi_worker, or auto"
+        )
+    if FLAGS.workers is not None:
+        os.environ["TF_CONFIG"] = cluster.set_tf_config(FLAGS.workers, FLAGS.worker_index, "--workers")
+
+
+def meet_workers(config: Config) -> None:
+    """Meets the other workers of a cluster, before TensorFlow's import, so that nobody waits for a wrong flag."""
+
+    def log(text: str) -> None:
+        left_over = config.strategy == "auto" and FLAGS.workers is None
+        if not FLAGS.quiet:
+            print(f"{text} of TF_CONFIG, which --strategy=none ignores" if left_over else text, flush=True)
+
+    team = cluster.join_workers(config.strategy, FLAGS.cluster_timeout, log)
+    if team is not None:
+        team.agree(config=config.to_dict())
+
+
+def start_local_workers(config: Config) -> None:
+    """The command again, in --local_workers processes. Raises their error."""
+    argv = launch.arguments_without(sys.argv[1:], "local_workers")
+    if FLAGS.workdir is None:  # one for all
+        argv.append(f"--workdir=runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    launch.run_local_workers(FLAGS.local_workers, argv)
+
+
+def import_tensorflow() -> None:
+    """Imports it, and makes the devices that --cpu_replicas asks for."""
+    cli.import_tensorflow()
+    if FLAGS.cpu_replicas is not None:
+        from . import runtime
+
+        runtime.split_cpu(FLAGS.cpu_replicas)
+
+
 def main(argv: list[str]) -> None:
     if argv:
         raise ConfigError(
@@ -223,19 +319,24 @@ def main(argv: list[str]) -> None:
     config = config_from_flags()
     if FLAGS.quiet and FLAGS.verbose:
         raise ConfigError("--quiet and --verbose; allowed: one of the two")
+    check_folds()
+    join_flags(config)
+    if FLAGS.local_workers is not None:
+        start_local_workers(config)
+        return
     verbose = 0 if FLAGS.quiet else 1 if FLAGS.verbose else "auto"
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
     where["folder_options"] = folder_options()
     if FLAGS.folds is None:
-        cli.import_tensorflow()
+        meet_workers(config)
+        import_tensorflow()
         from .training import train_and_evaluate
 
-        train_and_evaluate(config, FLAGS.workdir, hdf5=FLAGS.hdf5, since=PROCESS_START, **where)
+        for name in ("hdf5", "cluster_timeout", "allow_replica_change"):
+            where[name] = FLAGS[name].value
+        train_and_evaluate(config, FLAGS.workdir, since=PROCESS_START, **where)
         return
-    for flag in ("final_fit", "hdf5", "validation_fraction"):
-        if FLAGS[flag].present:
-            raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
-    cli.import_tensorflow()
+    import_tensorflow()
     from .cross_validation import cross_validate
 
     cross_validate(config, FLAGS.folds, FLAGS.workdir, since=PROCESS_START, **where)

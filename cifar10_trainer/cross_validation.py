@@ -15,9 +15,8 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from . import datasets, machine, runtime
+from . import cluster, datasets, machine, runtime
 from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
@@ -66,9 +65,9 @@ def cross_validate(
     since = machine.monotonic(since)
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_not_finished(workdir, overwrite)
-    strategy, _ = runtime.choose_strategy(config.strategy)
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+    if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
+    strategy, _ = runtime.choose_strategy(config.strategy)
     if dataset is None:
         options = {"log": log, **(folder_options or {})}
         dataset = datasets.load(config.dataset, data_dir, config.image_size, config.resize, **options)

@@ -324,10 +324,18 @@ class TrainingLoop:
         self._saved, self._saved_step = began, self.engine.step
         self._save_cost = time.monotonic() - began
 
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+    def restore(self, arrays: dict[str, np.ndarray], allow_replica_change: bool = False) -> str:
         """Takes up what `save` wrote.
 
-        Raises ConfigError where the run had other data, precision or replicas, RunError on a damaged state.
+        Args:
+            arrays: of `save`.
+            allow_replica_change: whether the run may have had another number of replicas.
+
+        Returns:
+            What another number of replicas changes, for people; empty where it is the same.
+        Raises:
+            ConfigError: where the run had other data, precision or replicas.
+            RunError: on a damaged state.
         """
         try:
             meta = json.loads(str(arrays["meta"]))
@@ -348,16 +356,34 @@ class TrainingLoop:
                 f" --overwrite, or give it its own images"
             )
         for name, was in before.items():
-            if was != now[name]:
+            if was != now[name] and not (name == "replicas" and allow_replica_change):
+                how = ", or allow it with --allow_replica_change" if name == "replicas" else ""
                 raise ConfigError(
                     f"{self.folder} holds an unfinished run with {name} {was}, now {now[name]}; choose another"
-                    f" --workdir, or replace it with --overwrite, or give it what it had"
+                    f" --workdir, or replace it with --overwrite, or give it what it had{how}"
                 )
         try:
             self.engine.restore(arrays)
         except (KeyError, ValueError) as error:
             raise self.folder.damaged_state(error) from error
         self.engine.export()
+        return "" if before["replicas"] == self.engine.replicas else self._replica_change(before["replicas"])
+
+    def _replica_change(self, before: int) -> str:
+        """What it changes that the run had another number of replicas."""
+        config, now = self.config, self.engine.replicas
+        size = config.batch_size // now
+        changes = ["sums round otherwise"]
+        if not config.synchronize_batch_norm:
+            changes.append(
+                f"batch norm takes its statistics over {size:,} images, not {config.batch_size // before:,}"
+            )
+        if config.augmentation.mixup or config.augmentation.cutmix:
+            changes.append("other images are mixed with one another")
+        return (
+            f"; {now} replicas, {before} before: {size:,} images each, of {config.batch_size:,} in a step as before;"
+            f" {', '.join(changes)}, so the result is no longer that of an unchanged run to the bit"
+        )
 
     def _environment(self) -> dict[str, str | int]:
         """What "auto" and the machine decide, and results depend on."""

@@ -252,12 +252,15 @@ class RunFolder:
             self._state_is_whole = False  # while there is none
         self._state_is_whole = True
 
-    def unfinished_state(self, config: Config, log: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+    def unfinished_state(
+        self, config: Config, log: Callable[[str], None], any_strategy: bool = False
+    ) -> dict[str, np.ndarray] | None:
         """The arrays of the newest whole state of an unfinished run of `config`; None where no run was saved here.
 
         Args:
             config: of the run.
             log: prints a line where the newest state is damaged, and the one before is taken.
+            any_strategy: whether the strategy may be another one.
 
         Raises:
             ConfigError: if the folder holds a finished run or one of another config.
@@ -272,7 +275,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self} holds a finished run; choose another --workdir, or replace it with --overwrite"
             )
-        self._check_same(config)
+        self._check_same(config, any_strategy)
         errors: list[Exception] = []
         for path in states:
             try:
@@ -280,7 +283,7 @@ class RunFolder:
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
                 errors.append(error)
                 continue
-            self._check_config_of(arrays, config)
+            self._check_config_of(arrays, config, any_strategy)
             if errors:
                 log(
                     f"{states[0]} is damaged ({_short(errors[0])}); resuming from the state before it, {path}"
@@ -291,7 +294,7 @@ class RunFolder:
             raise self.damaged_state(errors[0])
         return None
 
-    def _check_config_of(self, arrays: dict[str, np.ndarray], config: Config) -> None:
+    def _check_config_of(self, arrays: dict[str, np.ndarray], config: Config, any_strategy: bool) -> None:
         """Takes the config out of a state. Raises RunError where it is another one than `config`."""
         if "config" not in arrays:  # version 1.0.0 wrote none; config.json is all that shows it
             return
@@ -299,7 +302,7 @@ class RunFolder:
             there = Config.from_dict(json.loads(str(arrays.pop("config"))))
         except (ValueError, TypeError) as error:
             raise self.damaged_state(error) from error
-        if difference := _difference(there, config):
+        if difference := _difference(there, config, any_strategy):
             raise self._foreign_state(self._states(), f"is of another configuration ({difference})")
 
     def _foreign_state(self, states: list[Path], why: str) -> RunError:
@@ -308,7 +311,7 @@ class RunFolder:
             f"{states[0]} {why}, so it is not resumed; choose another --workdir, or replace it with --overwrite"
         )
 
-    def _check_same(self, config: Config) -> None:
+    def _check_same(self, config: Config, any_strategy: bool) -> None:
         """Raises ConfigError where the unfinished run in the folder has another config."""
         try:
             there = Config.from_record(self.read_config())
@@ -316,14 +319,15 @@ class RunFolder:
             raise RunError(
                 f"{self.config_file} is damaged ({error}); choose another --workdir, or replace it with --overwrite"
             ) from error
-        if difference := _difference(there, config):
+        if difference := _difference(there, config, any_strategy):
+            how = ", or allow it with --allow_replica_change" if difference.startswith("strategy ") else ""
             raise ConfigError(
                 f"{self} holds an unfinished run of another configuration ({difference});"
-                f" choose another --workdir, or replace it with --overwrite"
+                f" choose another --workdir, or replace it with --overwrite{how}"
             )
 
     def resume(
-        self, config: Config, log: Callable[[str], None]
+        self, config: Config, log: Callable[[str], None], any_strategy: bool = False
     ) -> tuple[Config, dict[str, np.ndarray] | None]:
         """`unfinished_state` of `config`, with the values that the run chose for the settings in `config.adapt`."""
         if config.adapt and self.has_run() and not self.is_finished():
@@ -333,7 +337,7 @@ class RunFolder:
                 pass  # `unfinished_state` reports it
             else:
                 config = config.override(**{name: getattr(there, name) for name in config.adapt}, adapt=())
-        return config, self.unfinished_state(config, log)
+        return config, self.unfinished_state(config, log, any_strategy)
 
     def damaged_state(self, error: Exception) -> RunError:
         """The one-line error where no state can be used."""
@@ -345,10 +349,13 @@ class RunFolder:
         )
 
 
-def _difference(there: Config, ours: Config) -> str:
-    """The first setting that differs, as in "seed 0, now 7"; empty where none does."""
+def _difference(there: Config, ours: Config, any_strategy: bool) -> str:
+    """The first setting that differs, as in "seed 0, now 7"; the strategy last; empty where none does."""
     was, now = there.to_dict(), ours.to_dict()
     keys = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    keys.sort(key=lambda key: key == "strategy")
+    if any_strategy and keys == ["strategy"]:
+        return ""
     return f"{keys[0]} {shown(was.get(keys[0]))}, now {shown(now.get(keys[0]))}" if keys else ""
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import os
 import platform
 import signal
 import sys
@@ -15,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from . import machine
+from . import cluster, machine
 from .errors import ConfigError, RunError
 
 
@@ -29,7 +27,7 @@ def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
     Raises:
         ConfigError: if multi_worker finds no cluster.
     """
-    if requested == "multi_worker" or (requested == "auto" and _cluster()):
+    if cluster.join_workers(requested) is not None:
         return _multi_worker()  # TensorFlow allows this only before anything else initializes the devices
     gpus = tf.config.list_logical_devices("GPU")
     cpus = tf.config.list_logical_devices("CPU")
@@ -65,27 +63,45 @@ def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(list(devices))
 
 
+def split_cpu(replicas: int) -> None:
+    """Makes so many logical devices of the CPU, and hides the GPUs: what `mirrored` then trains on.
+
+    Raises ConfigError where TensorFlow has initialized its devices already.
+    """
+    (cpu, *_) = tf.config.list_physical_devices("CPU")
+    try:
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the CPU cannot be split any more: {error}; allowed: before TensorFlow is used"
+        ) from error
+
+
 @functools.cache
 def _multi_worker() -> tuple[tf.distribute.Strategy, str]:
-    if not _cluster():
-        raise ConfigError(
-            "strategy multi_worker found no cluster; set TF_CONFIG to JSON with 'cluster' (worker addresses) and 'task' "
-            "(type and index) in every process, or use --strategy=mirrored for the GPUs of one machine"
-        )
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    workers = sum(len(addresses) for addresses in _cluster().values())
-    return strategy, f"{strategy.num_replicas_in_sync} replica(s) on {workers} worker(s)"
-
-
-def _cluster() -> dict[str, list[str]]:
-    """The addresses in TF_CONFIG by task type; empty where it has none. Raises ConfigError where it is not JSON."""
-    text = os.environ.get("TF_CONFIG") or "{}"
+    team = cluster.team()
+    assert team is not None  # `choose_strategy` made it
+    team.free_port()
     try:
-        return dict(json.loads(text).get("cluster") or {})
-    except (ValueError, AttributeError, TypeError) as error:
+        with team.reporting_errors(), cluster.connecting_servers(team.place):
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        if "program startup" not in str(error):
+            raise
         raise ConfigError(
-            f"TF_CONFIG is {text[:200]!r}; allowed: JSON with 'cluster' and 'task', or nothing"
+            "TensorFlow is in use already, and its server for several workers must start before; call"
+            " cifar10_trainer.runtime.choose_strategy('multi_worker') before you make models, tensors or tf.data"
         ) from error
+    except tf.errors.OpError as error:
+        raise RunError(
+            f"{team.place.name()}: TensorFlow's server did not start ({_last_words(error)}); is the port free?"
+        ) from error
+    workers = len(team.place.addresses)
+    reason = f"{strategy.num_replicas_in_sync} replica(s) on {workers} worker(s)"
+    if team.alone:
+        reason += "; TF_CONFIG names this worker alone; unset it to train as without a cluster"
+    return strategy, reason
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
@@ -201,9 +217,31 @@ def out_of_memory(error: Exception) -> RunError:
     return RunError(f"out of memory: use a smaller --batch_size ({str(error).splitlines()[0][:200]})")
 
 
-def lost_worker(error: Exception) -> RunError:
-    """The one-line error for what TensorFlow raises when another process of the cluster has ended."""
-    return RunError(
+# What TensorFlow raises when another process of the cluster has ended, and what it may raise then.
+LOST_WORKER = (tf.errors.UnavailableError, tf.errors.AbortedError)
+MAYBE_LOST_WORKER = (
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.InternalError,
+)
+
+
+def lost_worker(error: Exception) -> Exception:
+    """The one-line error for what TensorFlow raises when another process of the cluster has ended.
+
+    error: of LOST_WORKER or MAYBE_LOST_WORKER. It is returned itself where no worker was lost.
+    """
+    team = cluster.team()
+    if team is not None and team.notices_loss():
+        return team.loss()
+    if not isinstance(error, LOST_WORKER):
+        return error
+    return cluster.LostWorkerError(
         "another worker of the cluster has ended; to resume from the last saved state, start all workers again with the"
-        f" same --workdir ({' '.join(str(error).split())[-200:]})"
+        f" same --workdir ({_last_words(error)})"
     )
+
+
+def _last_words(error: Exception) -> str:
+    return " ".join(str(error).split())[-200:]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
+import hashlib
 import math
 import os
 import shlex
@@ -18,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import adaptation, datasets, machine, measures, models, process, report, runtime, scoring
+from . import adaptation, cluster, datasets, machine, measures, models, process, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
@@ -62,6 +64,8 @@ def train_and_evaluate(
     since: float | None = None,
     folder_options: Mapping[str, Any] | None = None,
     save_seconds: float = SAVE_SECONDS,
+    cluster_timeout: float = cluster.TIMEOUT,
+    allow_replica_change: bool = False,
 ) -> dict[str, Any]:
     """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
 
@@ -91,6 +95,8 @@ def train_and_evaluate(
         folder_options: `strict` and `max_bad` of a folder of images, see `datasets.load`.
         since: when this run's clock began, by `time.monotonic()` or `time.time()`; None: with this call.
         save_seconds: the most seconds of training that a killed process loses; 0: the state is saved after every call.
+        cluster_timeout: seconds to wait for the other workers of a cluster.
+        allow_replica_change: whether a run may resume on another number of replicas or workers, at the same global batch.
 
     Returns:
         the contents of metrics.json.
@@ -100,23 +106,26 @@ def train_and_evaluate(
     """
     since = machine.monotonic(since)
     verbose = runtime.verbosity(verbose)
-    log: Log = print if verbose else (lambda text: None)
+    log = _log_of(verbose)
     callbacks = check_callbacks(callbacks, config)
     _check_sources(data, dataset, data_dir, (validation_data, test_data, class_names))
     _check_save_seconds(save_seconds)
 
     # ---- strategy, precision, folder
     models.check_options(config.architecture, config.options)
-    strategy, reason = runtime.choose_strategy(config.strategy)
+    flags = {"overwrite": overwrite, "allow_replica_change": allow_replica_change}
+    team, strategy, policy = _choose_devices(config, cluster_timeout, log, flags)
     chief = runtime.is_chief(strategy)
     folder = RunFolder(workdir or _new_folder(config, strategy))
-    log(f"strategy: {reason}")
-    policy, reason = runtime.choose_precision(config.precision)
-    log(f"precision: {policy}: {reason}")
 
     locked = folder.lock() if chief else contextlib.nullcontext()
-    with _only_run(config, model, log), locked, _interruptible(folder, overwrite) as training_is_over:
-        config, saved = (config, None) if overwrite else folder.resume(config, log)
+    with (
+        _only_run(config, model, log),
+        _reporting_errors(team),
+        locked,
+        _interruptible(folder, overwrite) as training_is_over,
+    ):
+        config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         # ---- data and model
         given = data if data is not None else dataset
         if given is None:
@@ -124,6 +133,7 @@ def train_and_evaluate(
         found = datasets.as_dataset(given, validation_data, test_data, class_names)
         config = _adapt(config, found, strategy, log)
         fingerprint = datasets.fingerprint(found)
+        _agree_on_data(team, found, fingerprint, model, saved)
         engine, found, validation = _prepare(config, found, model, strategy, policy, log)
         digest = None if model is None else own.digest(engine.model)
         record = _record(config, found, data_dir, engine.model.count_params(), fingerprint, digest)
@@ -135,8 +145,8 @@ def train_and_evaluate(
             model_digest=digest, save_seconds=save_seconds,
         )  # fmt: skip
         if saved:
-            loop.restore(saved)
-            log(f"resumed at step {engine.step:,} of {engine.steps:,}")
+            changed = loop.restore(saved, allow_replica_change)
+            log(f"resumed at step {engine.step:,} of {engine.steps:,}{changed}")
         if chief:
             folder.write_config(record, resumed=bool(saved))
             folder.write_split(datasets.file_rows(found))
@@ -172,6 +182,59 @@ def _only_run(config: Config, model: keras.Model | None, log: Log) -> Iterator[N
     """No other run of the process trains meanwhile. A user's own model may draw from the global random generators."""
     with process.only_run(log), process.global_seeds(None if model is None else config.seed):
         yield
+
+
+def _log_of(verbose: int) -> Log:
+    """Prints, at once even into a pipe, or does not."""
+    return functools.partial(print, flush=True) if verbose else (lambda text: None)
+
+
+def _reporting_errors(team: cluster.Team | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if team is None else team.reporting_errors()
+
+
+def _at_work(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager[None]:
+    """While inside, a lost worker of the cluster ends this process. See `cluster.Team.at_work`."""
+    team = cluster.team()
+    if team is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return contextlib.nullcontext()
+    return team.at_work()
+
+
+def _choose_devices(
+    config: Config, cluster_timeout: float, log: Log, flags: Mapping[str, bool]
+) -> tuple[cluster.Team | None, tf.distribute.Strategy, str]:
+    """The workers of the cluster, who agree on config and `flags` here; the strategy, and the precision's policy."""
+    policy, why = runtime.choose_precision(config.precision)
+    team = cluster.join_workers(config.strategy, cluster_timeout, log)
+    if team is not None:
+        gpus = len(tf.config.get_visible_devices("GPU"))
+        team.agree(config=config.to_dict(), precision=policy, GPUs=gpus, **flags)
+    strategy, reason = runtime.choose_strategy(config.strategy)
+    log(f"strategy: {reason}")
+    log(f"precision: {policy}: {why}")
+    return team, strategy, policy
+
+
+def _agree_on_data(
+    team: cluster.Team | None,
+    data: Dataset,
+    fingerprint: str,
+    model: keras.Model | None,
+    saved: Mapping[str, np.ndarray] | None,
+) -> None:
+    """Compares with the other workers what the number of steps and the results follow from, beside the config."""
+    if team is None:
+        return
+    common: dict[str, Any] = {
+        "data": f"{len(data.train_labels):,} training images, fingerprint {fingerprint}"
+    }
+    if isinstance(model, keras.Model):
+        weights = hashlib.sha256(b"".join(np.ascontiguousarray(w).tobytes() for w in model.get_weights()))
+        common["model"] = own.digest(model)
+        common["initial weights of the model"] = weights.hexdigest()[:8]
+    resumed = None if saved is None or "engine" not in saved else int(saved["engine"][0])
+    team.agree(**common, **{"step to resume from, in the workdir": resumed})
 
 
 def _check_sources(data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ...]) -> None:
@@ -297,9 +360,16 @@ def _prepare(
         f"data: {data.name} from {data.source}: {len(images):,} images to train on, "
         f"{len(validation[0]):,} to validate, {len(data.test_images):,} to test"
     )
-    engine = make_engine(
-        config, images, labels, num_classes=data.num_classes, strategy=strategy, policy=policy, model=model
-    )
+    with _at_work(strategy):
+        engine = make_engine(
+            config,
+            images,
+            labels,
+            num_classes=data.num_classes,
+            strategy=strategy,
+            policy=policy,
+            model=model,
+        )
     log(
         f"model: {config.recipe if model is None else model.name}, {engine.model.count_params():,} parameters; "
         f"{engine.steps:,} steps of {config.batch_size}"
@@ -319,9 +389,9 @@ def _prepare(
 def _train(loop: TrainingLoop, validation: tuple[np.ndarray, np.ndarray], folder: RunFolder) -> None:
     """Runs the loop. Turns TensorFlow's errors into RunErrors of one line."""
     try:
-        with runtime.Signals() as signals:
+        with runtime.Signals() as signals, _at_work(loop.engine.strategy):
             loop.run(validation, signals)
-    except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
+    except (*runtime.LOST_WORKER, *runtime.MAYBE_LOST_WORKER) as error:
         raise runtime.lost_worker(error) from error
     except tf.errors.ResourceExhaustedError as error:
         if "No space left" in str(error):  # what the TensorBoard callback meets

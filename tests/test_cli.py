@@ -15,7 +15,7 @@ from absl import flags
 
 import cifar10_trainer
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli
+from cifar10_trainer import cli, cluster, launch, runtime
 from cifar10_trainer.config import DATASETS, PRECISIONS, STRATEGIES, Config
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
@@ -93,6 +93,7 @@ EFFECTS = {
     "validation_fraction": (["--validation_fraction=0.3"], DEFAULT.override(validation_fraction=0.3)),
     "final_fit": (["--final_fit"], DEFAULT.override(validation_fraction=None)),
     "strategy": (["--strategy=mirrored"], DEFAULT.override(strategy="mirrored")),
+    "cpu_replicas": (["--cpu_replicas=2"], DEFAULT.override(strategy="mirrored")),
     "precision": (["--precision=float32"], DEFAULT.override(precision="float32")),
     "sync_batch_norm": (["--sync_batch_norm"], DEFAULT.override(synchronize_batch_norm=True)),
     "set": (
@@ -107,6 +108,8 @@ EFFECTS = {
     ),
 }
 ELSEWHERE = {  # tested below: what is no part of the Config
+    "allow_replica_change",
+    "cluster_timeout",
     "config",
     "data_dir",
     "debug",
@@ -114,11 +117,14 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "hdf5",
     "help",
     "list_recipes",
+    "local_workers",
     "overwrite",
     "quiet",
     "verbose",
     "version",
     "workdir",
+    "worker_index",
+    "workers",
 }
 
 
@@ -127,7 +133,8 @@ def test_every_flag_is_tested():
 
 
 @pytest.mark.parametrize("flag", EFFECTS)
-def test_flag_and_config(flag, trained):
+def test_flag_and_config(flag, trained, monkeypatch):
+    monkeypatch.setattr(runtime, "split_cpu", lambda replicas: None)  # possible once in a process
     argv, expected = EFFECTS[flag]
     assert expected != DEFAULT
     assert config_of(*argv) == expected
@@ -140,7 +147,107 @@ def test_no_flags_are_the_default_recipe(trained, monkeypatch):
     assert config_of() == DEFAULT
     assert invoke() == 0
     expected = {"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False, "hdf5": False}
+    expected |= {"cluster_timeout": 600.0, "allow_replica_change": False}
     assert trained == [{**expected, "verbose": "auto", "since": 12.5}]
+
+
+# ---- several workers
+
+
+@pytest.fixture
+def met(monkeypatch):
+    """What workers would have met with, instead of meeting; and TF_CONFIG then."""
+    calls = []
+
+    def join(strategy, timeout, log):
+        calls.append((strategy, timeout, json.loads(os.environ["TF_CONFIG"])))
+
+    monkeypatch.setattr(cluster, "join_workers", join)
+    return calls
+
+
+def test_workers_and_their_index_are_tf_config(met, trained, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "")
+    flags = ["--workers=a:1,b:2", "--worker_index=1", "--cluster_timeout=5", "--allow_replica_change"]
+    assert invoke(*flags) == 0
+    task = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
+    assert met == [("auto", 5.0, task)]
+    assert (trained[0]["cluster_timeout"], trained[0]["allow_replica_change"]) == (5.0, True)
+
+
+def test_cpu_replicas_split_the_cpu(trained, monkeypatch):
+    made = []
+    monkeypatch.setattr(runtime, "split_cpu", made.append)
+    assert invoke("--cpu_replicas=3") == 0 and made == [3]
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--workers=a:1,b:2"], "--workers and --worker_index go together; allowed: both, or neither"),
+        (["--worker_index=0"], "--workers and --worker_index go together; allowed: both, or neither"),
+        (
+            ["--workers=a:1", "--worker_index=1"],
+            "the worker index is 1, but --workers names 1 worker(s); allowed: from 0 to 0",
+        ),
+        (
+            ["--workers=a:1,a:1", "--worker_index=0"],
+            "--workers names a:1 twice; allowed: an address of its own for each worker",
+        ),
+        (
+            ["--workers=a,b:2", "--worker_index=0"],
+            "--workers names the address 'a'; allowed: HOST:PORT with a port from 1",
+        ),
+        (
+            ["--workers=a:1,b:1", "--worker_index=0", "--strategy=none"],
+            "--workers and --strategy=none; allowed: --strategy=",
+        ),
+        (
+            ["--local_workers=2", "--cpu_replicas=2"],
+            "--local_workers and --cpu_replicas; allowed: one of them",
+        ),
+        (
+            ["--local_workers=2", "--strategy=mirrored"],
+            "--local_workers and --strategy=mirrored; allowed: --strategy=multi",
+        ),
+        (["--local_workers=0"], "--local_workers=0"),
+        (
+            ["--cpu_replicas=2", "--strategy=none"],
+            "--cpu_replicas=2 and --strategy=none; allowed: --strategy=mirrored",
+        ),
+        (["--cluster_timeout=0"], "--cluster_timeout=0"),
+        (["--folds=2", "--local_workers=2"], "--folds and --local_workers; allowed: one of the two"),
+        (["--strategy=multi_worker"], "strategy multi_worker found no cluster; set TF_CONFIG"),
+    ],
+)
+def test_wrong_flags_of_workers(argv, text, capsys, trained):
+    status, error = error_of(capsys, *argv)
+    assert status == 2 and text in error and trained == []
+
+
+def test_workers_beside_tf_config(capsys, trained, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    status, error = error_of(capsys, "--workers=a:1", "--worker_index=0")
+    assert (status, error) == (2, "--workers is given, and TF_CONFIG is set; allowed: one of the two")
+
+
+@pytest.mark.parametrize(
+    ("argv", "rest"),
+    [
+        (["--local_workers=2", "--seed=1"], ["--seed=1"]),
+        (["--seed=1", "--local_workers", "2", "--quiet"], ["--seed=1", "--quiet"]),
+        (["-local_workers=2"], []),
+    ],
+)
+def test_local_workers_get_the_other_arguments(argv, rest, monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch, "run_local_workers", lambda count, argv: calls.append((count, argv)))
+    monkeypatch.setattr(sys, "argv", ["cifar10_trainer", *argv, "--workdir=x"])
+    assert invoke(*argv, "--workdir=x") == 0
+    assert calls == [(2, [*rest, "--workdir=x"])]
+    monkeypatch.setattr(sys, "argv", ["cifar10_trainer", *argv])
+    assert invoke(*argv) == 0
+    assert calls[1][1][:-1] == rest and calls[1][1][-1].startswith(f"--workdir=runs/{DEFAULT_RECIPE}-")
 
 
 @pytest.mark.parametrize(("flag", "verbose"), [("--quiet", 0), ("--verbose", 1)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -126,6 +127,93 @@ def logical_cpus(n):
 
 ONE_BY_ONE = (1,) * STEPS
 
+# Two steps with everything that could depend on the replicas: averaging after each step, another image size in each, four
+# images left over at the end of the epoch. 12 images a step are shared by 1, 2, 3 or 4 replicas.
+FIRST_STEPS = {
+    "optimizer": {"name": "sgd", "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 0.001},
+    "averaging": {"every": 1},
+    "sizes": (16, 32),
+    "batch_size": 12,
+    "epochs": 0.4,
+}
+MUON = {"name": "muon", "learning_rate": 0.02, "momentum": 0.85}
+FIRST = {  # name -> changes and precision
+    "sgd": (FIRST_STEPS, "float32"),
+    "muon": ({**FIRST_STEPS, "optimizer": MUON}, "float32"),
+    "bfloat16": (FIRST_STEPS, "mixed_bfloat16"),
+    "mixup": ({**FIRST_STEPS, "augmentation__mixup": 0.4}, "float32"),
+}
+
+
+def first_steps(strategy, names=tuple(FIRST)):
+    """Losses and weights after each of the first steps."""
+    found = {}
+    for name in names:
+        changes, policy = FIRST[name]
+        engine = make_engine(strategy, changes, policy)
+        assert engine.steps == 2
+        losses = [engine.train(1)["loss"] for _ in range(2)]
+        weights = np.concatenate([np.ravel(v) for v in engine.training_model.get_weights()])
+        found[name] = {"losses": losses, "weights": weights.tolist()}
+    return found
+
+
+def elastic_config(**changes):
+    """13 steps with one batch norm over all replicas, so that the number of replicas changes roundings only."""
+    return digits_config(batch_size=96, epochs=1.0, synchronize_batch_norm=True, **changes)
+
+
+def resume(folder, config, **options):
+    """The metrics of a resumed run and its last row of history, or its error; and what it printed."""
+    import contextlib
+    import io
+
+    from cifar10_trainer import datasets
+    from cifar10_trainer.errors import ConfigError
+    from cifar10_trainer.run_folder import RunFolder
+    from cifar10_trainer.training import train_and_evaluate
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            metrics = train_and_evaluate(
+                config, folder, dataset=datasets.load("digits"), verbose=2, full_report=False, **options
+            )
+    except ConfigError as error:
+        return {"refused": str(error)}
+    return {"metrics": metrics, "row": RunFolder(folder).read_history()[-1], "printed": printed.getvalue()}
+
+
+def elastic(folder):
+    """A run of two replicas: whole, and stopped at step 5, in folders to resume from; resumed on one replica here."""
+    import shutil
+    import signal
+
+    import keras
+
+    from cifar10_trainer import loop
+    from cifar10_trainer.errors import RunInterrupted
+
+    found = {"whole": resume(f"{folder}/whole", elastic_config(strategy="mirrored"))}
+    usual, loop.CALL_SECONDS = loop.CALL_SECONDS, 0.0  # one step a call
+
+    def stop(batch, logs=None):
+        if batch >= 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        stopper = keras.callbacks.LambdaCallback(on_train_batch_end=stop)
+        resume(f"{folder}/stopped", elastic_config(strategy="mirrored"), callbacks=[stopper])
+    except RunInterrupted as error:
+        found["stopped"] = str(error)
+    loop.CALL_SECONDS = usual
+    for name in ("one", "three", "four"):
+        shutil.copytree(f"{folder}/stopped", f"{folder}/{name}")
+    one = elastic_config(strategy="none")
+    found["refused strategy"] = resume(f"{folder}/one", one)["refused"]
+    found["one"] = resume(f"{folder}/one", one, allow_replica_change=True)
+    return found
+
 
 def replicas2(out):
     """No strategy, one and two replicas. (Synchronised batch norm allows one number of replicas a process.)"""
@@ -157,6 +245,9 @@ def replicas2(out):
     found["muon, mirrored 2"], engine = run_engine(mirrored2, ONE_BY_ONE, changes=muon)
     found["copies of muon differ"] = copies_differ(mirrored2, engine)
     found["overflows"] = [overflow(mirrored2, replica) for replica in (None, 0, 1)]
+    found["first none"] = first_steps(none)
+    found["first mirrored 2"] = first_steps(mirrored2)
+    found["elastic"] = elastic(f"{out}.elastic")
     Path(out).write_text(json.dumps(found))
 
 
@@ -169,6 +260,10 @@ def replicas4(out):
     logical_cpus(4)
     mirrored, found["why"] = runtime.choose_strategy("mirrored")
     found["mirrored 4"], _ = run_engine(mirrored, ONE_BY_ONE)
+    found["first mirrored 4"] = first_steps(mirrored, ("sgd", "muon"))
+    four, config = f"{Path(out).parent}/replicas2.elastic/four", elastic_config(strategy="mirrored")
+    found["elastic refused"] = resume(four, config)["refused"]
+    found["elastic four"] = resume(four, config, allow_replica_change=True)
     found["chosen"] = mirrored.num_replicas_in_sync, type(runtime.choose_strategy("auto")[0]).__name__
     digits = datasets.load("digits")
     config = digits_config(strategy="mirrored", epochs=0.5)
@@ -199,6 +294,7 @@ def worker(out):
     strategy, why = runtime.choose_strategy("auto")
     found = {"why": why, "chief": runtime.is_chief(strategy)}
     found["engine"], _ = run_engine(strategy, (1,) * STEPS)
+    found["first"] = first_steps(strategy)
 
     import signal
 
@@ -230,6 +326,37 @@ def worker(out):
     found["parts"] = train_and_evaluate(config, f"{folder}/parts", **run)
     again = digits_config(epochs=0.25, seed=3)
     found["again"] = train_and_evaluate(again, f"{folder}/parts", overwrite=True, **run)
+    Path(out).write_text(json.dumps(found))
+
+
+def three(out):
+    """One of three workers: the first steps, and a run of two replicas that is resumed."""
+    from cifar10_trainer import runtime
+
+    strategy, _ = runtime.choose_strategy("auto")
+    found = {"first": first_steps(strategy, ("sgd", "muon"))}
+    folder = f"{Path(out).parent}/elastic/three"
+    found["elastic"] = resume(folder, elastic_config(strategy="multi_worker"), allow_replica_change=True)
+    Path(out).write_text(json.dumps(found))
+
+
+def seeds(out):
+    """Accuracies of five seeds without a strategy and on two replicas, each with batch-norm statistics of its own."""
+    import tensorflow as tf
+
+    from cifar10_trainer import datasets
+    from cifar10_trainer.training import train_and_evaluate
+
+    tf.config.experimental.enable_op_determinism()
+    logical_cpus(2)
+    digits, found = datasets.load("digits"), {"none": [], "mirrored": []}
+    for seed in range(5):
+        for strategy, accuracies in found.items():
+            config = digits_config(strategy=strategy, seed=seed, epochs=4.0)
+            metrics = train_and_evaluate(
+                config, f"{out}.{strategy}{seed}", dataset=digits, verbose=0, full_report=False
+            )
+            accuracies.append(metrics["test_accuracy"])
     Path(out).write_text(json.dumps(found))
 
 
@@ -271,15 +398,15 @@ def start(what, out, **environment):
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def start_workers(what, folder):
-    """Two processes of one cluster on free ports of this machine, and where each writes."""
-    sockets = [socket.socket() for _ in range(2)]
+def start_workers(what, folder, count=2):
+    """Processes of one cluster on free ports of this machine, and where each writes."""
+    sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
     addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:
         s.close()
-    outs = [folder / f"worker{i}.json" for i in range(2)]
+    outs = [folder / f"worker{i}.json" for i in range(count)]
     processes = []
     for i, out in enumerate(outs):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
@@ -329,6 +456,58 @@ def test_several_replicas_train_as_one(found, n):
     # Adam enlarges the rounding of another order of summation, step by step.
     np.testing.assert_allclose(several["losses"], one["losses"], atol=1e-3)
     assert found["copies differ"] == 0
+
+
+def agree_at_first(several, one, name, atol):
+    """Losses and weights of the first two steps; and the second loss is another one, so the steps did something."""
+    ours, theirs = (np.array(x[name]["weights"]) for x in (several, one))
+    assert np.isfinite(theirs).all() and one[name]["losses"][0] != one[name]["losses"][1]
+    np.testing.assert_allclose(several[name]["losses"], one[name]["losses"], rtol=10 * atol)
+    np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
+# float32 has 24 bits: a sum in another order differs by 1e-7 of its terms, and a step of SGD adds that, times the learning
+# rate and a few layers. Muon divides by the size of each direction of a gradient, also of its small ones, in which
+# roundings are a larger part. bfloat16 has 8 bits, 4e-3 of each activation, and the learning rate is 0.05. Later steps are
+# not compared so: in 42 steps a difference of 1e-7 grows to 8e-3, because training is chaotic.
+TOLERANCES = {"sgd": 2e-6, "muon": 1e-3, "bfloat16": 5e-3}
+
+
+@pytest.mark.parametrize(("n", "name"), [(2, "sgd"), (4, "sgd"), (2, "muon"), (4, "muon"), (2, "bfloat16")])
+def test_the_first_steps_are_those_of_one_replica(found, n, name):
+    agree_at_first(found[f"first mirrored {n}"], found["first none"], name, TOLERANCES[name])
+
+
+def test_mixup_mixes_within_a_replica(found):
+    """So it has other partners, and another loss, but of the same size."""
+    one, two = (found[f"first {name}"]["mixup"]["losses"][0] for name in ("none", "mirrored 2"))
+    assert one != two and one == pytest.approx(two, rel=0.2)
+
+
+def resumed_as_whole(found, resumed, replicas):
+    """The epoch of a resumed run is that of the whole run of two replicas, but for roundings that training enlarges."""
+    whole = found["elastic"]["whole"]
+    assert resumed["metrics"]["replicas"] == replicas
+    assert resumed["row"]["loss"] == pytest.approx(whole["row"]["loss"], rel=0.01)
+    assert "resumed at step 5 of 13" in resumed["printed"]
+    expected = f"; {replicas} replicas, 2 before: {96 // replicas} images each, of 96 in a step as before; sums round"
+    assert expected in resumed["printed"]
+    assert "batch norm" not in resumed["printed"]  # it is computed over all replicas
+
+
+def test_a_run_resumes_on_another_number_of_replicas(found):
+    assert "stopped by SIGTERM at step 5 of 13" in found["elastic"]["stopped"]
+    resumed_as_whole(found, found["elastic"]["one"], 1)
+    resumed_as_whole(found, found["elastic four"], 4)
+
+
+def test_another_number_of_replicas_must_be_allowed(found):
+    refused = found["elastic refused"]
+    assert "holds an unfinished run with replicas 2, now 4" in refused
+    assert refused.endswith("or allow it with --allow_replica_change")
+    refused = found["elastic"]["refused strategy"]
+    assert "another configuration (strategy 'mirrored', now 'none')" in refused
+    assert refused.endswith("or allow it with --allow_replica_change")
 
 
 def test_fast_convolutions_under_replicas(found):
@@ -397,6 +576,42 @@ def test_two_workers_are_two_replicas(found, workers):
     assert first["engine"]["counted"] == pytest.approx(EVALUATED, abs=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_steps_of_two_workers_are_those_of_two_replicas(found, workers, name):
+    """The same sums of two numbers; so mixup is equal, too."""
+    _, first, second = workers
+    assert first["first"] == second["first"]
+    agree_at_first(first["first"], found["first mirrored 2"], name, TOLERANCES.get(name, TOLERANCES["sgd"]))
+
+
+@pytest.mark.slow
+def test_three_workers(found, tmp_path_factory):
+    """Their first steps are those of one replica, and they resume a run of two replicas."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("three")
+    shutil.copytree(
+        next(tmp_path_factory.getbasetemp().glob("replicas*/replicas2.elastic")), folder / "elastic"
+    )
+    results = finish(*start_workers("three", folder, 3))
+    for result in results:
+        assert result["first"] == results[0]["first"]
+        resumed_as_whole(found, result["elastic"], 3)
+    for name in ("sgd", "muon"):
+        agree_at_first(results[0]["first"], found["first none"], name, TOLERANCES[name])
+
+
+@pytest.mark.slow
+def test_accuracies_over_seeds_do_not_depend_on_replicas(tmp_path):
+    """Chaos makes single runs differ; their mean may not, beyond three standard errors of the paired differences."""
+    (result,) = finish([start("seeds", tmp_path / "seeds")], [tmp_path / "seeds"])
+    one, two = (np.array(result[name]) for name in ("none", "mirrored"))
+    assert one.mean() > 0.5
+    differences = two - one
+    assert abs(differences.mean()) <= 3 * differences.std(ddof=1) / len(differences) ** 0.5 + 0.005
+
+
 TIMES = {"train_seconds", "total_seconds", "images_per_second", "seconds_to_target"}
 
 
@@ -437,10 +652,8 @@ def test_a_worker_does_not_wait_for_a_dead_one_for_ever(tmp_path):
         assert processes[1].wait(300) == 7
         began = time.time()
         assert processes[0].wait(300) != 0
-        assert time.time() - began < 200
+        assert time.time() - began < 100  # a minute, on a machine that is not busy
         assert not (tmp_path / "doomed" / "metrics.json").exists()
     finally:
         stop(processes)
-    assert (
-        "RunError: another worker of the cluster has ended; to resume" in Path(f"{outs[0]}.log").read_text()
-    )
+    assert re.search(r"worker 1 \(127.0.0.1:\d+\) has ended; to resume", Path(f"{outs[0]}.log").read_text())

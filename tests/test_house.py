@@ -36,6 +36,8 @@ LAYERS = [
     "recipes",
     "config",
     "cli",
+    "launch",
+    "cluster",
     "archives",
     "process",
     "machine",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -8,16 +9,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar10_trainer import machine, runtime
+from cifar10_trainer import cluster, machine, runtime
 from cifar10_trainer.errors import ConfigError, RunError
 
 
 @pytest.fixture(autouse=True)
-def no_strategies_from_before():
+def no_strategies_from_before(monkeypatch):
     """A process has one strategy of a kind for good; here each test begins without."""
     caches = (runtime._mirrored, runtime._multi_worker)
     for cache in caches:
         cache.cache_clear()
+    monkeypatch.setattr(cluster, "_team", None)
     yield
     for cache in caches:
         cache.cache_clear()
@@ -57,6 +59,16 @@ def made(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def all_are_there(monkeypatch):
+    """As if all workers of the cluster had met."""
+    monkeypatch.setattr(
+        cluster.Team, "__init__", lambda team, place, timeout, log: vars(team).update(TEAM, place=place)
+    )
+    monkeypatch.setattr(cluster.Team, "agree", lambda team, **terms: None)
+
+
+TEAM = {"lost": "", "_listener": None, "_changed": contextlib.nullcontext(), "_at_work": 0, "_since": 0.0}
 CLUSTER = {"cluster": {"worker": ["a:1", "b:1", "c:1"]}, "task": {"type": "worker", "index": 0}}
 
 
@@ -100,7 +112,7 @@ def test_mirrored_on_one_cpu_for_real():
 
 @pytest.mark.parametrize("requested", ["auto", "multi_worker"])
 @pytest.mark.parametrize("gpus", [0, 4])
-def test_a_cluster_is_multi_worker(requested, gpus, devices, made, monkeypatch):
+def test_a_cluster_is_multi_worker(requested, gpus, devices, made, monkeypatch, all_are_there):
     devices(gpus)
     monkeypatch.setenv("TF_CONFIG", json.dumps(CLUSTER))
     _, why = runtime.choose_strategy(requested)
@@ -108,7 +120,7 @@ def test_a_cluster_is_multi_worker(requested, gpus, devices, made, monkeypatch):
     assert why == "6 replica(s) on 3 worker(s)"
 
 
-def test_the_chief_of_a_cluster_is_counted(devices, made, monkeypatch):
+def test_the_chief_of_a_cluster_is_counted(devices, made, monkeypatch, all_are_there):
     devices(0)
     cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "chief", "index": 0}}))
@@ -123,9 +135,7 @@ def test_a_cluster_does_not_matter_where_another_strategy_is_asked_for(devices, 
     assert made == [("MirroredStrategy", ["/device:GPU:0", "/device:GPU:1"])]
 
 
-@pytest.mark.parametrize(
-    "text", [None, "", "{}", '{"task": {"type": "worker", "index": 0}}', '{"cluster": {}}']
-)
+@pytest.mark.parametrize("text", [None, "", "{}"])
 def test_multi_worker_without_a_cluster(text, devices, made, monkeypatch):
     devices(0)
     if text is not None:
@@ -136,13 +146,47 @@ def test_multi_worker_without_a_cluster(text, devices, made, monkeypatch):
     assert made == []
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '"x"', '{"cluster": 5}'])
-@pytest.mark.parametrize("requested", ["auto", "multi_worker"])
-def test_a_cluster_that_is_no_json(text, requested, devices, monkeypatch):
+def test_a_cluster_of_one_worker_says_what_it_means(devices, made, monkeypatch):
+    """As one that was left over from another run."""
     devices(0)
-    monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(ConfigError, match=r"TF_CONFIG is .*; allowed: JSON with 'cluster' and 'task'"):
-        runtime.choose_strategy(requested)
+    alone = {"cluster": {"worker": ["localhost:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(alone))
+    _, why = runtime.choose_strategy("auto")
+    assert why.endswith(
+        "on 1 worker(s); TF_CONFIG names this worker alone; unset it to train as without a cluster"
+    )
+    cluster.team().close()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError("Collective ops must be configured at program startup"),
+            "call .*choose_strategy.* before you make",
+        ),
+        (
+            tf.errors.UnknownError(None, None, "Could not start gRPC server"),
+            "server did not start .Could not start gRPC",
+        ),
+    ],
+)
+def test_a_server_that_cannot_start_is_one_line(error, text, devices, monkeypatch, all_are_there):
+    def fail():
+        raise error
+
+    devices(0)
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", fail)
+    monkeypatch.setattr(cluster.Team, "reporting_errors", lambda team: contextlib.nullcontext())
+    monkeypatch.setenv("TF_CONFIG", json.dumps(CLUSTER))
+    with pytest.raises((ConfigError, RunError), match=text):
+        runtime.choose_strategy("auto")
+
+
+def test_the_cpu_cannot_be_split_late():
+    tf.constant(0)  # initializes the devices
+    with pytest.raises(ConfigError, match="the CPU cannot be split any more"):
+        runtime.split_cpu(2)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from cifar10_trainer import RECIPES, RunError
 from results import records
 
 from . import baselines, timing
+from .scale_out import scale_out
 from .timing import Options, Section, against_goal, interleaved, rows_of, synthetic_data
 
 if TYPE_CHECKING:
@@ -430,6 +431,18 @@ def frontier(o: Options) -> dict[str, Any]:
 
 SECTIONS: dict[str, Section] = {
     s.__name__: s
-    for s in (step, own_model, efficiency, loader, waiting, memory, scaling, precision, target, frontier)
+    for s in (
+        step,
+        own_model,
+        efficiency,
+        loader,
+        waiting,
+        memory,
+        scaling,
+        scale_out,
+        precision,
+        target,
+        frontier,
+    )
 }
 NOT_QUICK = ("precision",)  # the accuracy after a part of a run means nothing
