@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import datasets, machine, models, report, runtime, scoring
+from . import datasets, machine, models, process, report, runtime, scoring
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
@@ -32,6 +32,7 @@ Log = Callable[[str], None]
 MAX_SAVE_SECONDS = 86_400
 
 
+@process.enduring_output()
 def train_and_evaluate(
     config: Config,
     workdir: str | os.PathLike | None = None,

@@ -33,6 +33,7 @@ LAYERS = [
     "recipes",
     "config",
     "cli",
+    "process",
     "machine",
     "files",
     "errors",

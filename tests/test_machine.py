@@ -57,7 +57,7 @@ def test_processors_of_a_process_that_may_use_one():
 SLEPT = """
 import time
 from cifar10_trainer import machine
-print(time.time() - machine.PROCESS_START)
+print(time.monotonic() - machine.PROCESS_START)
 """
 
 

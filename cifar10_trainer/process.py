@@ -1,0 +1,140 @@
+"""What surrounds a process: the signals that stop it, its standard streams, the commands that it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO, cast
+
+from .errors import reason_of
+
+
+def stop_signals() -> list[int]:
+    """SIGINT, SIGTERM and SIGHUP; without SIGHUP where the process ignores it, as `nohup` starts one."""
+    found: list[int] = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        found.append(hangup)
+    return found
+
+
+# ---- standard streams
+
+
+class EnduringStream:
+    """A text stream that does not fail. Once its reader has gone or its device is full, everything is dropped.
+
+    Args:
+        stream: what to write to; None: nothing, as where a shell has closed it.
+        lost: called once, with the error.
+    """
+
+    def __init__(self, stream: TextIO | None, lost: Callable[[Exception], None]):
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115  # as long as the process
+        self._lost: Callable[[Exception], None] | None = lost
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, function: Callable[..., Any], *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not self._stream.closed:
+                raise  # a character that its encoding lacks
+            to_nowhere(self._stream)
+            lost, self._lost = self._lost, None
+            if lost is not None:
+                lost(error)
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Leads the file descriptor of a broken stream to nowhere, or Python would fail at exit with what is left to write."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def enduring_stderr() -> Iterator[None]:
+    """Within it, an error of stderr ends nothing: the exit status shows what happened."""
+    before = sys.stderr
+    if not isinstance(before, EnduringStream):
+        sys.stderr = cast(TextIO, EnduringStream(before, lambda error: None))
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+@contextlib.contextmanager
+def enduring_output() -> Iterator[None]:
+    """Within it, an error of stdout or stderr ends nothing. The first one of stdout is one line on stderr."""
+
+    def lost(error: Exception) -> None:
+        text = f"stdout cannot be written ({reason_of(error)}); continuing without it; the folder shows the progress"
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    with enduring_stderr():
+        before = sys.stdout
+        if not isinstance(before, EnduringStream):
+            sys.stdout = cast(TextIO, EnduringStream(before, lost))
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stdout = before
+
+
+def open_standard_streams() -> None:
+    """Opens the descriptors 0 to 2 where a shell has closed them. Otherwise the next files would get them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+# ---- commands
+
+
+def call(words: Sequence[str], **options: Any) -> tuple[int, str]:
+    """Runs a command to its end. It passes on the signals that stop this process, and waits for what is being saved.
+
+    The command is in a session of its own, so that it gets each signal once: Ctrl-C on a terminal reaches a whole group.
+
+    Args:
+        words: the command.
+        options: of `subprocess.Popen`.
+
+    Returns:
+        (exit status, name of the first signal that was passed on; empty without one).
+    """
+    caught: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def pass_on(number: int, frame: Any) -> None:
+        caught.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
+    try:
+        process = subprocess.Popen(words, start_new_session=True, **options)
+        for number in caught:  # they arrived before there was anything to pass them on to
+            process.send_signal(number)
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status, signal.Signals(caught[0]).name if caught else ""
