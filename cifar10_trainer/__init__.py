@@ -102,7 +102,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    from .process import check_backend
+    from .keras_state import check_backend
 
     module, attribute = _LAZY[name]
     if module != "datasets":  # which needs no Keras

@@ -150,6 +150,11 @@ _define(
     "the run folder; an unfinished run of the same configuration in it is resumed; default: runs/<recipe>-<time>",
 )
 _define(flags.DEFINE_boolean, "overwrite", "replace the run that is in --workdir", False)
+_define(
+    flags.DEFINE_float,
+    "save_seconds",
+    "the most seconds of training that a killed process or a power failure loses; default: 60",
+)
 _define(flags.DEFINE_boolean, "quiet", "print nothing but errors", False)
 _define(flags.DEFINE_boolean, "verbose", "show the progress bar in a file or a pipe, too", False)
 _define(flags.DEFINE_boolean, "hdf5", "write the model as model.h5, too", False)
@@ -327,6 +332,8 @@ def main(argv: list[str]) -> None:
     verbose = 0 if FLAGS.quiet else 1 if FLAGS.verbose else "auto"
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
     where["folder_options"] = folder_options()
+    if FLAGS.save_seconds is not None:
+        where["save_seconds"] = FLAGS.save_seconds
     if FLAGS.folds is None:
         meet_workers(config)
         import_tensorflow()

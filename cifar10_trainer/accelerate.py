@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from .augment import RandomLayer
 from .errors import ConfigError
+from .keras_state import keras_defaults
 from .layers import (
     FastConv2D,
     FastDropout,
@@ -31,7 +32,6 @@ from .layers import (
     FusedBatchNormalization,
 )
 from .models.own import logits_before_softmax, softmax_of
-from .process import keras_defaults
 
 # Layers whose results lose too much in 16 bits.
 FLOAT32_LAYERS = {"preprocess", "head", "logits"}

@@ -16,9 +16,9 @@ from typing import Any
 
 from absl import flags
 
-from . import __version__
+from . import __version__, process
 from .errors import ConfigError, RunError, cut, shown
-from .process import check_backend
+from .keras_state import check_backend
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
@@ -98,7 +98,7 @@ def run(
 ) -> int:
     """Parses the flags, calls `main` and turns its errors into one line on stderr.
 
-    SIGTERM interrupts as Ctrl-C does. --debug prints the traceback of an error as well.
+    SIGTERM and SIGHUP interrupt as Ctrl-C does. --debug prints the traceback of an error as well.
 
     Args:
         main: the command; it receives the positional arguments.
@@ -110,11 +110,25 @@ def run(
         the exit status. 0: done; 2: wrong usage; 1: anything else failed; 130: interrupted before anything could be
         saved; 141: the program that reads the output has ended.
     """
-    argv = list(sys.argv if argv is None else argv)
-    before = signal.getsignal(signal.SIGTERM)
+    process.open_standard_streams()
+    before: dict[int, Any] = {}
     try:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            signal.signal(signal.SIGTERM, _interrupt)
+            for number in process.stop_signals():
+                if number != signal.SIGINT:
+                    before[number] = signal.signal(number, _interrupt)
+        with process.enduring_stderr():
+            return _run(main, flag_values, usage, list(sys.argv if argv is None else argv))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(
+    main: Callable[[list[str]], None], flag_values: flags.FlagValues, usage: str, argv: list[str]
+) -> int:
+    """`run` without its surroundings."""
+    try:
         try:
             positional = flag_values(argv)[1:]
         except flags.Error as error:
@@ -133,16 +147,13 @@ def run(
         if not _reader_has_gone():
             return _failed(error, flag_values)
         # The reader of the output has gone, as in `| head`. Python would write again at exit: to nowhere, then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        process.to_nowhere(sys.stdout)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         return _failed(error, flag_values)
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
 
 
 def _check_texts(flag_values: flags.FlagValues) -> None:
@@ -171,6 +182,11 @@ def _reader_has_gone() -> bool:
 
 def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
     """Prints `error` as one line, and returns the exit status."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        process.to_nowhere(sys.stdout)
     if flag_values["debug"].value:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
@@ -181,5 +197,7 @@ def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
+    for other in process.stop_signals():
+        if other != signal.SIGINT:
+            signal.signal(other, signal.SIG_DFL)  # a second one ends the process at once
     raise KeyboardInterrupt

@@ -16,13 +16,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from . import cluster, datasets, machine, runtime
+from . import cluster, datasets, machine, process, runtime
 from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
 from .errors import ConfigError, RunError, RunInterrupted, interrupted
 from .files import write_json
-from .process import keras_defaults
+from .keras_state import keras_defaults
+from .loop import SAVE_SECONDS
 from .run_folder import RunFolder
 from .training import train_and_evaluate
 
@@ -30,6 +31,7 @@ FOLDS_FILE = "folds.json"
 
 
 @keras_defaults()
+@process.enduring_output()
 def cross_validate(
     config: Config,
     folds: int,
@@ -41,6 +43,7 @@ def cross_validate(
     verbose: int | str = "auto",
     since: float | None = None,
     folder_options: Mapping[str, Any] | None = None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> dict[str, Any]:
     """Splits the training images into stratified parts, and trains once for each part, validated on it.
 
@@ -52,7 +55,7 @@ def cross_validate(
         config: what to train; its own validation split is replaced.
         folds: the number of parts, 2 to the number of images of the smallest class.
         workdir: the folder of all runs; None: runs/<recipe>-folds-<time>.
-        data_dir, dataset, overwrite, verbose, since, folder_options: as for `train_and_evaluate`.
+        data_dir, dataset, overwrite, verbose, since, folder_options, save_seconds: as for `train_and_evaluate`.
 
     Returns:
         The contents of folds.json: recipe, dataset, folds, seed, n_train, val_accuracy_mean, val_accuracy_std (of the
@@ -75,6 +78,7 @@ def cross_validate(
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
+    more["save_seconds"] = save_seconds
     taken = ("n_validation", "epochs", "best_epoch", "train_seconds")
     runs = []
     with runtime.Signals() as signals:
@@ -82,16 +86,15 @@ def cross_validate(
             if signals.caught:  # after the last step of the fold before
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             log(f"-- fold {i + 1} of {folds}")
-            one = config.override(
-                validation_fraction=1 / folds, validation_split="stratified", validation_fold=i
-            )
+            one = _fold(config, folds, i)
+            more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
             metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
             accuracy = metrics["best_val_accuracy"]
             log(f"   {100 * accuracy:.2f}%\n")
             runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
             since = time.monotonic()
     summary = _summary(config, data, runs)
-    write_json(workdir / FOLDS_FILE, summary)
+    write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)
     log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
 
@@ -115,6 +118,28 @@ def _check_not_finished(workdir: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{workdir} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
         )
+
+
+def _fold(config: Config, folds: int, i: int) -> Config:
+    """`config` with part i of the training images held out, from 0."""
+    return config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
+
+
+def _remove_the_others(workdir: Path, folds: int) -> keras.callbacks.Callback:
+    """A callback of the first fold that removes the other folds' runs of before, as soon as the first one trains.
+
+    Not sooner, so that a failure until there costs nothing. And not when their turn comes, since an interrupted
+    cross-validation is resumed without --overwrite.
+    """
+
+    def remove(logs: Any = None) -> None:
+        for i in range(1, folds):
+            run = RunFolder(workdir / f"fold-{i + 1}-of-{folds}")
+            if run.has_run():
+                with run.lock():
+                    run.remove_run()
+
+    return keras.callbacks.LambdaCallback(on_train_begin=remove)
 
 
 def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from . import augment, models, optim, runtime
 from .accelerate import check_sizes, make_training_model
 from .config import Config
 from .errors import ConfigError, RunError
+from .keras_state import keras_defaults, seeded
 from .models.initial import initial_model
 from .models.own import plain_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
-from .process import keras_defaults, seeded
 
 SMALL_BATCH = 128  # for the evaluation of at most so many images
 EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding

@@ -24,9 +24,9 @@ from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError, cut, shown
 from .files import regular_file
+from .keras_state import keras_defaults
 from .machine import check_fits
 from .models.bounded import bounded_weights
-from .process import keras_defaults
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 

@@ -23,8 +23,8 @@ from . import augment
 from .config import Augmentation
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, shown
+from .keras_state import keras_defaults
 from .machine import cpu_count
-from .process import keras_defaults
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
 # a second in total.

@@ -23,8 +23,8 @@ from .config import RESIZES
 from .datasets.folder import find_pictures
 from .datasets.images import SUFFIXES, open_formats, readable
 from .errors import ConfigError, RunError, reason_of
+from .keras_state import keras_defaults
 from .machine import cpu_count
-from .process import keras_defaults
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:

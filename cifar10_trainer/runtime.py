@@ -7,14 +7,17 @@ import functools
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from . import cluster, machine
+from . import cluster, machine, process
 from .errors import ConfigError, RunError
+
+SAME_REQUEST_SECONDS = 1.0  # between two signals that mean one request to stop
 
 
 def choose_strategy(requested: str) -> tuple[tf.distribute.Strategy, str]:
@@ -172,33 +175,40 @@ def describe() -> dict[str, str]:
 
 
 class Signals:
-    """Catches SIGINT and SIGTERM in a `with` block. A second SIGINT raises KeyboardInterrupt at once.
+    """Catches SIGINT, SIGTERM and SIGHUP in a `with` block. A second one ends the process at once.
 
-    `caught` is the name of the first signal, or empty. Blocks may be nested: the inner one starts with what the outer one
-    has caught, and hands over what it has caught at its end.
+    `caught` is the name of the first signal, or empty. A second SIGINT raises KeyboardInterrupt. A SIGTERM or SIGHUP soon
+    after the first signal is the same request: a supervisor signals all processes, and one of them passes it on to another.
+    Blocks may be nested: the inner one starts with what the outer one has caught, and hands over what it has caught at its
+    end.
     """
 
     caught = ""
+    _moment = 0.0  # of the first signal
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self.caught and number == signal.SIGINT:
+        if not self.caught:
+            self.caught, self._moment = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.caught = signal.Signals(number).name
+        elif time.monotonic() - self._moment > SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def __enter__(self) -> Signals:
         self._before: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in process.stop_signals():
                 self._before[number] = signal.signal(number, self)
         for enclosing in self._enclosing():
-            self.caught = enclosing.caught
+            self.caught, self._moment = enclosing.caught, enclosing._moment
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         for enclosing in self._enclosing():
-            enclosing.caught = self.caught
+            enclosing.caught, enclosing._moment = self.caught, self._moment
 
     def _enclosing(self) -> list[Signals]:
         return [handler for handler in self._before.values() if isinstance(handler, Signals)]

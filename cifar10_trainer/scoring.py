@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ConfigError, RunError
-from .process import keras_defaults
+from .keras_state import keras_defaults
 
 if TYPE_CHECKING:
     import keras

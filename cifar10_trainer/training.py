@@ -20,7 +20,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import adaptation, cluster, datasets, machine, measures, models, process, report, runtime, scoring
+from . import (
+    adaptation,
+    cluster,
+    datasets,
+    keras_state,
+    machine,
+    measures,
+    models,
+    process,
+    report,
+    runtime,
+    scoring,
+)
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
@@ -43,7 +55,8 @@ FEW_IMAGES = 10  # of a class to train on, below which a run warns
 MAX_SAVE_SECONDS = 86_400
 
 
-@process.keras_defaults()
+@keras_state.keras_defaults()
+@process.enduring_output()
 def train_and_evaluate(
     config: Config,
     workdir: str | os.PathLike | None = None,
@@ -180,7 +193,7 @@ def train_and_evaluate(
 @contextlib.contextmanager
 def _only_run(config: Config, model: keras.Model | None, log: Log) -> Iterator[None]:
     """No other run of the process trains meanwhile. A user's own model may draw from the global random generators."""
-    with process.only_run(log), process.global_seeds(None if model is None else config.seed):
+    with keras_state.only_run(log), keras_state.global_seeds(None if model is None else config.seed):
         yield
 
 

@@ -13,13 +13,12 @@ results/runs/<recipe>-<epochs>-<seed>.json.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from cifar10_trainer import RECIPES, Config, ConfigError, RunError, cli
+from cifar10_trainer import RECIPES, Config, ConfigError, RunError, cli, process
 from cifar10_trainer.errors import unknown
 from results import records, tables
 
@@ -92,8 +91,14 @@ def run(name: str, seed: int, epochs: float | None) -> None:
         command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
         if FLAGS.data_dir and config.dataset != "digits":  # the digits are embedded
             command.append(f"--data_dir={Path(FLAGS.data_dir).absolute()}")
-        if subprocess.run(command, check=False, cwd=records.ROOT).returncode:
-            raise RunError(f"{name} with seed {seed} failed; the error is in its own line above")
+        status, stopped_by = process.call(command, cwd=records.ROOT)
+        if status:
+            how = f"was stopped by {stopped_by}" if stopped_by else "failed"
+            raise RunError(f"{name} with seed {seed} {how}; its own line above shows more")
+        if stopped_by:
+            raise RunError(
+                f"stopped by {stopped_by} when {name} with seed {seed} was done; repeat the command"
+            )
     shown = f"python scripts/reproduce.py {name}"
     if epochs is not None:
         shown += f" --epochs={epochs:g}"

@@ -120,6 +120,7 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "local_workers",
     "overwrite",
     "quiet",
+    "save_seconds",
     "verbose",
     "version",
     "workdir",
@@ -371,6 +372,12 @@ def test_hdf5(trained):
     invoke()
     invoke("--hdf5")
     assert [call["hdf5"] for call in trained] == [False, True]
+
+
+def test_save_seconds(trained):
+    invoke()
+    invoke("--save_seconds=5")
+    assert [call.get("save_seconds") for call in trained] == [None, 5.0], "the function has the default"
 
 
 def test_folds(trained, monkeypatch):
@@ -658,6 +665,20 @@ def test_sigterm_interrupts(capsys):
     assert simple(main) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
     assert handlers == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sighup_interrupts_unless_the_process_ignores_it(capsys):
+    def main(argv):
+        os.kill(os.getpid(), signal.SIGHUP)
+        print("ignored")
+
+    assert simple(main) == 130
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert simple(main) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capsys.readouterr() == ("ignored\n", "interrupted\n")
 
 
 def test_what_looks_as_if_it_were_not_installed():

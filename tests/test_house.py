@@ -39,6 +39,7 @@ LAYERS = [
     "launch",
     "cluster",
     "archives",
+    "keras_state",
     "process",
     "machine",
     "files",

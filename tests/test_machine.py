@@ -59,7 +59,7 @@ SLEPT = """
 import time
 from cifar10_trainer import machine
 from cifar10_trainer.errors import RunError
-print(time.time() - machine.PROCESS_START)
+print(time.monotonic() - machine.PROCESS_START)
 """
 
 

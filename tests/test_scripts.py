@@ -70,8 +70,7 @@ def test_images_are_given_to_what_takes_them(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "RUNS", tmp_path / "records")
     monkeypatch.setattr(records, "keep", lambda *_: tmp_path / "record.json")
-    done = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: ran.append(words) or done)
+    monkeypatch.setattr(reproduce.process, "call", lambda words, **_: ran.append(words) or (0, ""))
     monkeypatch.setattr(records, "commit", lambda: "aaaaaaa")
     reproduce.FLAGS(["reproduce", "--data_dir=images"])
     for name in ("fast.digits", "fast.85"):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .trial import ConfigTuner
 
 MAX_DEATHS = 15  # times the number of workers: deaths while no trial begins or ends
+SAVE_SECONDS = 120.0  # that workers may take to finish their step and save
 CHIEF = "chief"  # KerasTuner takes a process for the chief if its id contains this word
 
 
@@ -111,11 +112,12 @@ class WorkerPool:
                 self.start(number)
 
     def stop(self) -> None:
-        """Ends all workers. A worker that is training saves its state first; after 30 seconds it is killed."""
+        """Ends all workers. A worker that is training saves its state first; after SAVE_SECONDS in all it is killed."""
         for process in self._processes.values():
             process.terminate()
+        end = time.monotonic() + SAVE_SECONDS
         for process in self._processes.values():
-            process.join(30)
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
 

@@ -68,19 +68,20 @@ class SearchOracle(kt.Oracle):
         self.verbose = 0
         self.file, self.search, self.baseline = file, search, baseline
         self.stop_at, self.lease = stop_at, lease
+        self.check: Callable[[], None] = lambda: None  # raises an error if the search's folder has gone
         self.on_begin: Callable[[Trial], None] = _ignore
         self.on_end: Callable[[Trial], None] = _ignore
         self.stopped = False  # whether the search is over
         self.ended: dict[str, float] = {}  # trial id -> seconds of the search at its end
         self._last_heartbeat: dict[str, float] = {}  # worker id -> time of its last heartbeat
         self._former_heartbeat = -math.inf  # the same for workers without one since this process started
-        self._started, self._elapsed_before = time.time(), 0.0
+        self._started, self._elapsed_before = time.monotonic(), 0.0
 
     # ---- queries
 
     def elapsed(self) -> float:
         """Seconds that the search has run, including those before it was resumed."""
-        return self._elapsed_before + time.time() - self._started
+        return self._elapsed_before + time.monotonic() - self._started
 
     def best_accuracy(self) -> float | None:
         """The best validation accuracy so far, 0-1."""
@@ -93,10 +94,10 @@ class SearchOracle(kt.Oracle):
 
     def wait_for_former_workers(self) -> None:
         """Gives the workers of an earlier chief, which may still be training, one lease to send a heartbeat."""
-        self._former_heartbeat = time.time()
+        self._former_heartbeat = time.monotonic()
 
     def _is_silent(self, worker: str) -> bool:
-        return time.time() - self._last_heartbeat.get(worker, self._former_heartbeat) > self.lease
+        return time.monotonic() - self._last_heartbeat.get(worker, self._former_heartbeat) > self.lease
 
     # ---- KerasTuner's extension points
 
@@ -111,7 +112,8 @@ class SearchOracle(kt.Oracle):
             A trial with one of these statuses. RUNNING: to train; a trial that this worker has already, a trial of a worker
             without heartbeats, or a new one. IDLE: ask again later. STOPPED: the search is over.
         """
-        self._last_heartbeat[tuner_id] = time.time()
+        self.check()
+        self._last_heartbeat[tuner_id] = time.monotonic()
         self.tuner_ids.add(tuner_id)
         if self.stop_at is not None and (self.best_accuracy() or 0) >= self.stop_at:
             self.stopped = True
@@ -151,7 +153,7 @@ class SearchOracle(kt.Oracle):
         """The trial with this id. A worker's request for its own trial is its heartbeat."""
         for worker, trial in list(self.ongoing_trials.items()):
             if trial.trial_id == trial_id:
-                self._last_heartbeat[worker] = time.time()
+                self._last_heartbeat[worker] = time.monotonic()
         return super().get_trial(trial_id)
 
     @kt.synchronized
@@ -164,6 +166,7 @@ class SearchOracle(kt.Oracle):
         if reason:
             trial.status, trial.message = TrialStatus.FAILED, reason
         self.ended[trial.trial_id] = self.elapsed()
+        self.check()
         super().end_trial(trial)
         if trial.trial_id in self.end_order:
             self.on_end(self.trials[trial.trial_id])
@@ -182,7 +185,7 @@ class SearchOracle(kt.Oracle):
         """Restores a state from `get_state`."""
         self.trials = {t["trial_id"]: Trial.from_state(t) for t in state["trials"]}
         super().set_state(state)
-        self._elapsed_before, self._started, self.ended = state["elapsed"], time.time(), state["ended"]
+        self._elapsed_before, self._started, self.ended = state["elapsed"], time.monotonic(), state["ended"]
         # A running trial stays with its worker, which may still be training. Otherwise another worker gets it later.
         ended = [w for w, t in self.ongoing_trials.items() if t.status != TrialStatus.RUNNING]
         for worker in ended:
@@ -190,7 +193,7 @@ class SearchOracle(kt.Oracle):
 
     def save(self) -> None:
         """Writes the state to the file, atomically."""
-        write_atomic(self.file, json.dumps(self.get_state()))
+        write_atomic(self.file, json.dumps(self.get_state()), durable=True)
 
     def reload(self) -> None:
         """Restores the state from the file, if it exists. Raises RunError if it is damaged."""

@@ -8,11 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar10_trainer.errors import ConfigError, FolderBusyError, shown
-from cifar10_trainer.files import cannot_write, folder_lock, read_json, remove_files, write_json
+from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, shown
+from cifar10_trainer.files import (
+    cannot_write,
+    check_there,
+    folder_lock,
+    identity,
+    read_json,
+    remove_files,
+    remove_leftovers,
+    write_json,
+)
 
-# What a search writes, and --overwrite removes.
-SEARCH_FILES = ("trials", "tensorboard", "search.json", "leaderboard.csv", "best_config.json", "search.png")
+# What a search writes, and --overwrite removes in this order. search.json shows whose the others are, so it goes last.
+SEARCH_FILES = ("trials", "best_config.json", "leaderboard.csv", "search.png", "tensorboard", "search.json")
 
 
 class SearchFolder:
@@ -34,6 +43,7 @@ class SearchFolder:
         self.best_config_file = self.path / "best_config.json"
         self.figure_file = self.path / "search.png"
         self.tensorboard = self.path / "tensorboard"
+        self._identity: tuple[int, int] | None = None  # of the folder that is locked
 
     def __str__(self) -> str:
         return str(self.path)
@@ -41,6 +51,8 @@ class SearchFolder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Makes the folder, and locks it against other processes. Removes it again if it was made and left empty.
+
+        Removes the temporary files that killed searches left.
 
         Raises:
             FolderBusyError: if another process searches in the folder.
@@ -53,9 +65,16 @@ class SearchFolder:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(folder_lock(self.path, busy))
+                remove_leftovers(self.path, SEARCH_FILES)
+                remove_leftovers(self.trials, [self.state_file.name])
+                self._identity = identity(self.path)
             except OSError as error:
                 raise cannot_write(self.path, error) from error
             yield
+
+    def check_there(self) -> None:
+        """Raises RunError if the folder was removed or replaced since `lock`."""
+        check_there(self.path, self._identity)
 
     def begin(self, record: Mapping[str, Any], overwrite: bool) -> None:
         """Writes `record` to search.json, unless the folder holds another search.
@@ -66,17 +85,22 @@ class SearchFolder:
 
         Raises:
             ConfigError: if the folder holds a search with another record.
-            RunError: if search.json is damaged or cannot be written.
+            RunError: if search.json is damaged or cannot be written, or if it is missing beside a state.
         """
         if overwrite:
-            remove_files(self.path, self.search_file.name, SEARCH_FILES)
+            remove_files(self.path, self.search_file.name, SEARCH_FILES[:-1])
         if self.search_file.exists():
             for key, was, now in _differences(read_json(self.search_file), record):
                 raise ConfigError(
                     f"{self} holds another search: {key} was {shown(was)}, now {shown(now)};"
                     " choose another --workdir, or replace it with --overwrite"
                 )
-        write_json(self.search_file, record)
+        elif self.state_file.exists():
+            raise RunError(
+                f"{self.state_file} has no {self.search_file} beside it, so it is not resumed; choose another --workdir,"
+                f" or delete {self.trials}"
+            )
+        write_json(self.search_file, record, durable=True, parents=False)
 
 
 def trial_folder(trial_id: str) -> str:

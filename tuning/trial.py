@@ -230,10 +230,9 @@ class ConfigTuner(BaseTuner):
         seconds_before = 0.0
         if run.history_file.exists() and not stale:
             seconds_before = sum(row["seconds"] for row in run.read_history())
-        start = time.time()
-        if (
-            run.is_finished() and not stale
-        ):  # a process finished the run, but died before it reported the metrics
+        start = time.monotonic()
+        # A process may have finished the run, and died before it reported the metrics.
+        if saved is not None and run.is_finished() and not stale:
             metrics = run.read_metrics()
         else:
             metrics = train_and_evaluate(
@@ -253,7 +252,7 @@ class ConfigTuner(BaseTuner):
             "epochs": min(config.epochs, metrics["epochs"]),
             "parameters": metrics["params"],
             "pflop": metrics["pflop"],
-            "seconds": seconds_before + time.time() - start,
+            "seconds": seconds_before + time.monotonic() - start,
         }
 
     @contextlib.contextmanager
@@ -315,20 +314,23 @@ def count_starts(folder: Path) -> Iterator[None]:
     """
     file, state = folder / "starts", RunFolder(folder).state_file
     starts, kills_before = 0, _oom_kills()
-    has_progress = file.exists() and state.exists() and state.stat().st_mtime > file.stat().st_mtime
-    if file.exists() and not has_progress:
-        starts, kills_before = map(int, file.read_text().split())
+    progress = state.stat().st_mtime_ns if state.exists() else 0  # another number means another state
+    if file.exists():
+        before = [*map(int, file.read_text().split()), progress][:3]  # version 1.0.0 wrote two numbers
+        if before[2] == progress:
+            starts, kills_before, _ = before
     if starts >= MAX_STARTS:
         raise RunError(f"its process died {starts} times, for an unknown reason")
     if starts >= MAX_OUT_OF_MEMORY_STARTS and _oom_kills() > kills_before:
         raise RunError(
             f"out of memory: the system ended its process {starts} times; use a smaller batch_size"
         )
-    files.write_atomic(file, f"{starts + 1} {kills_before}")
+    files.write_atomic(file, f"{starts + 1} {kills_before} {progress}")
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
+        files.remove_leftovers(folder, [file.name])
 
 
 def _oom_kills() -> int:

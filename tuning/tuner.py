@@ -11,6 +11,7 @@ from typing import Any
 
 import keras_tuner as kt
 
+from cifar10_trainer import process
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import RunError, RunInterrupted, interrupted
@@ -55,6 +56,7 @@ class SearchResult:
         return self.rows[0]
 
 
+@process.enduring_output()
 def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> SearchResult | None:
     """Searches `space` for the Config with the best validation accuracy, and fills the search's folder.
 
@@ -90,6 +92,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         fixed = {name: getattr(options, name) for name in FIXED_OPTIONS}
         folder.begin({**fixed, **description}, options.overwrite)
         oracle = make_search_oracle(description, hp, options)
+        oracle.check = folder.check_there
         leaderboard = Leaderboard(
             oracle,
             folder,

@@ -133,6 +133,9 @@ def worker_main(number: int, space: Any, dataset: Any, options: dict[str, Any]) 
         dataset: the images, or a function that loads them; picklable.
         options: the fields of `Options`.
     """
+    # Ctrl-C and SIGHUP of a terminal reach a whole group. The chief gets them, and ends its workers by SIGTERM.
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # several workers may share a GPU
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob("/dev/nvidia[0-9]*"))))))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, shown, unknown
+from ..keras_state import keras_defaults
 from ..machine import check_fits
-from ..process import keras_defaults
 
 if TYPE_CHECKING:
     import keras

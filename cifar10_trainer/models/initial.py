@@ -15,7 +15,7 @@ def initial_model(config: Config, images: np.ndarray, num_classes: int) -> keras
     """Builds the plain model that a run starts with.
 
     Args:
-        config: architecture, options, `pixels` and `whitening`. The caller chooses the seed of the weights, see `process.seeded`.
+        config: architecture, options, `pixels` and `whitening`. The caller chooses the seed of the weights, see `keras_state.seeded`.
         images: the training images, uint8 [n, height, width, channels].
         num_classes: the number of classes.
 

@@ -199,9 +199,9 @@ def start(
     """
     from cifar10_trainer import runtime
     from cifar10_trainer.engine import Engine
+    from cifar10_trainer.keras_state import seeded
     from cifar10_trainer.models import fast
     from cifar10_trainer.models.initial import initial_model, pixel_statistics
-    from cifar10_trainer.process import seeded
 
     config = RECIPES[recipe].override(seed=seed, **changes)
     strategy, _ = runtime.choose_strategy(config.strategy)

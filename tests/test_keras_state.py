@@ -31,7 +31,6 @@ from cifar10_trainer import (
     load_model,
     make_dataset,
     predict_images,
-    process,
     train,
 )
 
@@ -164,7 +163,7 @@ def test_settings_come_back_after_an_error_and_after_a_cleared_session(with_sett
 
     keras.config.disable_traceback_filtering()
     try:
-        with process.keras_defaults():
+        with keras_state.keras_defaults():
             keras.utils.clear_session()  # as a cross-validation does between folds
         assert not keras.config.is_traceback_filtering_enabled()
     finally:
@@ -178,12 +177,12 @@ def test_blocks_that_overlap_in_threads_restore_when_the_last_ends(with_setting)
     inside, leave = threading.Event(), threading.Event()
 
     def other():
-        with process.keras_defaults():
+        with keras_state.keras_defaults():
             inside.set()
             leave.wait(20)
 
     thread = threading.Thread(target=other)
-    with process.keras_defaults():
+    with keras_state.keras_defaults():
         thread.start()
         assert inside.wait(20)
     assert keras.config.epsilon() == 1e-7, "the other thread still needs the default"
@@ -194,13 +193,13 @@ def test_blocks_that_overlap_in_threads_restore_when_the_last_ends(with_setting)
 
 def test_every_setting_of_keras_is_known():
     """A new one must be looked at: does a result depend on it?"""
-    known = {name for _, name, _ in process.PROCESS_SETTINGS}
+    known = {name for _, name, _ in keras_state.PROCESS_SETTINGS}
     known |= {"set_dtype_policy", "enable_flash_attention", "disable_flash_attention"}
     known |= {
         "set_backend",
         "enable_unsafe_deserialization",
     }  # refused; of `load_model`, which asks for safe mode
-    for name in process.FORGOTTEN_SETTINGS:
+    for name in keras_state.FORGOTTEN_SETTINGS:
         known |= {f"enable_{name}", f"disable_{name}"}
     setters = {name for name in dir(keras.config) if name.startswith(("set_", "enable_", "disable_"))}
     assert setters <= known
@@ -212,7 +211,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import keras
 assert keras.config.floatx() == "float16" and keras.config.max_steps_per_epoch() == 1
-from test_process import parts, run
+from test_keras_state import parts, run
 print(json.dumps([run(Path({folder!r})), parts()]))
 assert keras.config.floatx() == "float16" and keras.config.image_data_format() == "channels_first"
 """
@@ -274,24 +273,24 @@ def test_the_backend_is_looked_for_where_keras_looks(tmp_path, monkeypatch):
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     monkeypatch.delenv("KERAS_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    process.check_backend()  # no file
+    keras_state.check_backend()  # no file
     (tmp_path / ".keras").mkdir()
     file = tmp_path / ".keras" / "keras.json"
     for text in ('{"backend": "tensorflow"}', "{", "[]", "{}"):  # Keras ignores what is no JSON
         file.write_text(text)
-        process.check_backend()
+        keras_state.check_backend()
     file.write_text('{"backend": "jax"}')
     with pytest.raises(ConfigError, match="jax"):
-        process.check_backend()
+        keras_state.check_backend()
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")  # goes before the file
-    process.check_backend()
+    keras_state.check_backend()
     monkeypatch.setitem(sys.modules, "keras", keras)
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # too late: Keras is imported, with TensorFlow
-    process.check_backend()
+    keras_state.check_backend()
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
     with (
         pytest.raises(ConfigError, match="of Keras, which is imported, is 'torch'"),
-        process.keras_defaults(),
+        keras_state.keras_defaults(),
     ):
         pass
 
@@ -320,7 +319,7 @@ def test_seeds_of_a_block_are_those_of_set_random_seed():
     expected_weights = digest(weights())
     random.seed(1)
     state = random.getstate()
-    with process.seeded(11):
+    with keras_state.seeded(11):
         assert digest(weights()) == expected_weights
     assert random.getstate() == state
     assert digest(weights()) != expected_weights
@@ -386,7 +385,7 @@ def test_a_run_leaves_the_generators_of_its_user_alone(own, tmp_path):
 
 def test_runs_in_threads_are_equal_to_a_run_alone(expected, tmp_path, monkeypatch, capsys):
     """While the main thread builds models and sets seeds."""
-    monkeypatch.setattr(process, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(keras_state, "WAIT_SECONDS", 0.05)
     data = images_and_labels()
 
     def one(name):

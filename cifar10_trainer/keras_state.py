@@ -1,0 +1,211 @@
+"""What Keras, TensorFlow and Python keep for a whole process, and no result may depend on.
+
+`keras_defaults` replaces a user's settings for the time of a call and restores them. `seeded` and `global_seeds` are for random
+numbers, `only_run` lets one run at a time train in a process. Importing this module imports neither Keras nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+BACKEND = "tensorflow"
+# Settings of the process: the names of the functions of `keras.config` that read and write each, and Keras's own default.
+PROCESS_SETTINGS: tuple[tuple[str, str, Any], ...] = (
+    ("floatx", "set_floatx", "float32"),
+    ("epsilon", "set_epsilon", 1e-7),
+    ("image_data_format", "set_image_data_format", "channels_last"),
+    ("max_epochs", "set_max_epochs", None),
+    ("max_steps_per_epoch", "set_max_steps_per_epoch", None),
+)
+# Settings that Keras keeps for each thread. Where a value is None, Keras decides: the policy is then that of floatx.
+THREAD_SETTINGS: dict[str, Any] = {"dtype_policy": None, "flash_attention": None}
+# No result depends on them, but `clear_session` forgets them.
+FORGOTTEN_SETTINGS = ("interactive_logging", "traceback_filtering")
+WAIT_SECONDS = 5.0  # for another run, until a message says so
+
+_lock = threading.Lock()
+_restore: list[Callable[[], None]] = []  # restores the settings of the process as the user had them
+_inside = 0  # how many calls need the defaults of the process now
+_train_lock = threading.Lock()
+_trainer: int | None = None  # the thread that holds it
+
+
+def check_backend() -> None:
+    """Checks, without importing Keras, that its backend is TensorFlow.
+
+    Raises:
+        ConfigError: if it is another one.
+    """
+    config = getattr(sys.modules.get("keras"), "config", None)
+    if config is not None:
+        backend, source = config.backend(), "of Keras, which is imported"
+    elif os.environ.get("KERAS_BACKEND"):
+        backend, source = os.environ["KERAS_BACKEND"], "in KERAS_BACKEND"
+    else:
+        file = _keras_home() / "keras.json"
+        try:
+            backend = json.loads(file.read_text(encoding="utf-8")).get("backend", BACKEND)
+        except (OSError, ValueError, AttributeError):  # Keras then takes its defaults, or reports the error
+            return
+        source = f"in {file}"
+    if backend != BACKEND:
+        raise ConfigError(
+            f"the backend {source}, is {str(backend)[:100]!r}; allowed: {BACKEND!r}; set the environment variable"
+            f" KERAS_BACKEND={BACKEND} before Keras is imported"
+        )
+
+
+def _keras_home() -> Path:
+    """The folder of Keras's keras.json, as Keras finds it."""
+    if "KERAS_HOME" in os.environ:
+        return Path(os.environ["KERAS_HOME"]).expanduser()
+    home = Path("~").expanduser()
+    return (home if os.access(home, os.W_OK) else Path("/tmp")) / ".keras"
+
+
+@contextlib.contextmanager
+def keras_defaults() -> Iterator[None]:
+    """Within the block, or in a function that it decorates, Keras and TensorFlow have their own default settings.
+
+    The user's settings come back at the end, also after an error. Blocks may be nested, and overlap in several threads: the
+    settings of the process come back when the last block ends.
+
+    Raises:
+        ConfigError: if Keras's backend is not TensorFlow.
+    """
+    global _inside
+    check_backend()
+    from keras.src.backend.common import global_state
+
+    names = (*THREAD_SETTINGS, *FORGOTTEN_SETTINGS)
+    before = {name: global_state.get_global_attribute(name) for name in names}
+    with _lock:
+        if not _inside:
+            _restore[:] = _set_defaults()
+        _inside += 1
+    try:
+        for name, value in THREAD_SETTINGS.items():
+            global_state.set_global_attribute(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            global_state.set_global_attribute(name, value)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for restore in _restore:
+                    restore()
+
+
+def _set_defaults() -> list[Callable[[], None]]:
+    """Sets the defaults of the process. Returns functions that restore what it has changed."""
+    import keras
+    import tensorflow as tf
+
+    found: list[tuple[Callable[..., Any], Any, Any]] = [
+        (getattr(keras.config, write), getattr(keras.config, read)(), default)
+        for read, write, default in PROCESS_SETTINGS
+        if hasattr(keras.config, write)  # the last two came with Keras 3.11
+    ]
+    found.append((tf.config.run_functions_eagerly, tf.config.functions_run_eagerly(), False))
+    changed = [(write, before, default) for write, before, default in found if before != default]
+    for write, _, default in changed:
+        write(default)
+    return [functools.partial(write, before) for write, before, _ in changed]
+
+
+class _SeedSource(threading.local):
+    """Stands for Python's `random` where Keras draws seeds: a thread may have a generator of its own there."""
+
+    own: random.Random | None = None
+
+    def randint(self, low: int, high: int) -> int:
+        return (random if self.own is None else self.own).randint(low, high)
+
+
+_seed_source = _SeedSource()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block, what Keras draws in this thread follows from `seed`: the seeds of initial weights and of dropout.
+
+    They are those after `keras.utils.set_random_seed(seed)`. But Keras draws from Python's global generator, which all
+    threads share: another thread that builds a model would take some of the draws. Here the thread has a generator of
+    its own, and the global ones stay as they are.
+
+    Args:
+        seed: of the generator, from 0.
+    """
+    from keras.src.random import seed_generator
+
+    seed_generator.python_random = _seed_source  # outside of these blocks it does what `random` does
+    before, _seed_source.own = _seed_source.own, random.Random(seed)
+    try:
+        yield
+    finally:
+        _seed_source.own = before
+
+
+@contextlib.contextmanager
+def global_seeds(seed: int | None) -> Iterator[None]:
+    """Within the block, the generators of Python, NumPy, TensorFlow and Keras start at `seed`; then they continue as before.
+
+    For models with layers that draw from them. None: the block changes nothing.
+    """
+    if seed is None:
+        yield
+        return
+    import keras
+    import numpy as np
+    from keras.src.backend.common import global_state
+    from tensorflow.python.eager import context
+
+    names = ("global_random_seed", "global_seed_generator")
+    of_keras = {name: global_state.get_global_attribute(name) for name in names}
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    tensorflow = context.context()
+    of_tensorflow = {name: getattr(tensorflow, name, None) for name in ("_seed", "_rng")}
+    keras.utils.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        for name, value in of_keras.items():
+            global_state.set_global_attribute(name, value)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        vars(tensorflow).update(of_tensorflow)
+
+
+@contextlib.contextmanager
+def only_run(log: Callable[[str], None]) -> Iterator[None]:
+    """One thread of the process at a time is in such a block; others wait, and `log` it.
+
+    Raises:
+        ConfigError: if this thread is in such a block already.
+    """
+    global _trainer
+    if _trainer == threading.get_ident():
+        raise ConfigError(
+            "train is called inside of train, as by a callback; allowed: after it has returned, or in another process"
+        )
+    if not _train_lock.acquire(timeout=WAIT_SECONDS):
+        log("waiting for another run of this process to end")
+        _train_lock.acquire()
+    _trainer = threading.get_ident()
+    try:
+        yield
+    finally:
+        _trainer = None
+        _train_lock.release()
