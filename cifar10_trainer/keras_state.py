@@ -178,6 +178,7 @@ def global_seeds(seed: int | None) -> Iterator[None]:
     tensorflow = context.context()
     of_tensorflow = {name: getattr(tensorflow, name, None) for name in ("_seed", "_rng")}
     keras.utils.set_random_seed(seed)
+    global_state.set_global_attribute("global_seed_generator", None)  # Keras 3.12 would continue the old one
     try:
         yield
     finally:
