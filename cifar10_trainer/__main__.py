@@ -225,7 +225,8 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--quiet and --verbose; allowed: one of the two")
     verbose = 0 if FLAGS.quiet else 1 if FLAGS.verbose else "auto"
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
-    where["folder_options"] = folder_options()
+    if folder_options():
+        where["folder_options"] = folder_options()
     if FLAGS.folds is None:
         cli.import_tensorflow()
         from .training import train_and_evaluate
