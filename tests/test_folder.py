@@ -163,7 +163,7 @@ def test_stray_files_are_left_out_and_counted_by_their_endings(fruit):
     assert line.startswith(f"left out: 9 files or folders in {fruit} are no pictures: 3 hidden, 2 .db")
     for part in ("1 .txt", "1 .mp4", "1 without an ending", "1 __MACOSX"):
         assert part in line
-    with pytest.raises(RunError, match="9 files or folders in .* are no pictures: .*remove them"):
+    with pytest.raises(RunError, match=r"9 files or folders in .* are no pictures: .*remove them"):
         load(fruit, strict=True)
 
 
@@ -305,7 +305,7 @@ def test_a_damaged_record_is_one_line(tmp_path, text):
     run = RunFolder(tmp_path)
     assert run.read_split() is None
     run.split_file.write_text(text)
-    with pytest.raises(RunError, match="cannot read .*split.csv"):
+    with pytest.raises(RunError, match=r"cannot read .*split\.csv"):
         run.read_split()
 
 
