@@ -331,9 +331,10 @@ def main(argv: list[str]) -> None:
         return
     verbose = 0 if FLAGS.quiet else 1 if FLAGS.verbose else "auto"
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
-    where["folder_options"] = folder_options()
     if FLAGS.save_seconds is not None:
         where["save_seconds"] = FLAGS.save_seconds
+    if folder_options():
+        where["folder_options"] = folder_options()
     if FLAGS.folds is None:
         meet_workers(config)
         import_tensorflow()

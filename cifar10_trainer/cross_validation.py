@@ -71,10 +71,7 @@ def cross_validate(
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
     strategy, _ = runtime.choose_strategy(config.strategy)
-    if dataset is None:
-        options = {"log": log, **(folder_options or {})}
-        dataset = datasets.load(config.dataset, data_dir, config.image_size, config.resize, **options)
-    data = _without_test_images(dataset, folds)
+    data = _without_test_images(dataset or _load(config, data_dir, folder_options, log), folds)
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
@@ -97,6 +94,12 @@ def cross_validate(
     write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)
     log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
+
+
+def _load(config: Config, data_dir: str | None, options: Mapping[str, Any] | None, log: Any) -> Dataset:
+    """The data set of the config."""
+    more = {"log": log, **(options or {})}
+    return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **more)
 
 
 def _adapted(config: Config, folds: int, n: int, replicas: int, log: Callable[..., None]) -> Config:

@@ -16,7 +16,7 @@ from absl import flags
 import cifar10_trainer
 from cifar10_trainer import __main__ as command
 from cifar10_trainer import cli, cluster, launch, runtime
-from cifar10_trainer.config import DATASETS, PRECISIONS, STRATEGIES, Config
+from cifar10_trainer.config import ADAPTABLE, DATASETS, PRECISIONS, STRATEGIES, Config
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
 
@@ -81,11 +81,16 @@ def trained(monkeypatch):
 
 EFFECTS = {
     "recipe": (["--recipe=vgg.3"], RECIPES["vgg.3"]),
-    "dataset": (["--dataset=folder"], DEFAULT.override(dataset="folder")),
+    "dataset": (["--dataset=folder"], DEFAULT.override(dataset="folder", adapt=ADAPTABLE)),
     "image_size": (
         ["--dataset=folder", "--image_size=24"],
-        DEFAULT.override(dataset="folder", image_size=24),
+        DEFAULT.override(dataset="folder", image_size=24, adapt=ADAPTABLE),
     ),
+    "resize": (
+        ["--dataset=folder", "--resize=pad"],
+        DEFAULT.override(dataset="folder", resize="pad", adapt=ADAPTABLE),
+    ),
+    "class_weights": (["--class_weights=balanced"], DEFAULT.override(class_weights="balanced")),
     "epochs": (["--epochs=2.5"], DEFAULT.override(epochs=2.5)),
     "batch_size": (["--batch_size=96"], DEFAULT.override(batch_size=96)),
     "learning_rate": (["--learning_rate=0.25"], DEFAULT.override(optimizer__learning_rate=0.25)),
@@ -118,9 +123,11 @@ ELSEWHERE = {  # tested below: what is no part of the Config
     "help",
     "list_recipes",
     "local_workers",
+    "max_bad",
     "overwrite",
     "quiet",
     "save_seconds",
+    "strict",
     "verbose",
     "version",
     "workdir",
@@ -131,6 +138,18 @@ ELSEWHERE = {  # tested below: what is no part of the Config
 
 def test_every_flag_is_tested():
     assert {name for name in command.FLAGS if name != "h"} == set(EFFECTS) | ELSEWHERE
+
+
+def test_what_a_flag_sets_for_a_folder_is_not_chosen_by_its_size():
+    config = config_of("--dataset=folder", "--batch_size=16", "--set=validation_interval=3", "--final_fit")
+    assert config.adapt == ("epochs",)
+    assert (config.batch_size, config.validation_interval, config.validation_fraction) == (16, 3, None)
+    assert config_of("--dataset=digits").adapt == config_of().adapt == ()
+
+
+def test_rules_for_files_that_are_no_images(trained):
+    assert invoke("--dataset=folder", "--strict", "--max_bad=0.25", "--workdir=run") == 0
+    assert trained[0]["folder_options"] == {"strict": True, "max_bad": 0.25}
 
 
 @pytest.mark.parametrize("flag", EFFECTS)
@@ -512,6 +531,8 @@ def test_wrong_usage(argv, parts, capsys, trained):
         (["--dataset=digits", "--set=whitening=true", "--recipe=vgg.1"], ["whitening is True", "vgg: False"]),
         (["--dataset=folder"], ["data_dir is not set", "train/<class>"]),
         (["--dataset=folder", "--data_dir=/nowhere"], ["/nowhere, which does not exist"]),
+        (["--dataset=folder", "--data_dir=.", "--max_bad=1"], ["max_bad is 1.0", "less than 1"]),
+        (["--dataset=digits", "--strict"], ["strict is True", "dataset folder only"]),
         (["--dataset=folder", "--data_dir=.", "--image_size=4"], ["image_size is 4", "from 8 to 512"]),
         (["--data_dir=/nowhere"], ["/nowhere"]),
     ],

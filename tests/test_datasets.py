@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -667,8 +668,8 @@ def test_folder(pets):
 
 
 def test_folder_without_test_and_val(pets):
-    (pets / "test").rename(pets / "unused")
-    (pets / "val").rename(pets / "unused too")
+    shutil.rmtree(pets / "test")
+    shutil.rmtree(pets / "val")
     data = datasets.load("folder", str(pets), image_size=8)
     assert data.test_images.shape == (0, 8, 8, 3) and data.test_images.dtype == np.uint8
     assert data.test_labels.shape == (0,) and data.test_labels.dtype == np.int64
@@ -688,10 +689,13 @@ def test_folder_needs_a_data_dir(tmp_path):
 
 def test_folder_without_train(tmp_path):
     with pytest.raises(
-        RunError, match=f"{tmp_path} has no folder train/; allowed: .*train/<class>/"
+        RunError, match=f"{tmp_path} holds no class folders; allowed: .*train/<class>/"
     ) as error:
         datasets.load("folder", tmp_path)
     one_line(error)
+    write_image(tmp_path / "val/cat/a.png", (1, 1, 1))
+    with pytest.raises(RunError, match=f"{tmp_path} has val/ but no folder train/; allowed: .*<class>/"):
+        datasets.load("folder", tmp_path)
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
@@ -710,7 +714,7 @@ def test_folder_with_one_class(pets):
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_folder_with_no_classes(pets, part):
-    (pets / part).rename(pets / "unused")
+    shutil.rmtree(pets / part)
     (pets / part).mkdir()
     with pytest.raises(
         RunError, match=f"{part} holds no class folders; allowed: a folder with train/<class>"
@@ -727,13 +731,6 @@ def test_folder_with_a_class_that_train_lacks(pets, part):
         datasets.load("folder", pets)
 
 
-def test_folder_with_a_file_that_is_no_image(pets):
-    (pets / "train/cat/notes.txt").write_text("no image")
-    with pytest.raises(RunError, match=f"{pets}/train/cat/notes.txt cannot be read as an image") as error:
-        datasets.load("folder", pets)
-    assert "repair or remove it" in one_line(error)
-
-
 def test_folder_with_an_image_outside_the_classes(pets):
     write_image(pets / "train/lost.png", (1, 1, 1))
     with pytest.raises(RunError, match=f"{pets}/train/lost.png is not in the folder of a class"):
@@ -741,11 +738,11 @@ def test_folder_with_an_image_outside_the_classes(pets):
 
 
 def test_folder_that_may_not_be_read(pets, monkeypatch):
-    def refuse(self):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(RunError, match=f"cannot read {pets}/train: Permission denied"):
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(RunError, match=f"cannot read {pets}: Permission denied"):
         datasets.load("folder", pets)
 
 
@@ -858,7 +855,7 @@ def test_read_image_keeps_the_whole_image_and_smooths(tmp_path):
     assert (image[:, :7] == 0).all() and (image[:, 9:] == 255).all()  # the right end is not cut off
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "folder", "missing", "tiff"])
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "folder", "missing"])
 def test_read_image_names_what_it_cannot_read(tmp_path, kind):
     path = tmp_path / "image.png"
     if kind == "text":
@@ -871,8 +868,6 @@ def test_read_image_names_what_it_cannot_read(tmp_path, kind):
         path.write_bytes(path.read_bytes()[:3000])
     elif kind == "folder":
         path.mkdir()
-    elif kind == "tiff":
-        Image.new("RGB", (5, 5)).save(path, format="TIFF")
     with pytest.raises(
         RunError, match=f"{path} cannot be read as an image.*PNG, JPEG, WebP, GIF, BMP"
     ) as error:

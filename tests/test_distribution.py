@@ -244,6 +244,9 @@ def replicas2(out):
     found["muon"], _ = run_engine(none, ONE_BY_ONE, changes=muon)
     found["muon, mirrored 2"], engine = run_engine(mirrored2, ONE_BY_ONE, changes=muon)
     found["copies of muon differ"] = copies_differ(mirrored2, engine)
+    weighted = {"class_weights": "balanced"}
+    found["weighted"], _ = run_engine(none, ONE_BY_ONE, changes=weighted)
+    found["weighted, mirrored 2"], _ = run_engine(mirrored2, ONE_BY_ONE, changes=weighted)
     found["overflows"] = [overflow(mirrored2, replica) for replica in (None, 0, 1)]
     found["first none"] = first_steps(none)
     found["first mirrored 2"] = first_steps(mirrored2)
@@ -521,6 +524,12 @@ def test_muon_under_replicas(found):
     assert one["losses"][0] != one["losses"][-1]
     np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-3)
     assert found["copies of muon differ"] == 0
+
+
+def test_class_weights_under_replicas(found):
+    one, two = found["weighted"], found["weighted, mirrored 2"]
+    assert one["losses"] != found["none"]["losses"]
+    np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-3)
 
 
 def test_an_overflow_on_any_replica_skips_the_step(found):

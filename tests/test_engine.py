@@ -9,11 +9,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from sklearn.utils.class_weight import compute_sample_weight
 
 from cifar10_trainer import models, scoring
 from cifar10_trainer.accelerate import make_training_model
 from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, Schedule
-from cifar10_trainer.engine import Engine
+from cifar10_trainer.engine import Engine, weigh
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.layers import (
     FastConv2D,
@@ -412,6 +413,7 @@ STEPS = {
     "decay in the gradient": {"optimizer__weight_decay": 0.1},
     "L2 in the loss": {"l2": 0.05},
     "label smoothing": {"label_smoothing": 0.3},
+    "class weights": {"label_smoothing": 0.3, "class_weights": "balanced"},
     "adam": {"optimizer": ADAM},
 }
 
@@ -423,7 +425,10 @@ def test_steps_are_those_of_keras(name):
     model = smooth_model(settings.pop("l2", 0.0))
     config = Config(optimizer=SGD, batch_size=32, epochs=3).override(**settings)
     images = np.random.default_rng(4).integers(0, 256, (32, 32, 32, 3), np.uint8)
-    labels = np.arange(32) % 10
+    labels, image_weights = np.arange(32) % 10, None
+    if config.class_weights == "balanced":
+        labels = np.r_[np.arange(10), np.zeros(10, int), np.ones(8, int), [7] * 4]
+        image_weights = compute_sample_weight("balanced", labels)
     plain = keras.models.clone_model(model)
     plain.set_weights(model.get_weights())
     none = tf.distribute.get_strategy()
@@ -440,7 +445,7 @@ def test_steps_are_those_of_keras(name):
     for _ in range(3):
         with tf.GradientTape() as tape:
             probabilities = plain(images.astype(np.float32), training=True)
-            loss = cross_entropy(targets, probabilities)
+            loss = cross_entropy(targets, probabilities, sample_weight=image_weights)
             objective = loss + tf.add_n(plain.losses) if plain.losses else loss
         gradients = tape.gradient(objective, weights)
         if o.weight_decay:
@@ -460,6 +465,34 @@ def test_steps_are_those_of_keras(name):
     for variable, start, one, other in zip(plain.weights, before, found, plain.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, **near, err_msg=variable.path)
         assert np.abs(one - start).max() > 1e-3
+
+
+def test_a_mixed_image_counts_as_both_of_its_parts_do():
+    """Of class 0 with weight 3 and class 2 with weight 0.5, by hand."""
+    class_weights = np.array([3.0, 1.0, 0.5], np.float32)
+    targets = tf.constant([[0.25, 0, 0.75], [0, 1, 0]])
+    logits = tf.constant([[1.0, -2.0, 0.5], [0.1, 0.2, 0.3]])
+    aims, weights = weigh(targets, class_weights)
+    found = weights * tf.nn.softmax_cross_entropy_with_logits(aims, logits)
+    log_p = np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
+    expected = [-(0.25 * 3 * log_p[0, 0] + 0.75 * 0.5 * log_p[0, 2]), -log_p[1, 1]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(weights, [0.25 * 3 + 0.75 * 0.5, 1.0], rtol=1e-6)
+
+
+def test_class_weights_with_mixup_train_and_change_the_loss():
+    images, labels = pictures(64)
+    labels = np.where(labels < 5, 0, labels)  # half of all images are of one class
+    config = FAST.override(augmentation__mixup=0.4)
+    losses = []
+    for kind in ("none", "balanced"):
+        engine = Engine(
+            plain_model(config), config.override(class_weights=kind), images, labels,
+            strategy=tf.distribute.get_strategy(), policy="float32", num_classes=10,
+        )  # fmt: skip
+        losses.append(engine.train(1)["loss"])
+    # Before the first step the classes are about equally likely, so a batch's loss is about log(10) times its mean weight.
+    assert losses[0] != losses[1] and all(1.5 < loss < 4 for loss in losses)
 
 
 def test_one_call_of_many_steps_is_many_calls_of_one():

@@ -286,7 +286,9 @@ def test_evaluate_a_run(run_folder, capsys):
     assert run(["--workdir", run_folder]) == 0
     out = capsys.readouterr().out
     loss = (-3 * np.log(SURE) - np.log((1 - SURE) / 2)) / 4
-    assert "4 test images" in out and f"accuracy 0.7500   loss {loss:.4f}" in out
+    # Wilson's interval of 3 in 4, as R's binom.confint gives it, and the mean of the recalls 1, 1/2 and 1.
+    text = f"accuracy 0.7500 (95% interval 30.1-95.4%)   loss {loss:.4f}   balanced accuracy 0.8333"
+    assert "4 test images" in out and text in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()}
     assert rows["blue"] == ["1.0000", "1.0000", "1.0000", "1"]
     assert rows["green"] == ["1.0000", "0.5000", "0.6667", "2"]  # 1 of 2 found; F1 = 2 * 1 * 0.5 / (1 + 0.5)
@@ -320,6 +322,8 @@ def test_evaluate_as_json(run_folder, capsys):
     numbers = json.loads(captured.out)
     loss = (-3 * np.log(SURE) - np.log((1 - SURE) / 2)) / 4  # the views of one colour are all equal
     assert numbers.pop("loss") == pytest.approx(loss, rel=1e-5)  # float32 logits
+    assert numbers.pop("balanced_accuracy") == pytest.approx(5 / 6)
+    assert numbers.pop("accuracy_interval") == pytest.approx([0.30064, 0.95441], abs=1e-5)
     assert numbers == {
         "model": str(run_folder / "model.keras"), "dataset": "folder",
         "source": str(run_folder.parent / "data"), "split": "test", "views": 6, "accuracy": 0.75, "n": 4,

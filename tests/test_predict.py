@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -128,12 +129,23 @@ def test_class_names_that_do_not_fit(folder, capsys, names):
     assert captured.out == "" and "allowed: 3 different ones" in captured.err
 
 
-def test_an_unreadable_image_prints_nothing_else(folder, capsys):
-    broken = folder / "images" / "broken.png"
+def test_what_can_be_read_is_labelled_and_the_rest_is_named(folder, capsys, monkeypatch):
+    broken, pipe = folder / "images" / "broken.png", folder / "images" / "pipe.png"
     broken.write_bytes((folder / "images" / "a.png").read_bytes()[:40])
-    assert run(["--model", folder / "model.keras", folder / "images" / "a.png", broken]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and str(broken) in captured.err
+    os.mkfifo(pipe)
+    os.symlink(folder / "gone.png", folder / "images" / "link.png")
+    monkeypatch.setattr(predict, "BLOCK_BYTES", 2 * 6 * 4 * 3)  # two images at a time
+    for form in ("--json", "--nojson"):
+        assert run(["--model", folder / "model.keras", form, folder / "images"]) == 1
+        out, err = capsys.readouterr()
+        assert all(f"{name}" in out for name in ("a.png", "b.BMP", "c.gif")) and "broken" not in out
+        *each, last = err.splitlines()
+        assert [line.split()[0] for line in each] == [
+            str(folder / "images" / name) for name in ("broken.png", "link.png", "pipe.png")
+        ]
+        assert last == "error: 3 of 6 images cannot be read; repair or remove them"
+    assert run(["--model", folder / "model.keras", broken]) == 1
+    assert capsys.readouterr().out == ""
     with pytest.raises(RunError):
         predict.predict_images(colour_model(), [broken])
 
@@ -165,10 +177,25 @@ def test_a_file_that_is_no_model(folder, capsys):
     assert captured.out == "" and captured.err.count("\n") == 1 and "does not open" in captured.err
 
 
+def test_the_rule_of_resizing_is_that_of_the_run(folder, capsys):
+    """A picture of which only the middle is red: it is red where the rest is cropped away."""
+    picture = Image.new("RGB", (400, 60), (0, 0, 255))
+    picture.paste((255, 0, 0), (180, 0, 220, 60))
+    picture.save(folder / "wide.png")
+    argv = ["--model", folder / "model.keras", folder / "wide.png"]
+    assert label(argv, capsys) == "blue"
+    assert label([*argv, "--resize=crop"], capsys) == "red"
+    (folder / "config.json").write_text(json.dumps({"class_names": NAMES, "resize": "crop"}))
+    assert label(argv, capsys) == "red"
+    assert label([*argv, "--resize=squash"], capsys) == "blue"
+
+
 def test_find_images_looks_into_folders(folder):
     images = folder / "images"
+    Image.new("RGB", (2, 2)).save(images / "deeper" / "d.jpeg")
+    os.symlink("..", images / "deeper" / "up")
     assert predict.find_images([str(images / "c.gif"), str(images)]) == [
-        images / name for name in ("c.gif", "a.png", "b.BMP", "c.gif")
+        images / name for name in ("c.gif", "a.png", "b.BMP", "c.gif", "deeper/d.jpeg")
     ]
     with pytest.raises(ConfigError, match="no image at"):
         predict.find_images([str(folder / "none.png")])
@@ -178,7 +205,10 @@ def test_a_process_says_one_line(folder):
     """Not what TensorFlow says when it is imported."""
     (folder / "images" / "text.png").write_text("no image")
     command = [sys.executable, "-m", "cifar10_trainer.predict", f"--model={folder / 'model.keras'}"]
-    done = subprocess.run([*command, folder / "images"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, folder / "images" / "text.png"], capture_output=True, text=True, timeout=300
+    )
     assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {folder / 'images' / 'text.png'} cannot be read as an image")
+    line, last = done.stderr.splitlines()
+    assert line.startswith(f"{folder / 'images' / 'text.png'} cannot be read as an image")
+    assert last.startswith("error: 1 of 1 images cannot be read")

@@ -820,6 +820,112 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
         np.testing.assert_allclose([row["probabilities"][n] for n in names], truth, atol=1e-5)
 
 
+@pytest.fixture
+def drawer(tmp_path):
+    """<class>/*: 20 blueberries, 8 limes and 14 tomatoes, with what lies around in folders of pictures."""
+    generator = np.random.default_rng(1)
+    for (name, colour), count in zip(COLOURS.items(), (20, 8, 14), strict=True):
+        folder = tmp_path / "drawer" / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            noise = generator.normal(0, 25, (20 + i, 60, 3))
+            Image.fromarray(np.clip(noise + colour, 0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "drawer" / "Thumbs.db").touch()
+    (tmp_path / "drawer" / "lime" / "broken.png").write_bytes(b"no image")
+    return tmp_path / "drawer"
+
+
+SMALL_RUN = [
+    "--dataset=folder",
+    "--image_size=16",
+    "--set=options.filters=[4,4]",
+    "--epochs=2",
+    "--precision=float32",
+]
+
+
+def test_a_drawer_of_pictures_end_to_end(tmp_path, drawer, capsys):
+    """Every setting that the number of images should determine is chosen, said and recorded; evaluate finds the same images."""
+    workdir = tmp_path / "run"
+    flags = [
+        *SMALL_RUN,
+        f"--data_dir={drawer}",
+        "--resize=crop",
+        "--class_weights=balanced",
+        f"--workdir={workdir}",
+    ]
+    assert call(command, command.USAGE, *flags) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "left out: 1 files or folders", "1 .db", "left out: 1 of 43 pictures", "lime/broken.png",
+        "adapted to 33 images: batch_size 8 (recipe: 512), validation_fraction 0.2 (recipe: 0.1)",
+        "26 images to train on, 7 to validate, 9 to test", "warning: few images to train on of lime (",
+        "95% interval", "balanced accuracy",
+    ):  # fmt: skip
+        assert part in said, part
+    record = json.loads((workdir / "config.json").read_text())
+    assert (record["batch_size"], record["validation_fraction"], record["epochs"]) == (8, 0.2, 2)
+    assert (record["resize"], record["class_weights"], "adapt" in record) == ("crop", "balanced", False)
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    page = (workdir / "report.html").read_text()
+    assert "balanced accuracy" in page and "95% interval" in page
+
+    for i in range(9):  # what comes later is in no part
+        Image.new("RGB", (30, 30), COLOURS["lime"]).save(drawer / "lime" / f"0{i}.png")
+    for split, n in (("test", 9), ("validation", 7), ("train", 26)):
+        assert (
+            call(evaluate, evaluate.USAGE, f"--workdir={workdir}", f"--split={split}", "--views=1", "--json")
+            == 0
+        )
+        scored = json.loads(capsys.readouterr().out)
+        assert scored["n"] == n
+        if split == "test":
+            assert scored["accuracy"] == metrics["test_accuracy"]
+            assert scored["balanced_accuracy"] == metrics["test_balanced_accuracy"]
+        if split == "validation":
+            assert scored["accuracy"] == metrics["best_val_accuracy"]
+    (drawer / "lime" / "0.png").unlink()
+    (drawer / "lime" / "1.png").unlink()
+    assert call(evaluate, evaluate.USAGE, f"--workdir={workdir}", "--split=train") == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+    again = [
+        "--dataset=folder",
+        f"--data_dir={drawer}",
+        f"--config={workdir / 'config.json'}",
+        "--batch_size=900",
+    ]
+    assert call(command, command.USAGE, *again) == 2
+    assert "batch_size is 900; allowed: at most the" in capsys.readouterr().err
+
+
+def test_a_drawer_that_grew_does_not_change_a_run_that_resumes(tmp_path, drawer):
+    """The run goes on with the files and the settings that it began with, to the bit."""
+    chosen = ("batch_size", "validation_fraction")
+    config = TINY.override(dataset="folder", image_size=16, batch_size=64, adapt=chosen)
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    whole = train_and_evaluate(config, tmp_path / "whole", data_dir=str(drawer), verbose=0, full_report=False)
+    with pytest.raises(RunError, match="everything is saved"):
+        train_and_evaluate(
+            config,
+            tmp_path / "parts",
+            data_dir=str(drawer),
+            verbose=0,
+            full_report=False,
+            callbacks=[Interrupt()],
+        )
+    for i in range(30):
+        Image.new("RGB", (30, 30), COLOURS["lime"]).save(drawer / "lime" / f"0{i}.png")
+    parts = train_and_evaluate(config, tmp_path / "parts", data_dir=str(drawer), verbose=0, full_report=False)
+    assert parts["n_train"] == whole["n_train"] == 26 and parts["epochs"] == whole["epochs"] == 3
+    assert_same_weights(saved_weights(tmp_path / "parts"), saved_weights(tmp_path / "whole"))
+
+
 # --- faults that were here once -------------------------------------------------------------------------
 
 

@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
 
     from .tuner import tune
 
-    load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size)
+    load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size, base.resize)
     result = tune(Space(base, ranges), load, **vars(options))
     if result:
         command = [

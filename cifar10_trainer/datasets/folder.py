@@ -37,6 +37,7 @@ PROGRESS_SECONDS = 10.0
 _BLOCK = 1024  # files that are handed to the threads at a time
 
 Log = Callable[[str], None]
+_Part = tuple[np.ndarray, np.ndarray, list[str]]  # images, labels, files
 Row = tuple[str, str, str]  # file, relative to the data set's folder; class; part
 
 
@@ -113,12 +114,17 @@ def load_folder(
     bad: list[tuple[str, str]] = []
     read = {part: _read(root, pairs[part], size, resize, bad, log) for part in pairs}
     _check_bad(bad, total, 0.0 if strict or files is not None else max_bad, root, log)
+    return _assemble(root, found, read, check=only is None)
+
+
+def _assemble(root: Path, found: _Found, read: dict[str, _Part], *, check: bool) -> Dataset:
+    """The data set of the parts that were read. check: whether each class must have an image to train on."""
     class_names = tuple(map(readable, found.files["train"]))
-    if only is None:
+    if check:
         _check_classes(read["train"][1], class_names, root)
     (train_images, train_labels, _), (test_images, test_labels, _) = read["train"], read["test"]
     validation = read["validation"][:2] if "validation" in read else None
-    listed = {part: tuple(names) for part, (_, _, names) in read.items()}
+    files = {part: tuple(names) for part, (_, _, names) in read.items()}
     return Dataset(
         "folder",
         train_images,
@@ -128,7 +134,7 @@ def load_folder(
         class_names,
         str(root),
         validation,
-        listed,
+        files,
     )
 
 
@@ -324,7 +330,7 @@ def _cut(pairs: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tupl
 
 def _read(
     root: Path, pairs: list[tuple[str, int]], size: int, resize: str, bad: list[tuple[str, str]], log: Log
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+) -> _Part:
     """Reads pictures in parallel.
 
     Args:

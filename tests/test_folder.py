@@ -1,0 +1,316 @@
+"""Folders of pictures as people have them: layouts, stray files, links, damaged pictures, and the record of a run's files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar10_trainer import datasets
+from cifar10_trainer.datasets import folder, images
+from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.run_folder import RunFolder
+
+COLOURS = {"apple": (200, 30, 30), "lemon": (230, 220, 40), "plum": (90, 20, 90)}
+
+
+def draw(path, colour, shade=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 7), tuple(max(0, c - shade) for c in colour)).save(path)
+
+
+@pytest.fixture
+def fruit(tmp_path):
+    """<class>/*: 10 apples, 20 lemons and 5 plums, each picture in a shade of its own."""
+    root = tmp_path / "fruit"
+    for (name, colour), count in zip(COLOURS.items(), (10, 20, 5), strict=True):
+        for i in range(count):
+            draw(root / name / f"{i}.png", colour, i)
+    return root
+
+
+def load(root, **options):
+    """The data set of 8x8 pixels, and what was said."""
+    said = []
+    return datasets.load("folder", root, 8, log=said.append, **options), said
+
+
+def colours(pixels):
+    return {tuple(image[0, 0].tolist()) for image in pixels}
+
+
+# ---- layouts
+
+
+def test_of_simple_class_folders_a_fifth_of_each_class_is_for_the_test(fruit):
+    data, said = load(fruit)
+    assert data.class_names == ("apple", "lemon", "plum") and data.validation is None and said == []
+    assert np.bincount(data.test_labels).tolist() == [2, 4, 1]
+    assert np.bincount(data.train_labels).tolist() == [8, 16, 4]
+    assert not colours(data.train_images) & colours(data.test_images)
+    again, _ = load(fruit)
+    np.testing.assert_array_equal(data.test_images, again.test_images)
+
+
+def test_a_class_of_one_or_two_images_keeps_them_for_training(tmp_path):
+    for name in ("a", "b", "c", "d", "e"):
+        for i in range(2 if name < "e" else 30):
+            draw(tmp_path / name / f"{i}.png", (9, 9, 9), i)
+    data, _ = load(tmp_path)
+    assert np.bincount(data.train_labels)[:4].tolist() == [2, 2, 2, 2] and set(data.test_labels) == {4}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "val", "test"),
+        ("Train", "VALID", "Testing"),
+        ("training", "validation", "TEST"),
+        ("TRAIN", "dev", "test"),
+    ],
+)
+def test_the_usual_names_of_the_parts(tmp_path, names):
+    for part, (name, shade) in enumerate(zip(names, (0, 10, 20), strict=True)):
+        for k in COLOURS:
+            for i in range(3 - part):
+                draw(tmp_path / name / k / f"{i}.PNG", COLOURS[k], shade + i)
+    data, _ = load(tmp_path)
+    assert (len(data.train_labels), len(data.validation[1]), len(data.test_labels)) == (9, 6, 3)
+    assert (200 - 10, 20, 20) in colours(data.validation[0])
+
+
+def test_train_alone_is_for_training_alone(fruit, tmp_path):
+    (tmp_path / "all").mkdir()
+    fruit.rename(tmp_path / "all" / "train")
+    data, _ = load(tmp_path / "all")
+    assert len(data.train_labels) == 35 and len(data.test_labels) == 0 and data.validation is None
+
+
+@pytest.mark.parametrize(
+    ("further", "text"),
+    [
+        ("Valid/apple/1.png", "has Valid/ and val/, both for validation images; allowed: one of them"),
+        ("holdout/apple/1.png", "has holdout/ with classes beside train/; allowed: train, val and test"),
+    ],
+)
+def test_folders_that_would_be_ignored_in_silence_are_refused(tmp_path, further, text):
+    for file in ("train/apple/1.png", "train/plum/1.png", "val/apple/1.png", further):
+        draw(tmp_path / file, (1, 2, 3))
+    with pytest.raises(ConfigError, match=text):
+        load(tmp_path)
+
+
+def test_a_folder_without_classes_beside_train_is_left_out_and_named(tmp_path):
+    for file in ("train/apple/1.png", "train/plum/1.png", "screenshots/1.png"):
+        draw(tmp_path / file, (1, 2, 3))
+    data, said = load(tmp_path)
+    assert len(data.train_labels) == 2 and "1 folder screenshots" in said[0]
+
+
+def test_the_folder_within_is_suggested_where_it_is_meant(fruit, tmp_path):
+    (tmp_path / "archive").mkdir()
+    fruit.rename(tmp_path / "archive" / "fruit")
+    with pytest.raises(RunError, match=rf"1 class folder \(fruit\).*--data_dir={tmp_path}/archive/fruit"):
+        load(tmp_path / "archive")
+
+
+def test_nested_folders_and_links(fruit, tmp_path):
+    deep = fruit / "plum" / "2019" / "May"
+    draw(deep / "a.jpeg", (1, 1, 1))
+    os.symlink(fruit / "plum", deep / "round_and_round")
+    os.symlink("../..", fruit / "plum" / "2019" / "up")  # the other classes are not plums
+    outside = tmp_path / "elsewhere"
+    draw(outside / "b.png", (2, 2, 2))
+    os.symlink(outside, fruit / "plum" / "link")
+    os.symlink(outside / "b.png", fruit / "plum" / "file.png")
+    data, said = load(fruit)
+    plums = [file for part in ("train", "test") for file in data.files[part] if file.startswith("plum")]
+    assert sorted(plums) == sorted(
+        [f"plum/{i}.png" for i in range(5)] + ["plum/2019/May/a.jpeg", "plum/file.png", "plum/link/b.png"]
+    )
+    assert said == []
+
+
+# ---- what is no picture, and what cannot be read
+
+
+def litter(root):
+    """Nine files and folders that are no pictures."""
+    for name in (
+        "Thumbs.db",
+        "plum/Thumbs.db",
+        "plum/.DS_Store",
+        "apple/notes.txt",
+        "apple/clip.MP4",
+        "README",
+    ):
+        (root / name).write_bytes(b"\x89 no picture")
+    (root / "apple" / ".hidden").mkdir()
+    draw(root / "__MACOSX" / "apple" / "._1.png", (1, 1, 1))
+    draw(root / "lemon" / ".thumbnails" / "1.png", (1, 1, 1))
+
+
+def test_stray_files_are_left_out_and_counted_by_their_endings(fruit):
+    clean, _ = load(fruit)
+    litter(fruit)
+    data, said = load(fruit)
+    np.testing.assert_array_equal(data.train_images, clean.train_images)
+    (line,) = said
+    assert line.startswith(f"left out: 9 files or folders in {fruit} are no pictures: 3 hidden, 2 .db")
+    for part in ("1 .txt", "1 .mp4", "1 without an ending", "1 __MACOSX"):
+        assert part in line
+    with pytest.raises(RunError, match=r"9 files or folders in .* are no pictures: .*remove them"):
+        load(fruit, strict=True)
+
+
+def test_a_picture_without_an_ending_is_known_by_its_first_bytes(fruit):
+    shutil.copy(fruit / "plum" / "0.png", fruit / "plum" / "IMG_0001")
+    os.mkfifo(fruit / "plum" / "pipe")
+    data, said = load(fruit)
+    assert len(data.train_labels) + len(data.test_labels) == 36 and "1 without an ending" in said[0]
+
+
+def test_pictures_that_cannot_be_read_are_all_named_up_to_a_share(fruit):
+    (fruit / "lemon" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    os.mkfifo(fruit / "apple" / "pipe.png")
+    os.symlink("nowhere", fruit / "apple" / "gone.png")
+    data, said = load(fruit, max_bad=0.1)
+    assert len(data.train_labels) + len(data.test_labels) == 35
+    (line,) = said
+    assert line.startswith("left out: 3 of 38 pictures cannot be read as an image: ")
+    for part in ("lemon/cut.jpg (no format", "apple/pipe.png (it is a FIFO", "apple/gone.png (No such file"):
+        assert f"{fruit}/{part}" in line
+    for options, advice in (
+        ({}, "than 0.05 with --max_bad"),
+        ({"strict": True, "max_bad": 0.1}, "remove them$"),
+    ):
+        with pytest.raises(RunError, match=rf"^3 of 38 pictures cannot be read .*{advice}"):
+            load(fruit, **options)
+
+
+def test_many_unreadable_pictures_are_counted_after_ten(fruit):
+    for i in range(14):
+        (fruit / "plum" / f"bad{i}.png").write_bytes(b"text")
+    with pytest.raises(RunError, match=r"14 of 49 pictures .* and 4 more; repair"):
+        load(fruit)
+
+
+def test_a_class_whose_pictures_cannot_be_read_is_refused(fruit):
+    shutil.rmtree(fruit / "plum")
+    (fruit / "plum").mkdir()
+    (fruit / "plum" / "1.png").write_bytes(b"text")
+    with pytest.raises(RunError, match="no picture to train on that can be read in class plum"):
+        load(fruit, max_bad=0.5)
+
+
+def test_names_that_are_not_utf_8(fruit):
+    name = os.fsdecode(b"caf\xe9")
+    (fruit / "apple").rename(fruit / name)
+    (fruit / name / "0.png").rename(fruit / name / os.fsdecode(b"gr\xfcn.png"))
+    (fruit / name / os.fsdecode(b"caf\xe9.png")).write_bytes(b"text")
+    data, said = load(fruit)
+    assert data.class_names == ("caf?", "lemon", "plum") and "caf?/caf?.png" in said[0]
+    run = RunFolder(fruit.parent / "run")
+    run.write_split(folder.rows(data))
+    again, _ = load(fruit, files=run.read_split())
+    np.testing.assert_array_equal(again.train_images, data.train_images)
+    assert again.class_names == data.class_names
+
+
+def test_progress_is_said_of_large_folders(fruit, monkeypatch):
+    monkeypatch.setattr(folder, "PROGRESS_SECONDS", -1.0)
+    monkeypatch.setattr(folder, "_BLOCK", 10)
+    _, said = load(fruit)
+    assert said == [
+        "read 10 of 28 pictures",
+        "read 20 of 28 pictures",
+        "read 28 of 28 pictures",
+        "read 7 of 7 pictures",
+    ]
+
+
+def test_without_a_log_it_is_said_on_stderr(fruit, capsys):
+    (fruit / "Thumbs.db").touch()
+    datasets.load("folder", fruit, 8)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "1 .db" in err
+
+
+def test_find_pictures_counts_what_it_passes_by(fruit):
+    litter(fruit)
+    left_out: Counter[str] = Counter()
+    assert len(list(folder.find_pictures(fruit / "apple", left_out))) == 10
+    assert left_out == {".txt": 1, ".mp4": 1, "hidden": 1}
+
+
+def test_the_rule_of_resizing_reaches_the_pictures(tmp_path):
+    for name in ("a", "b"):
+        for i in range(3):
+            draw(tmp_path / name / f"{i}.png", (250, 250, 250))
+    padded = datasets.load("folder", tmp_path, 18, "pad").train_images
+    assert (padded[:, :2] == 0).all() and (padded[:, 2:16] == 250).all()  # 18 x 14 of 18 x 18 pixels
+    assert (datasets.load("folder", tmp_path, 18, "crop").train_images == 250).all()
+    with pytest.raises(ConfigError, match="resize is pad; allowed with the dataset digits: squash"):
+        datasets.load("digits", resize="pad")
+
+
+# ---- the record of a run's files
+
+
+def test_a_recorded_split_is_read_again_after_files_came_and_in_the_same_order(fruit, tmp_path):
+    draw(fruit / "plum" / "sub" / "a.png", (7, 7, 7))
+    data, _ = load(fruit)
+    held_out = {
+        "train": data.files["train"][::2],
+        "validation": data.files["train"][1::2],
+        "test": data.files["test"],
+    }
+    split = datasets.Dataset(
+        "folder", data.train_images[::2], data.train_labels[::2], data.test_images, data.test_labels, data.class_names,
+        data.source, (data.train_images[1::2], data.train_labels[1::2]), held_out,
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    run.write_split(folder.rows(split))
+    for i in range(20):
+        draw(fruit / "apple" / f"0{i}.png", (1, 2, 3))
+    again, _ = load(fruit, files=run.read_split())
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(data, name))
+    assert again.validation is None and datasets.fingerprint(again) == datasets.fingerprint(data)
+    only, _ = load(fruit, files=run.read_split(), only="test")
+    np.testing.assert_array_equal(only.test_images, data.test_images)
+    assert len(only.train_labels) == 0 and only.class_names == data.class_names
+    (fruit / "plum" / "sub" / "a.png").unlink()
+    with pytest.raises(RunError, match=r"1 of 36 pictures cannot be read as an image: .*sub/a.png"):
+        load(fruit, files=run.read_split())
+
+
+def test_a_recorded_folder_with_parts_of_its_own(tmp_path):
+    for part, count in (("training", 4), ("valid", 2), ("test", 1)):
+        for k, colour in COLOURS.items():
+            for i in range(count):
+                draw(tmp_path / "data" / part / k / f"{i}.png", colour, i)
+    data, _ = load(tmp_path / "data")
+    again, _ = load(tmp_path / "data", files=folder.rows(data))
+    assert again.files == data.files and len(again.validation[1]) == 6
+    np.testing.assert_array_equal(again.validation[0], data.validation[0])
+
+
+@pytest.mark.parametrize("text", ["", "file,class\na,b\n", "file,class,part\na,b\n"])
+def test_a_damaged_record_is_one_line(tmp_path, text):
+    run = RunFolder(tmp_path)
+    assert run.read_split() is None
+    run.split_file.write_text(text)
+    with pytest.raises(RunError, match=r"cannot read .*split\.csv"):
+        run.read_split()
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(fruit, monkeypatch):
+    monkeypatch.setattr("cifar10_trainer.machine.available_memory", lambda: 1000)
+    monkeypatch.setattr(images, "decode", None)  # would fail
+    with pytest.raises(RunError, match=r"35 pictures of 8 x 8 pixels: needs .* of memory"):
+        load(fruit)
