@@ -443,6 +443,8 @@ class Team:
                 for message in connection.read() if _ready([connection], 0.5) else ():
                     if "error" in message:
                         raise ConfigError(str(message["error"]))
+                    if "failed" in message:
+                        raise LostWorkerError(f"{chief} has ended: {message['failed']}")
                     if message.get("all_here"):
                         self._members[0] = self._strangers.pop()
                         return

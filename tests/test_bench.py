@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import results.frontier
 import tensorflow as tf
-from bench import baselines, cpu, gpu, timing
+from bench import baselines, cpu, gpu, scale_out, timing
 from bench.timing import Options
 
 from cifar10_trainer import RECIPES, models, scoring
@@ -320,6 +320,47 @@ def test_scaling(small, monkeypatch):
     assert rows["tutorial 4, its own code: start to first step"]["median"] == 8
     assert [v["value"] for v in found["verdicts"]] == [2.1]
     assert all(rows[f"fast.85, batch {b}"]["median"] > 0 for b in (8, 16))
+
+
+def test_scale_out(monkeypatch):
+    asked = []
+
+    def run_processes(what, o, count):
+        asked.append((what, count))
+        if what == "worker":
+            return [{"samples": [7.0, 9.0, 8.0] if count == 1 else [12.0]}] * count
+        times = {scale_out.NONE: [10.0], scale_out.ONE: [10.2], scale_out.TWO: [11.22]}
+        return [{"samples": times, "gradient_bytes": 5_000_000}]
+
+    monkeypatch.setattr(scale_out, "run_processes", run_processes)
+    found = scale_out.scale_out(Options())
+    assert asked == [("replicas", 1)] + [("worker", 1), ("worker", 2)] * 3
+    values = [v["value"] for v in found["verdicts"]]
+    assert values[:4] == pytest.approx([1.02, 1.1, 1.5, 5.0])
+    assert 1 < values[4] < 8 and values[4] < values[5] < 32
+    papers = [v["what"] for v in found["verdicts"][4:]]
+    assert all(what.startswith("on paper, not measured: ") for what in papers)
+
+
+def test_the_model_on_paper_by_hand(monkeypatch):
+    """Without anything to send, n GPUs are n times as fast; with as much to send as a step takes, half of that."""
+    monkeypatch.setattr(scale_out, "LATENCY", 0.0)
+    assert scale_out.on_paper(8, 4, 0.0, 1.0) == pytest.approx(32)
+    assert scale_out.on_paper(8, 1, 0.0, 1.25) == pytest.approx(6.4)
+    step = scale_out.GPU_BATCH / scale_out.GPU_IMAGES_PER_SECOND
+    as_long = step * scale_out.NVLINK / (2 * 7 / 8)
+    assert scale_out.on_paper(8, 1, as_long, 1.0) == pytest.approx(4)
+
+
+@pytest.mark.slow
+def test_the_processes_of_scale_out_for_real():
+    (found,) = scale_out.run_processes("replicas", TINY, 1)
+    assert {n: len(v) for n, v in found["samples"].items()} == dict.fromkeys(
+        (scale_out.NONE, scale_out.ONE, scale_out.TWO), 1
+    )
+    weights = 4 * RECIPES[scale_out.RECIPE].origin.parameters
+    assert 0.99 * weights < found["gradient_bytes"] <= weights  # batch norm's statistics have no gradient
+    assert [len(one["samples"]) for one in scale_out.run_processes("worker", TINY, 2)] == [1, 1]
 
 
 def test_memory(monkeypatch):

@@ -45,11 +45,10 @@ def meet():
     """Makes one Team for each place, at the same time; what could not meet is its error. All are closed at the end."""
     made = []
 
-    def meet(*places, timeout=20.0, logs=None):
+    def meet(*places, first_timeout=20.0, logs=None):
         logs = logs or [lambda text: None] * len(places)
-        found = together(
-            *(lambda p=p, log=log: Team(p, timeout, log) for p, log in zip(places, logs, strict=True))
-        )
+        timeouts = [first_timeout, *[20.0] * (len(places) - 1)]
+        found = together(*(lambda x=x: Team(*x) for x in zip(places, timeouts, logs, strict=True)))
         made.extend(x for x in found if isinstance(x, Team))
         return found
 
@@ -240,7 +239,7 @@ def test_two_workers_with_one_index(meet, places, monkeypatch):
         return real(place)
 
     monkeypatch.setattr(cluster, "_listen", listen)
-    found = meet(where[0], where[1], where[1], timeout=3.0)
+    found = meet(where[0], where[1], where[1], first_timeout=3.0)
     errors = [str(error) for error in found]
     assert (
         sum(f"there is another {where[1].name()} already; give each process an index" in e for e in errors)
@@ -252,8 +251,9 @@ def test_two_workers_with_one_index(meet, places, monkeypatch):
 def test_waiting_is_printed_with_names_and_ends(meet, places, monkeypatch):
     monkeypatch.setattr(cluster, "SPEAK", 0.5)
     where, lines = places(3), [[], []]
-    found = meet(where[0], where[1], timeout=3.0, logs=[x.append for x in lines])
-    assert [type(error) for error in found] == [RunError] * 2
+    found = meet(where[0], where[1], first_timeout=3.0, logs=[x.append for x in lines])
+    assert all(isinstance(error, RunError) for error in found)
+    assert str(found[1]) == f"{where[0].name()} has ended: {found[0]}"
     assert f"{where[0].name()} has waited 3 s for {where[2].name()}; start all workers" in str(found[0])
     assert "--cluster_timeout" in str(found[0])
     for seen in lines:

@@ -340,7 +340,28 @@ def three(out):
     found = {"first": first_steps(strategy, ("sgd", "muon"))}
     folder = f"{Path(out).parent}/elastic/three"
     found["elastic"] = resume(folder, elastic_config(strategy="multi_worker"), allow_replica_change=True)
+    found["own"] = own_model(0, f"{Path(out).parent}/own")
+    found["other weights"] = own_model(json.loads(os.environ["TF_CONFIG"])["task"]["index"], f"{out}.other")
     Path(out).write_text(json.dumps(found))
+
+
+def own_model(seed, folder):
+    """The metrics of a run with a user's own model, whose initial weights depend on the seed; or its error."""
+    import keras
+
+    from cifar10_trainer import datasets
+    from cifar10_trainer.errors import ConfigError
+    from cifar10_trainer.training import train_and_evaluate
+
+    keras.utils.set_random_seed(seed)
+    layers = [keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten()]
+    model = keras.Sequential([*layers, keras.layers.Dense(10, "softmax")])
+    config = digits_config(epochs=0.25, batch_size=96, whitening=False)
+    try:
+        digits = datasets.load("digits")
+        return train_and_evaluate(config, folder, data=digits, model=model, verbose=0, full_report=False)
+    except ConfigError as error:
+        return str(error)
 
 
 def seeds(out):
@@ -607,6 +628,9 @@ def test_three_workers(found, tmp_path_factory):
     for result in results:
         assert result["first"] == results[0]["first"]
         resumed_as_whole(found, result["elastic"], 3)
+        assert result["own"]["replicas"] == 3 and result["own"]["test_accuracy"] > 0
+        assert result["other weights"] == results[0]["other weights"]
+    assert "the workers differ in initial weights of the model: " in results[0]["other weights"]
     for name in ("sgd", "muon"):
         agree_at_first(results[0]["first"], found["first none"], name, TOLERANCES[name])
 
