@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from .config import DATASETS
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError
+from .model_file import check_model_file, load_model
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 
@@ -59,38 +59,6 @@ Examples:
   python -m cifar10_trainer.evaluate --model=model.keras --dataset=folder --data_dir=pictures --views=6"""
 
 
-def load_model(path: str | Path) -> keras.Model:
-    """Opens a saved image classifier, uncompiled, with Keras's safe mode on.
-
-    Returns:
-        a model that maps [batch, height, width, 3], with a fixed height and width, to [batch, classes].
-    Raises:
-        ConfigError: if there is no such file, or the model has other shapes.
-        RunError: if the file does not open as a model.
-    """
-    path = check_model_file(path)
-    import keras
-
-    try:
-        if path.suffix.lower() == ".keras" and not zipfile.is_zipfile(path):
-            raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
-        model = keras.models.load_model(path, compile=False)
-    except Exception as error:
-        # Each of Keras's readers raises errors of its own.
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"{path} does not open as a Keras model ({reason}); name another file, or train it again"
-        ) from error
-    received: Any = getattr(model, "input_shape", None)
-    given: Any = getattr(model, "output_shape", None)
-    if not (_is_shape(received, 4) and received[3] == 3 and _is_shape(given, 2)):
-        raise ConfigError(
-            f"the model in {path} maps {received} to {given};"
-            " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes)"
-        )
-    return model
-
-
 def evaluate_model(
     model: keras.Model,
     data: datasets.Dataset | tuple[np.ndarray, np.ndarray],
@@ -124,20 +92,6 @@ def evaluate_model(
             f" and at most {classes} classes"
         )
     return score(labels, predict_probabilities(model, images, batch_size, views))
-
-
-def check_model_file(path: str | Path) -> Path:
-    """`path`, if its name and a file there fit a saved model. Imports no TensorFlow. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
-    if path.suffix.lower() not in (".keras", ".h5", ".hdf5"):
-        raise ConfigError(f"the model file is {path}; allowed: a name that ends in .keras, .h5 or .hdf5")
-    return path
-
-
-def _is_shape(shape: Any, rank: int) -> bool:
-    return isinstance(shape, tuple) and len(shape) == rank and all(isinstance(n, int) for n in shape[1:])
 
 
 def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from .config import Config
 from .errors import ConfigError, FolderBusyError, RunError
 from .files import cannot_write, folder_lock, read_json, remove_files, replacing, write_atomic, write_json
+from .model_file import write_model
 
 if TYPE_CHECKING:
     import keras
@@ -145,7 +146,7 @@ class RunFolder:
     def save_model(self, model: keras.Model, path: Path | None = None) -> None:
         """Saves `model` as model.keras, or as `path`, in the format that its name ends in. Raises RunError."""
         with replacing(path or self.model_file) as temporary:
-            model.save(temporary)
+            write_model(model, temporary)
 
     # ---- state.npz
 

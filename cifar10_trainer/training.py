@@ -24,6 +24,7 @@ from .engine import Engine, make_engine
 from .errors import ConfigError
 from .files import cannot_write
 from .loop import TrainingLoop
+from .model_file import ModelInfo, load_model
 from .models import own
 from .run_folder import RunFolder
 
@@ -197,6 +198,7 @@ def _prepare(
     engine = make_engine(
         config, images, labels, num_classes=data.num_classes, strategy=strategy, policy=policy, model=model
     )
+    engine.model.info = ModelInfo(tuple(data.class_names))
     log(
         f"model: {config.recipe if model is None else model.name}, {engine.model.count_params():,} parameters; "
         f"{engine.steps:,} steps of {config.batch_size}"
@@ -254,7 +256,7 @@ def _kept_model(folder: RunFolder, engine: Engine, model: keras.Model | None) ->
     if not folder.model_file.exists():
         return None
     if model is None:
-        return keras.models.load_model(folder.model_file, compile=False)
+        return load_model(folder.model_file)
     engine.model.load_weights(folder.model_file)
     return engine.model
 

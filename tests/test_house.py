@@ -30,6 +30,7 @@ LAYERS = [
     "models",
     "datasets",
     "run_folder",
+    "model_file",
     "recipes",
     "config",
     "cli",
@@ -50,7 +51,7 @@ TUNING = [
     "space",
     "options",
 ]
-COMMANDS = ["benchmark", "reproduce", "compare_tuners", "notebook", "freeze"]
+COMMANDS = ["benchmark", "reproduce", "compare_tuners", "notebook", "freeze", "model_files"]
 LENGTHS = {"main": 80, "train_and_evaluate": 120}  # lines, docstring included; 60 for any other function
 
 

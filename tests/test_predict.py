@@ -141,8 +141,7 @@ def test_an_unreadable_image_prints_nothing_else(folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["images"], "exactly one of --workdir RUN and --model FILE"),
-        (["--workdir=.", "--model=model.keras", "images"], "exactly one of --workdir RUN and --model FILE"),
+        (["--workdir=.", "--model=model.keras", "images"], "--workdir and --model; allowed: one of the two"),
         (["--workdir=nowhere", "images"], "no model file at nowhere/model.keras"),
         (["--model=model.keras"], "no IMAGE"),
         (["--model=model.keras", "nothing.png"], "no image at nothing.png"),
