@@ -14,6 +14,7 @@ from .arrays import as_dataset, from_arrays
 from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .images import read_image
+from .per_class import images_per_class
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -21,6 +22,7 @@ __all__ = [
     "as_dataset",
     "fingerprint",
     "from_arrays",
+    "images_per_class",
     "load",
     "read_image",
     "split",
