@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OLDEST_KERAS = "3.4.1"
 KEY = "image_classifier"
+LONGEST = 10_000_000  # bytes of metadata.json that are read
 SUFFIXES = (".keras", ".h5", ".hdf5")
 PACKAGED = Path(__file__).parent / "packaged" / "cifar10.keras"
 # Keras class -> the arguments of its constructor in OLDEST_KERAS; scripts/model_files.py writes the file.
@@ -140,8 +141,8 @@ def _does_not_open(path: Path, error: Exception) -> RunError:
 def _read_values(path: Path) -> dict[str, Any] | None:
     """What a file holds under KEY; None where it holds nothing, as one that Keras alone has written."""
     if path.suffix.lower() == ".keras":
-        with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("metadata.json")).get(KEY)
+        with zipfile.ZipFile(path) as archive, archive.open("metadata.json") as file:
+            return json.loads(file.read(LONGEST)).get(KEY)
     import h5py
 
     with h5py.File(path) as file:
