@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .datasets import load as load_data
     from .engine import Engine as Engine
     from .evaluate import evaluate_model as evaluate_model
-    from .evaluate import load_model as load_model
+    from .model_file import load_model as load_model
     from .models import build_model as build_model
     from .optim import Muon as Muon
     from .optim import RunSchedule as RunSchedule
@@ -55,7 +55,7 @@ _LAZY = {
     "evaluate_model": ("evaluate", "evaluate_model"),
     "load": ("datasets", "load"),  # the name of load_data in version 1.0.0
     "load_data": ("datasets", "load"),
-    "load_model": ("evaluate", "load_model"),
+    "load_model": ("model_file", "load_model"),
     "make_dataset": ("pipeline", "make_dataset"),
     "make_training_model": ("accelerate", "make_training_model"),
     "predict_images": ("predict", "predict_images"),

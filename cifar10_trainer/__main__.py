@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
-from . import cli, cluster, launch
+from . import cli, cluster, datasets, launch
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
 from .errors import ConfigError, reason_of, shown, unknown
 from .files import parse_json, regular_file
 from .machine import PROCESS_START
-from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES
+from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES, recipe_for_folder
 
 USAGE = """usage: python -m cifar10_trainer [flags]
 
@@ -31,7 +32,8 @@ _define = cli.definer(FLAGS, "python -m cifar10_trainer")
 _define(
     flags.DEFINE_string,
     "recipe",
-    f"a name that --list_recipes prints; default: {DEFAULT_RECIPE}, for the digits fast.digits",
+    f"a name that --list_recipes prints; default: {DEFAULT_RECIPE}, for the digits fast.digits, for a folder by the number"
+    " of its images",
 )
 _define(
     flags.DEFINE_string, "config", "config.json of a run or best_config.json of a search, instead of --recipe"
@@ -184,14 +186,27 @@ def read_config(path: str) -> Config:
     return Config.from_record(values)
 
 
-def config_from_flags() -> Config:
+def default_recipe(log: Callable[[str], None]) -> str:
+    """The recipe where no flag names one. For a folder it depends on the images in it, and `log` receives why."""
+    count = datasets.images_per_class(FLAGS.data_dir) if FLAGS.dataset == "folder" else None
+    if count is None:
+        return DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
+    name, reason = recipe_for_folder(count, FLAGS.image_size or 32)
+    log(f"recipe: {name}: {reason}")
+    return name
+
+
+def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
     """The recipe or the file, with the changes that the flags ask for. Raises ConfigError."""
     if FLAGS.recipe and FLAGS.config:
         raise ConfigError(f"--recipe={FLAGS.recipe} and --config={FLAGS.config}; allowed: one of the two")
-    recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
-    if recipe not in RECIPES:
-        raise unknown("recipe", recipe, RECIPES)
-    config = read_config(FLAGS.config) if FLAGS.config else RECIPES[recipe]
+    if FLAGS.config:
+        config = read_config(FLAGS.config)
+    else:
+        recipe = FLAGS.recipe or default_recipe(log)
+        if recipe not in RECIPES:
+            raise unknown("recipe", recipe, RECIPES)
+        config = RECIPES[recipe]
     changes: dict[str, Any] = {
         name: FLAGS[flag].value
         for flag, name in {
@@ -321,9 +336,9 @@ def main(argv: list[str]) -> None:
     if FLAGS.list_recipes:
         list_recipes()
         return
-    config = config_from_flags()
     if FLAGS.quiet and FLAGS.verbose:
         raise ConfigError("--quiet and --verbose; allowed: one of the two")
+    config = config_from_flags((lambda text: None) if FLAGS.quiet else print)
     check_folds()
     join_flags(config)
     if FLAGS.local_workers is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from . import archives, cli, datasets, measures, report
+from . import cli, datasets, measures, report
 from .config import DATASETS, RESIZES
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError, cut, shown
-from .files import regular_file
 from .keras_state import keras_defaults
-from .machine import check_fits
-from .models.bounded import bounded_weights
+from .model_file import check_model_file, load_model
 from .run_folder import RunFolder
 from .scoring import BATCH_SIZE, predict_probabilities, score
 
@@ -68,70 +65,6 @@ Examples:
 
 
 @keras_defaults()
-def load_model(path: str | Path) -> keras.Model:
-    """Opens a saved image classifier, uncompiled, with Keras's safe mode on.
-
-    Returns:
-        a model that maps [batch, height, width, 3], with a fixed height and width, to [batch, classes].
-    Raises:
-        ConfigError: if there is no such file, or the model has other shapes.
-        RunError: if the file does not open as a model.
-    """
-    path = check_model_file(path)
-    import keras
-
-    try:
-        stored = _stored_bytes(path)
-
-        def check(size: int) -> None:  # the file may describe layers whose weights it does not hold
-            if size > archives.RATIO * stored + archives.SLACK:
-                raise ValueError(f"it describes a model of {size:,} bytes or more, and holds {stored:,}")
-
-        with bounded_weights(check):
-            model = keras.models.load_model(path, compile=False)
-    except RunError:
-        raise
-    except Exception as error:
-        # Each of Keras's readers raises errors of its own.
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"{path} does not open as a Keras model ({reason}); name another file, or train it again"
-        ) from error
-    received: Any = getattr(model, "input_shape", None)
-    given: Any = getattr(model, "output_shape", None)
-    if not (_is_shape(received, 4) and received[3] == 3 and _is_shape(given, 2)):
-        raise ConfigError(
-            f"the model in {path} maps {received} to {given};"
-            " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes)"
-        )
-    return model
-
-
-def _stored_bytes(path: Path) -> int:
-    """The bytes of the weights in a model file. Raises ValueError where it holds less than it claims, OSError, RunError."""
-    import h5py
-
-    path = regular_file(path)
-    size = path.stat().st_size
-    check_fits(size, f"the model in {path}", "use a machine with more memory")
-    if path.suffix.lower() != ".keras":
-        with h5py.File(path) as file:
-            return archives.check_hdf5(file, size)
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
-    archives.check_zip(path)
-    stored = 0
-    with zipfile.ZipFile(path) as archive:
-        if "config.json" not in archive.namelist():
-            raise ValueError("it has no config.json, so it is not a model")
-        for member in archive.infolist():
-            if member.filename.endswith(".h5"):
-                with archive.open(member) as part, h5py.File(part) as file:
-                    stored += archives.check_hdf5(file, member.file_size)
-    return stored
-
-
-@keras_defaults()
 def evaluate_model(
     model: keras.Model,
     data: datasets.Dataset | tuple[np.ndarray, np.ndarray],
@@ -165,20 +98,6 @@ def evaluate_model(
             f" and at most {classes} classes"
         )
     return score(labels, predict_probabilities(model, images, batch_size, views))
-
-
-def check_model_file(path: str | Path) -> Path:
-    """`path`, if its name and a file there fit a saved model. Imports no TensorFlow. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():  # a folder or a FIFO neither
-        raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
-    if path.suffix.lower() not in (".keras", ".h5", ".hdf5"):
-        raise ConfigError(f"the model file is {path}; allowed: a name that ends in .keras, .h5 or .hdf5")
-    return path
-
-
-def _is_shape(shape: Any, rank: int) -> bool:
-    return isinstance(shape, tuple) and len(shape) == rank and all(isinstance(n, int) for n in shape[1:])
 
 
 def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:

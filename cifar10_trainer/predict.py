@@ -1,5 +1,6 @@
 """Image files -> labels and probabilities (python -m cifar10_trainer.predict).
 
+    python -m cifar10_trainer.predict cat.jpg                                   (the CIFAR-10 network in this package)
     python -m cifar10_trainer.predict --model RUN/model.keras cat.jpg holiday/
     python -m cifar10_trainer.predict --model RUN/model.keras --json cat.jpg
 
@@ -25,6 +26,7 @@ from .datasets.images import SUFFIXES, open_formats, readable
 from .errors import ConfigError, RunError, reason_of
 from .keras_state import keras_defaults
 from .machine import cpu_count
+from .model_file import PACKAGED, check_model_file, info_of
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -37,11 +39,15 @@ cli.define_common(FLAGS)
 _define = cli.definer(FLAGS, "python -m cifar10_trainer.predict")
 
 _define(flags.DEFINE_string, "workdir", "a run folder, whose model is used")
-_define(flags.DEFINE_string, "model", "a .keras or .h5 file, or a run folder, instead of --workdir")
+_define(
+    flags.DEFINE_string,
+    "model",
+    "a .keras or .h5 file, or a run folder, instead of --workdir; default: the CIFAR-10 network in this package",
+)
 _define(
     flags.DEFINE_list,
     "class_names",
-    "names of the classes, in order; default: those in the run folder, else numbers",
+    "names of the classes, in order; default: those in the model file, else in its run folder, else numbers",
 )
 _define(
     flags.DEFINE_enum, "resize", "how images are resized; default: as for training, else squash",
@@ -50,11 +56,12 @@ _define(
 _define(flags.DEFINE_integer, "top_k", "how many labels to show for each image", 3, lower_bound=1)
 _define(flags.DEFINE_boolean, "json", "print one JSON object a line", False)
 
-USAGE = """usage: python -m cifar10_trainer.predict --workdir=RUN | --model=FILE IMAGE... [flags]
+USAGE = """usage: python -m cifar10_trainer.predict [--workdir=RUN | --model=FILE] IMAGE... [flags]
 
 Labels image files; a folder stands for the images in it and in its folders. Files that cannot be read are named on
 stderr, and the exit status is then 1.
 Examples:
+  python -m cifar10_trainer.predict cat.jpg
   python -m cifar10_trainer.predict --workdir=runs/mine cat.jpg holiday/
   python -m cifar10_trainer.predict --model=model.keras --json cat.jpg"""
 
@@ -96,25 +103,27 @@ def predict_images(
     model: keras.Model,
     images: Sequence[str | Path] | np.ndarray,
     class_names: Sequence[str] | None = None,
-    resize: str = "squash",
+    resize: str | None = None,
 ) -> list[dict[str, Any]]:
     """Labels images. Files are all read before the first is predicted.
 
     Args:
-        model: as from `evaluate.load_model`.
+        model: as from `load_model`.
         images: image files, or raw pixels uint8 [n, height, width, 3] in the model's size.
-        class_names: one for each output of the model; None: numbers from 0.
-        resize: how files are resized, "squash", "crop" or "pad", see `datasets.read_image`: as for training.
+        class_names: one for each output of the model; None: those in the model's file, else numbers from 0.
+        resize: how files are resized, "squash", "crop" or "pad", see `datasets.read_image`; None: as for training.
 
     Returns:
         for each image {"file": its name, or its number from 0, "label", "probability", "probabilities": {class name:
-        0-1}}, the most probable class first.
+        0-1}}, the most probable class first. Where the model knows when a picture looks like none of its classes (that in
+        this package does), also {"none_of_the_classes": whether this one does}.
     Raises:
         RunError: if a file is not an image.
         ConfigError: if the class names do not fit the model.
     """
     height, width, _ = model.input_shape[1:]
     names = _check_class_names(model, class_names)
+    resize = resize or info_of(model).resize
     if isinstance(images, np.ndarray):
         pixels, files = images, [str(i) for i in range(len(images))]
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
@@ -130,9 +139,9 @@ def predict_images(
 
 
 def _check_class_names(model: keras.Model, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """The class names; numbers for None. Raises ConfigError where they do not fit the model."""
+    """The class names; for None those of the model's file, else numbers. Raises ConfigError where they do not fit."""
     classes = model.output_shape[-1]
-    names = tuple(map(str, range(classes)) if class_names is None else class_names)
+    names = tuple(class_names or info_of(model).class_names or map(str, range(classes)))
     if len(names) != classes or len(set(names)) != classes:
         raise ConfigError(
             f"{len(names)} class names ({', '.join(names)}) for a model of {classes} classes;"
@@ -145,13 +154,16 @@ def _label(
     model: keras.Model, pixels: np.ndarray, files: Sequence[str], names: Sequence[str]
 ) -> list[dict[str, Any]]:
     """What `predict_images` returns, of pixels in the model's size."""
-    results = []
+    results: list[dict[str, Any]] = []
+    info = info_of(model)
     for file, row in zip(files, evaluate.predict_probabilities(model, pixels), strict=True):
         ranked = [(names[c], float(f"{row[c]:.6g}")) for c in np.argsort(-row, kind="stable")]
         label, probability = ranked[0]
         results.append(
             {"file": file, "label": label, "probability": probability, "probabilities": dict(ranked)}
         )
+        if info.none_below is not None:
+            results[-1]["none_of_the_classes"] = probability < info.none_below
     return results
 
 
@@ -199,29 +211,33 @@ def find_resize(model_path: str | Path) -> str:
 
 
 def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
-    """`results` as aligned text: file, label, probability, then further labels, `top_k` in all."""
-    rows = [("file", "label", "probability", "then" if top_k > 1 else "")]
+    """`results` as aligned text: file, label, probability, then further labels, `top_k` in all, and a note."""
+    rows = [("file", "label", "probability", "then" if top_k > 1 else "", "")]
     for result in results:
         following = list(result["probabilities"].items())[1:top_k]
         then = ", ".join(f"{name} {p:.4f}" for name, p in following)
-        rows.append((readable(result["file"]), result["label"], f"{result['probability']:.4f}", then))
+        note = "looks like none of the classes" if result.get("none_of_the_classes") else ""
+        rows.append((readable(result["file"]), result["label"], f"{result['probability']:.4f}", then, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def main(argv: list[str]) -> None:
-    if (FLAGS.workdir is None) == (FLAGS.model is None):
-        raise ConfigError("name the model; allowed: exactly one of --workdir RUN and --model FILE")
+    if FLAGS.workdir is not None and FLAGS.model is not None:
+        raise ConfigError(
+            "--workdir and --model; allowed: one of the two, or neither for the network in this package"
+        )
     if not argv:
         raise ConfigError("no IMAGE; allowed: image files and folders of them")
-    folder = FLAGS.workdir or FLAGS.model
+    folder = FLAGS.workdir or FLAGS.model or PACKAGED
     file = RunFolder(folder).model_file if FLAGS.workdir or Path(folder).is_dir() else folder
-    path, paths = evaluate.check_model_file(file), find_images(argv)
+    path, paths = check_model_file(file), find_images(argv)
     cli.import_tensorflow()
     model = evaluate.load_model(path)
-    names = FLAGS.class_names or find_class_names(path, model.output_shape[-1])
-    resize = FLAGS.resize or find_resize(path)
+    info = info_of(model)
+    names = FLAGS.class_names or info.class_names or find_class_names(path, model.output_shape[-1])
+    resize = FLAGS.resize or (info.resize if info.class_names else find_resize(path))
     results: list[dict[str, Any]] = []
     unreadable = 0
     for block, errors in label_files(model, paths, names, resize):

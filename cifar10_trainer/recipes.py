@@ -19,6 +19,28 @@ from .config import Augmentation, Averaging, Config, Optimizer, Origin, Schedule
 RECIPES: dict[str, Config] = {}
 DEFAULT_RECIPE = "fast.default"
 DEFAULT_FOR = {"digits": "fast.digits"}  # data sets with another default recipe
+# A folder's default recipe is transfer.cifar up to so many images a class and so many pixels a side; results/photos.json
+# holds the measurement.
+TRANSFER_IMAGES = 1000
+TRANSFER_SIDE = 64
+
+
+def recipe_for_folder(images_per_class: float, image_size: int) -> tuple[str, str]:
+    """Chooses the default recipe of a folder of images.
+
+    Args:
+        images_per_class: the mean number of images in a class.
+        image_size: the side in pixels that they are resized to.
+
+    Returns:
+        the name of a recipe, and why, in words.
+    """
+    few = images_per_class <= TRANSFER_IMAGES and image_size <= TRANSFER_SIDE
+    name = "transfer.cifar" if few else DEFAULT_RECIPE
+    return name, (
+        f"{images_per_class:,.0f} images a class of {image_size}x{image_size} pixels; transfer.cifar is for up to"
+        f" {TRANSFER_IMAGES:,} of up to {TRANSFER_SIDE}x{TRANSFER_SIDE}, {DEFAULT_RECIPE} for more (--recipe)"
+    )
 
 
 def _define(
@@ -386,4 +408,29 @@ _define(
     source=f"{_EXTENSION}: transfer from MobileNetV2",
     parameters=2_588_490,
     options={"backbone": "mobilenetv2", "image_size": 96},
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# Own pictures: the network in this package under a new head. All layers but the whitening train, at rates that fall to
+# zero: convolutions move by Muon, the new head and the batch-norm offsets by SGD at six times its rate and more.
+# ---------------------------------------------------------------------------------------------------------
+
+_define(
+    "transfer.cifar",
+    _fast,
+    source="this project: transfer from the CIFAR-10 network in the package",
+    parameters=1_973_920,
+    dataset="folder",
+    options={"backbone": "cifar", "weights": "packaged", "frozen": False, "dense": ()},
+    pixels="unit",
+    whitening=False,
+    epochs=20,
+    batch_size=64,
+    sizes=(),
+    validation_fraction=0.1,
+    optimizer__learning_rate=0.03,
+    optimizer__bias_multiplier=16,
+    schedule=Schedule(name="linear", warmup=0.1),
+    averaging=Averaging(),
+    views=1,
 )

@@ -34,6 +34,7 @@ from .files import (
     write_json,
 )
 from .machine import check_fits
+from .model_file import write_model
 
 if TYPE_CHECKING:
     import keras
@@ -224,7 +225,7 @@ class RunFolder:
         """Saves `model` as model.keras, or as `path`, in the format that its name ends in. Raises RunError."""
         self.check_there()
         with replacing(path or self.model_file, durable=True, parents=False) as temporary:
-            model.save(temporary)
+            write_model(model, temporary)
 
     # ---- state.npz
 

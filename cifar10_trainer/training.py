@@ -40,6 +40,7 @@ from .errors import ConfigError, interrupted
 from .files import cannot_write
 from .hooks import check_callbacks
 from .loop import SAVE_SECONDS, TrainingLoop
+from .model_file import ModelInfo, load_model
 from .models import own
 from .run_folder import RunFolder
 
@@ -383,6 +384,7 @@ def _prepare(
             policy=policy,
             model=model,
         )
+    engine.model.info = ModelInfo(tuple(data.class_names), config.resize)
     log(
         f"model: {config.recipe if model is None else model.name}, {engine.model.count_params():,} parameters; "
         f"{engine.steps:,} steps of {config.batch_size}"
@@ -444,7 +446,7 @@ def _kept_model(folder: RunFolder, engine: Engine, model: keras.Model | None) ->
     if not folder.model_file.exists():
         return None
     if model is None:
-        return keras.models.load_model(folder.model_file, compile=False)
+        return load_model(folder.model_file)
     engine.model.load_weights(folder.model_file)
     return engine.model
 

@@ -23,9 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import needs_packaged_network
 from PIL import Image
 
 from cifar10_trainer import __main__ as trainer
+from cifar10_trainer import build_model
+from cifar10_trainer.model_file import ModelInfo, write_model
 from tuning import search as searcher
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +94,7 @@ def digits(folder: Path) -> None:
 
 
 def pictures(folder: Path) -> None:
+    needs_packaged_network()
     for name, colour in (("apple", (200, 30, 30)), ("lemon", (230, 220, 40))):
         (folder / "pictures" / "train" / name).mkdir(parents=True)
         for i in range(60):
@@ -99,13 +103,25 @@ def pictures(folder: Path) -> None:
     digits(folder)
 
 
+def photos(folder: Path) -> None:
+    pictures(folder)
+    Image.new("RGB", (180, 150), (220, 200, 60)).save(folder / "new.jpg")
+
+
+def exported(folder: Path) -> None:
+    model = build_model(filters=(8,), num_classes=2)
+    model.info = ModelInfo(("apple", "lemon"))
+    write_model(model, folder / "fruit.keras")
+    Image.new("RGB", (180, 150), (220, 200, 60)).save(folder / "new.jpg")
+
+
 def search(folder: Path) -> None: ...
 
 
 def space(folder: Path) -> None: ...
 
 
-FOLDERS = {f.__name__: f for f in (digits, pictures, search, space)}
+FOLDERS = {f.__name__: f for f in (digits, pictures, photos, exported, search, space)}
 
 
 # ---- the tests

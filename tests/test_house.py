@@ -32,6 +32,7 @@ LAYERS = [
     "models",
     "datasets",
     "run_folder",
+    "model_file",
     "adaptation",
     "recipes",
     "config",
@@ -58,7 +59,16 @@ TUNING = [
     "space",
     "options",
 ]
-COMMANDS = ["benchmark", "reproduce", "compare_tuners", "notebook", "freeze"]
+COMMANDS = [
+    "benchmark",
+    "reproduce",
+    "compare_tuners",
+    "notebook",
+    "freeze",
+    "model_files",
+    "packaged_model",
+    "measure_photos",
+]
 LENGTHS = {"main": 80, "train_and_evaluate": 120}  # lines, docstring included; 60 for any other function
 
 

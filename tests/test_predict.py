@@ -153,8 +153,7 @@ def test_what_can_be_read_is_labelled_and_the_rest_is_named(folder, capsys, monk
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["images"], "exactly one of --workdir RUN and --model FILE"),
-        (["--workdir=.", "--model=model.keras", "images"], "exactly one of --workdir RUN and --model FILE"),
+        (["--workdir=.", "--model=model.keras", "images"], "--workdir and --model; allowed: one of the two"),
         (["--workdir=nowhere", "images"], "no model file at nowhere/model.keras"),
         (["--model=model.keras"], "no IMAGE"),
         (["--model=model.keras", "nothing.png"], "no image at nothing.png"),

@@ -16,6 +16,7 @@ from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .folder import rows as file_rows
 from .images import read_image
+from .per_class import images_per_class
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -24,6 +25,7 @@ __all__ = [
     "file_rows",
     "fingerprint",
     "from_arrays",
+    "images_per_class",
     "load",
     "read_image",
     "split",

@@ -108,7 +108,7 @@ def _call(
         raise ConfigError(f"input_shape is {shown(shape)}; allowed: (height, width, channels), all positive")
     if isinstance(num_classes, int) and num_classes < 2:
         raise ConfigError(f"num_classes is {shown(num_classes)}; allowed: 2 or more")
-    from .bounded import bounded_weights
+    from ..model_file import bounded_weights
 
     def check(size: int) -> None:
         check_fits(size, f"a model of the architecture {architecture}", "make its layers smaller")

@@ -70,14 +70,18 @@ def build(
     x = layers.GlobalMaxPooling2D(name="pool")(x)
     if isinstance(dropout, int | float) and dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
-    x = layers.Dense(num_classes, use_bias=False, dtype="float32", name="head")(x)
-    x = layers.Rescaling(1 / 9, dtype="float32", name="logits")(x)
-    x = layers.Activation("softmax", dtype="float32", name="probabilities")(x)
-    model = keras.Model(images, x, name="fast")
+    model = keras.Model(images, scaled_head(x, num_classes), name="fast")
     for layer in model.layers:
         if isinstance(layer, layers.Conv2D) and layer.name != "whitening":
             _start_as_identity(layer)
     return model
+
+
+def scaled_head(x: keras.KerasTensor, num_classes: int) -> keras.KerasTensor:
+    """Maps features [n, f] to float32 probabilities [n, num_classes]; the logits are divided by nine, which slows the head."""
+    x = layers.Dense(num_classes, use_bias=False, dtype="float32", name="head")(x)
+    x = layers.Rescaling(1 / 9, dtype="float32", name="logits")(x)
+    return layers.Activation("softmax", dtype="float32", name="probabilities")(x)
 
 
 def _check_options(

@@ -1,0 +1,62 @@
+"""The tables of docs/photos.md, from the records results/packaged.json and results/photos.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from . import records, tables
+
+DOCUMENT = records.ROOT / "docs" / "photos.md"
+PACKAGED = records.ROOT / "results" / "packaged.json"
+PHOTOS = records.ROOT / "results" / "photos.json"
+
+
+def packaged_table(record: dict[str, Any]) -> str:
+    """The numbers of the network in the package."""
+    none = record["none_of_the_ten"]
+    rows = [
+        ["test accuracy, plain", _percent(record["test"]["accuracy"])],
+        ["size in the wheel", f"{record['file']['bytes_in_wheel'] / 1e6:.2f} MB"],
+        ['test images that "look like none of the classes"', _percent(none["false_alarms_test"])],
+        *([f"{name} that do", _percent(share)] for name, share in none["caught"].items()),
+    ]
+    return tables.markdown(["the network in the package", ""], ["the network in the package"], rows)
+
+
+def photos_table(runs: list[dict[str, Any]]) -> str:
+    """What trains best on few pictures: means over the seeds."""
+    groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        groups[run["set"], run["images_per_class"]][run["method"]].append(run)
+    rows = []
+    for (name, count), methods in groups.items():
+        for method, found in methods.items():
+            means = [statistics.mean(run[key] for run in found) for key in ("validation", "test", "seconds")]
+            rows.append(
+                [
+                    name,
+                    str(count),
+                    method,
+                    _percent(means[0]),
+                    _percent(means[1]),
+                    f"{means[2]:.0f} s",
+                    str(len(found)),
+                ]
+            )
+    head = ["pictures", "a class", "method", "validation", "test", "time", "seeds"]
+    return tables.markdown(head, ["pictures", "method"], rows)
+
+
+def publish() -> None:
+    """Writes the tables of the records that there are."""
+    for name, path, make in (("packaged", PACKAGED, packaged_table), ("photos", PHOTOS, photos_table)):
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            tables.rewrite(DOCUMENT, name, make(found["runs"] if name == "photos" else found))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
