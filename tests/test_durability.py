@@ -37,7 +37,7 @@ PER_EPOCH = 12
 LONG = [  # of a run that lasts until a signal comes
     "--dataset=digits",
     "--set=options.filters=[4,8]",
-    "--epochs=100000",
+    "--epochs=90000",
     "--precision=float32",
 ]
 
@@ -384,7 +384,7 @@ def begin(workdir, *flags, **options):
     return subprocess.Popen([*words, *flags], text=True, env=environment, **options)
 
 
-def until(condition, process, seconds=120):
+def until(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
