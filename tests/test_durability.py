@@ -188,6 +188,7 @@ def test_a_write_that_reads_back_damaged_keeps_the_states(begun, digits, monkeyp
     assert not list(begun.glob(".*"))
 
 
+@pytest.mark.slow
 def test_an_overwriting_cross_validation_that_is_interrupted_can_be_resumed(tmp_path, digits, monkeypatch):
     """Without --overwrite, as the line says: the folds of before must not be in the way."""
     one = TINY.override(epochs=0.25)
