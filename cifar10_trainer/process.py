@@ -34,7 +34,8 @@ class EnduringStream:
     """
 
     def __init__(self, stream: TextIO | None, lost: Callable[[Exception], None]):
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115  # as long as the process
+        self._nowhere = open(os.devnull, "w") if stream is None else None  # noqa: SIM115  # until `release`
+        self._stream = stream or cast(TextIO, self._nowhere)
         self._lost: Callable[[Exception], None] | None = lost
 
     def write(self, text: str) -> int:
@@ -43,6 +44,14 @@ class EnduringStream:
 
     def flush(self) -> None:
         self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return not self._stream.closed and self._stream.isatty()
+
+    def release(self) -> None:
+        """Closes what stood in for a stream that was closed from the start."""
+        if self._nowhere is not None:
+            self._nowhere.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -70,13 +79,8 @@ def to_nowhere(stream: TextIO) -> None:
 @contextlib.contextmanager
 def enduring_stderr() -> Iterator[None]:
     """Within it, an error of stderr ends nothing: the exit status shows what happened."""
-    before = sys.stderr
-    if not isinstance(before, EnduringStream):
-        sys.stderr = cast(TextIO, EnduringStream(before, lambda error: None))
-    try:
+    with _replaced("stderr", lambda error: None):
         yield
-    finally:
-        sys.stderr = before
 
 
 @contextlib.contextmanager
@@ -87,15 +91,25 @@ def enduring_output() -> Iterator[None]:
         text = f"stdout cannot be written ({reason_of(error)}); continuing without it; the folder shows the progress"
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    with enduring_stderr():
-        before = sys.stdout
-        if not isinstance(before, EnduringStream):
-            sys.stdout = cast(TextIO, EnduringStream(before, lost))
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stdout = before
+    with enduring_stderr(), _replaced("stdout", lost):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(name: str, lost: Callable[[Exception], None]) -> Iterator[None]:
+    """Replaces sys.stdout or sys.stderr by an EnduringStream, unless it is one."""
+    before = getattr(sys, name)
+    if isinstance(before, EnduringStream):
+        yield
+        return
+    stream = EnduringStream(before, lost)
+    setattr(sys, name, stream)
+    try:
+        yield
+    finally:
+        stream.flush()
+        setattr(sys, name, before)
+        stream.release()
 
 
 def open_standard_streams() -> None:
