@@ -22,15 +22,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import augment, models, optim, runtime
+from . import augment, models, optim, runtime, scoring
 from .accelerate import check_sizes, make_training_model
 from .config import Config
 from .errors import ConfigError, RunError
 from .models.initial import initial_model
 from .models.own import plain_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
-
-EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding
 
 PerReplica: TypeAlias = Any  # a tensor, or under a strategy of several replicas one tensor for each
 Loop: TypeAlias = Callable[[Any, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -487,7 +485,7 @@ class Engine:
         Returns:
             "loss" and "accuracy" (0-1): means over all n images.
         """
-        size = EVALUATION_BATCH
+        size = scoring.default_batch(images)
         rounds = -(-len(images) // (size * self.replicas))
         starts = [(r * self.replicas + i) * size for r in range(rounds) for i in self._replica_ids]
         all_images, all_labels = tf.constant(images), tf.constant(labels, tf.int32)

@@ -24,6 +24,7 @@ from .engine import Engine, make_engine
 from .errors import ConfigError
 from .files import cannot_write
 from .loop import TrainingLoop
+from .machine import check_fits
 from .models import own
 from .run_folder import RunFolder
 
@@ -180,6 +181,8 @@ def _prepare(
     The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
     set, memory holds them once.
     """
+    size = datasets.TRAINING_COPIES * data.train_images.nbytes
+    check_fits(size, f"training on {len(data.train_images):,} images of {data.source}")
     images, labels, *held_out = datasets.split(
         data, config.validation_fraction, config.validation_split, config.seed, config.validation_fold
     )

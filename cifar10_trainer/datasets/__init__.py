@@ -11,12 +11,13 @@ from ..config import DATASETS
 from ..errors import ConfigError, unknown
 from . import cifar10, digits, folder
 from .arrays import as_dataset, from_arrays
-from .base import Dataset, fingerprint, split
+from .base import TRAINING_COPIES, Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .images import read_image
 
 __all__ = [
     "CIFAR10_CLASSES",
+    "TRAINING_COPIES",
     "Dataset",
     "as_dataset",
     "fingerprint",
