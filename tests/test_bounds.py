@@ -165,7 +165,7 @@ def megabytes_to_refuse(what, path) -> tuple[float, str]:
 
 
 def deflated(pieces) -> bytes:
-    packer = zlib.compressobj(9, wbits=31)
+    packer = zlib.compressobj(1, wbits=31)
     return b"".join([*(packer.compress(piece) for piece in pieces), packer.flush()])
 
 
@@ -177,14 +177,14 @@ def member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 ZEROS = [bytes(MB)]
 BOMBS = {
-    "a batch of a gigabyte": ([member("data_batch_1", 1000 * MB), *ZEROS * 1000], "a part of it has"),
-    "a header of half a gigabyte": (
-        [member("x", 500 * MB, tarfile.XHDTYPE), *ZEROS * 500],
+    "a batch that is too large": ([member("data_batch_1", 150 * MB), *ZEROS * 150], "a part of it has"),
+    "a header that is too large": (
+        [member("x", 150 * MB, tarfile.XHDTYPE), *ZEROS * 150],
         "a part of it has",
     ),
-    "another member of a gigabyte": ([member("x", 1000 * MB), *ZEROS * 1000], "it holds more than"),
-    "twenty members": (
-        [member("x", 31 * MB // 512 * 512), bytes(31 * MB // 512 * 512)] * 20,
+    "another member that is too large": ([member("x", 250 * MB), *ZEROS * 250], "it holds more than"),
+    "eight members": (
+        [member("x", 31 * MB // 512 * 512), bytes(31 * MB // 512 * 512)] * 8,
         "it holds more",
     ),
 }
@@ -257,8 +257,8 @@ def shape(text: str) -> str:
 
 
 STATES = {
-    "deflated zeros": (lambda: zipped(npy(shape("(62500000,)"), bytes(500 * MB))), "claims to hold"),
-    "deflated zeros with a false size": (lambda: falsified(zipped(bytes(500 * MB))), "CRC|Bad|bad|truncated"),
+    "deflated zeros": (lambda: zipped(npy(shape("(18750000,)"), bytes(150 * MB))), "claims to hold"),
+    "deflated zeros with a false size": (lambda: falsified(zipped(bytes(150 * MB))), "CRC|Bad|bad|truncated"),
     "a terabyte in the header": (lambda: zipped(npy(shape("(10**11,)"), b"x" * 80)), "no header of an array"),
     "a huge shape": (lambda: zipped(npy(shape("(100000000000,)"), b"x" * 80)), "which are not an array"),
     "a negative shape": (lambda: zipped(npy(shape("(-1, -10)"), b"x" * 80)), "which are not an array"),
@@ -333,7 +333,7 @@ def wide(name, content):
 
 
 def long(name, content):
-    return content + b" " * 500 * MB if name == "config.json" else content
+    return content + b" " * 150 * MB if name == "config.json" else content
 
 
 def deep(name, content):
@@ -346,7 +346,7 @@ def hollow(path) -> None:
         names = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
         del file[names[0]]
-        file.create_dataset(names[0], (10**9, 3), "f1", chunks=(MB, 3), compression="gzip")
+        file.create_dataset(names[0], (10**9, 3), "u1", chunks=(MB, 3), compression="gzip")
 
 
 def hollow_member(name, content, tmp_path):
@@ -441,8 +441,6 @@ def test_the_weights_do_not_depend_on_the_check():
     keras.utils.set_random_seed(3)
     ours = build_model("course").get_weights()
     keras.utils.set_random_seed(3)
-    config = keras.models.Model.get_config
-    del config
     from cifar10_trainer.models import course
 
     plain = course.build().get_weights()
@@ -469,7 +467,7 @@ def test_shown():
 def test_an_error_is_one_line_of_bounded_words():
     text = str(RunError("cannot read\n  /tmp/" + "d/" * 500 + "x: no such \udcff file " + "y " * 5000))
     assert "\n" not in text and text.isprintable() and len(text) <= 1500
-    assert text.startswith("cannot read /tmp/d/d") and "/x: no such" in text.replace("x:", "x:")
+    assert text.startswith("cannot read /tmp/d/d") and "/x: no such" in text
     assert isinstance(ConfigError("a"), ValueError) and isinstance(RunError("a"), RuntimeError)
 
 
@@ -484,7 +482,7 @@ def status_of(capsys, *argv) -> tuple[int, str]:
 def check_line(text: str, value: str) -> None:
     assert text.count("\n") == 1 and "Traceback" not in text, text[:500]
     assert text.strip().isprintable()
-    assert value[:101] not in text and len(text) < 1600
+    assert len(text) < 1600 and (len(value) <= 100 or value[:101] not in text)
 
 
 VALUE_FLAGS = [n for n in command.FLAGS if not command.FLAGS[n].boolean and n not in ("workdir", "data_dir")]
@@ -494,7 +492,9 @@ VALUE_FLAGS = [n for n in command.FLAGS if not command.FLAGS[n].boolean and n no
 @pytest.mark.parametrize("flag", VALUE_FLAGS)
 def test_a_long_value_of_a_flag_is_one_short_line(flag, value, capsys, monkeypatch):
     monkeypatch.setattr(cli, "import_tensorflow", lambda: pytest.fail("the value passed"))
-    text = f"options.{value}={value}" if flag == "set" else value
+    if flag == "folds" and value.lstrip("-").isdecimal() and len(value) < 4300:
+        return  # the number of images decides
+    text = f"optimizer.{value}={value}" if flag == "set" else value
     status, said = status_of(capsys, f"--{flag}={text}")
     assert status == 2
     check_line(said, value)
@@ -536,7 +536,7 @@ def test_a_long_value_of_a_field_is_one_short_line(field, value):
     target[field[-1]] = {"filters": value} if field == ("options",) and not isinstance(value, dict) else value
     try:
         config = Config.from_dict(values)
-        if field == ("options",):
+        if field in (("options",), ("architecture",)):
             build_model(config.architecture, **config.options)
     except ConfigError as error:
         check_line(f"{error}\n", repr(value))
