@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import build_model, cli, datasets, evaluate, machine
+from cifar10_trainer import build_model, cli, datasets, evaluate, machine, scoring
 from cifar10_trainer.archives import check_hdf5, check_npz, check_zip
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import cifar10
@@ -555,3 +555,14 @@ def test_a_name_that_is_not_utf8(tmp_path, capsys):
     assert status == 2 and "--workdir is '/tmp/\\udcff'; allowed: names in UTF-8" in said
     RunFolder(tmp_path).write_config({"data_dir": "/tmp/\udcff"})
     assert json.loads((tmp_path / "config.json").read_text())["data_dir"] == "/tmp/\udcff"
+
+
+# --- batches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(8, 8, 500), (32, 32, 500), (64, 64, 125), (224, 224, 10), (2000, 2000, 1)],
+)
+def test_a_batch_of_larger_images_has_fewer_of_them(height, width, expected):
+    assert scoring.default_batch(np.zeros((3, height, width, 3), np.uint8)) == expected
