@@ -40,6 +40,7 @@ from .errors import ConfigError, interrupted
 from .files import cannot_write
 from .hooks import check_callbacks
 from .loop import SAVE_SECONDS, TrainingLoop
+from .machine import check_fits
 from .model_file import ModelInfo, load_model
 from .models import own
 from .run_folder import RunFolder
@@ -362,6 +363,8 @@ def _prepare(
     The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
     set, memory holds them once.
     """
+    size = datasets.TRAINING_COPIES * data.train_images.nbytes
+    check_fits(size, f"training on {len(data.train_images):,} images of {data.source}")
     images, labels, *held_out = _split(config, data)
     validation = (held_out[0], held_out[1])
     if not len(validation[1]) and (config.early_stopping is not None or config.schedule.name == "plateau"):
