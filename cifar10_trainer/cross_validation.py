@@ -27,7 +27,12 @@ from .run_folder import RunFolder
 from .training import train_and_evaluate
 
 FOLDS_FILE = "folds.json"
-TAKEN = ("n_validation", "epochs", "best_epoch", "train_seconds")  # what it takes over from the metrics of each run
+TAKEN = (
+    "n_validation",
+    "epochs",
+    "best_epoch",
+    "train_seconds",
+)  # what it takes over from the metrics of each run
 
 
 def cross_validate(
