@@ -9,7 +9,7 @@ from absl import flags
 
 from . import cli
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
-from .errors import ConfigError, reason_of, shown, unknown
+from .errors import ConfigError, cut, reason_of, shown, unknown
 from .files import parse_json, regular_file
 from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES
@@ -129,19 +129,20 @@ CONFIG_BYTES = (
 
 def read_config(path: str) -> Config:
     """The Config in a JSON file: config.json of a run, or best_config.json of a search. Raises ConfigError."""
+    name = f"--config={cut(path)}"
     try:
         values = parse_json(regular_file(path, CONFIG_BYTES).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read --config={path}: {reason_of(error)}") from error
+        raise ConfigError(f"cannot read {name}: {reason_of(error)}") from error
     except ValueError as error:
         raise ConfigError(
-            f"--config={path} is not a JSON file: {error}; allowed: config.json of a run, or best_config.json of a search"
+            f"{name} is not a JSON file: {error}; allowed: config.json of a run, or best_config.json of a search"
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"--config={path} holds {type(values).__name__}; allowed: a JSON object")
+        raise ConfigError(f"{name} holds {type(values).__name__}; allowed: a JSON object")
     if "own_model" in values:
         raise ConfigError(
-            f"--config={path} is of a run with a model of its own; allowed: train(config, model=...) in Python"
+            f"{name} is of a run with a model of its own; allowed: train(config, model=...) in Python"
         )
     return Config.from_record(values)
 
@@ -149,7 +150,9 @@ def read_config(path: str) -> Config:
 def config_from_flags() -> Config:
     """The recipe or the file, with the changes that the flags ask for. Raises ConfigError."""
     if FLAGS.recipe and FLAGS.config:
-        raise ConfigError(f"--recipe={FLAGS.recipe} and --config={FLAGS.config}; allowed: one of the two")
+        raise ConfigError(
+            f"--recipe={cut(FLAGS.recipe)} and --config={cut(FLAGS.config)}; allowed: one of the two"
+        )
     recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)

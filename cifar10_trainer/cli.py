@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from . import __version__
-from .errors import ConfigError, RunError, cut, shown
+from .errors import VALUE_LENGTH, ConfigError, RunError, cut, shown
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
@@ -113,7 +113,13 @@ def run(
         try:
             positional = flag_values(argv)[1:]
         except flags.Error as error:
-            raise ConfigError(f"{str(error).strip()} (--help shows every flag)") from error
+            text = str(error).strip()
+            for value in (word.partition("=")[2] or word for word in argv):
+                if (
+                    len(value) > VALUE_LENGTH
+                ):  # absl repeats it, whatever its length, and Python 199 letters of it
+                    text = text.replace(value, cut(value)).replace(value[:199], cut(value))
+            raise ConfigError(f"{text} (--help shows every flag)") from error
         if flag_values["help"].value:
             print(f"{usage}\n\n{flag_values.get_help()}")
         elif flag_values["version"].value:

@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import augment, models, optim, runtime
+from . import augment, models, optim, runtime, scoring
 from .accelerate import check_sizes, make_training_model
 from .config import Config
 from .errors import ConfigError, RunError
@@ -31,7 +31,6 @@ from .models.own import plain_model
 from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
 
 SMALL_BATCH = 128  # for the evaluation of at most so many images
-EVALUATION_BATCH = 500  # divides the 10,000 test and 5,000 validation images of CIFAR-10: little padding
 
 PerReplica: TypeAlias = Any  # a tensor, or under a strategy of several replicas one tensor for each
 Loop: TypeAlias = Callable[[Any, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -494,7 +493,7 @@ class Engine:
         Returns:
             "loss" and "accuracy" (0-1): means over all n images.
         """
-        size = EVALUATION_BATCH
+        size = scoring.default_batch(images)
         if len(images) <= SMALL_BATCH:  # of so few images padding would be most of the work
             size = min(size, SMALL_BATCH)
         rounds = -(-len(images) // (size * self.replicas))

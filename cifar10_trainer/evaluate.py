@@ -27,7 +27,7 @@ from .files import regular_file
 from .machine import check_fits
 from .models.bounded import bounded_weights
 from .run_folder import RunFolder
-from .scoring import BATCH_SIZE, predict_probabilities, score
+from .scoring import predict_probabilities, score
 
 if TYPE_CHECKING:
     import keras
@@ -54,7 +54,10 @@ _define(
     flags.DEFINE_enum, "views", "views for test-time augmentation; default: the run's, else 1",
     enum_values=("1", "2", "6"),
 )  # fmt: skip
-_define(flags.DEFINE_integer, "batch_size", "images in a batch", BATCH_SIZE, lower_bound=1)
+_define(
+    flags.DEFINE_integer, "batch_size", "images in a batch; default: 500 of 32x32 pixels, fewer of larger ones",
+    lower_bound=1,
+)  # fmt: skip
 _define(flags.DEFINE_integer, "show", "print the predictions for the first N images", 0, lower_bound=0)
 _define(flags.DEFINE_boolean, "json", "print one JSON object", False)
 
@@ -134,7 +137,7 @@ def evaluate_model(
     data: datasets.Dataset | tuple[np.ndarray, np.ndarray],
     *,
     views: int = 1,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Scores a model, with test-time augmentation where `views` is above 1; see `scoring.predict_probabilities`.
 
@@ -142,7 +145,7 @@ def evaluate_model(
         model: maps raw pixels [batch, height, width, 3] to probabilities [batch, classes].
         data: a data set, whose test images are scored, or (images uint8 [n, height, width, 3], labels integers [n]).
         views: 1, 2 or 6.
-        batch_size: images in a batch.
+        batch_size: images in a batch; None: 500 of 32x32 pixels, fewer of larger ones.
 
     Returns:
         {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.

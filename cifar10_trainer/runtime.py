@@ -82,7 +82,7 @@ def _cluster() -> dict[str, list[str]]:
     text = os.environ.get("TF_CONFIG") or "{}"
     try:
         return dict(json.loads(text).get("cluster") or {})
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"TF_CONFIG is {text[:200]!r}; allowed: JSON with 'cluster' and 'task', or nothing"
         ) from error

@@ -11,7 +11,22 @@ from .errors import ConfigError, RunError
 if TYPE_CHECKING:
     import keras
 
-BATCH_SIZE = 500
+BATCH_SIZE = (
+    500  # of images of 32x32 pixels, and smaller ones; it divides CIFAR-10's 10,000 and 5,000: little padding
+)
+
+
+def default_batch(images: np.ndarray) -> int:
+    """Images in a batch of an evaluation or a prediction: fewer where they are larger, so that the memory is the same.
+
+    Args:
+        images: [n, height, width, channels].
+
+    Returns:
+        as many as have the pixels of BATCH_SIZE images of 32x32; 1 to BATCH_SIZE.
+    """
+    height, width = images.shape[1:3]
+    return max(1, min(BATCH_SIZE, BATCH_SIZE * 32 * 32 // (height * width)))
 
 
 def _logits(model: keras.Model) -> Any:
@@ -48,7 +63,7 @@ def _views(images: np.ndarray, views: int) -> list[tuple[float, np.ndarray]]:
 
 
 def predict_probabilities(
-    model: keras.Model, images: np.ndarray, batch_size: int = BATCH_SIZE, views: int = 1
+    model: keras.Model, images: np.ndarray, batch_size: int | None = None, views: int = 1
 ) -> np.ndarray:
     """The class probabilities of every image, with test-time augmentation (TTA) where `views` is above 1.
 
@@ -58,7 +73,7 @@ def predict_probabilities(
     Args:
         model: maps [batch, height, width, 3] to probabilities [batch, classes].
         images: uint8 or float [n, height, width, 3], raw pixels 0-255.
-        batch_size: images in a batch.
+        batch_size: images in a batch; None: `default_batch`.
         views: 1: the image alone. 2: the image and its mirror image, half each. 6: these with a quarter each, and an
             eighth each for two diagonal shifts by one pixel and their mirror images (Jordan 2024, arXiv:2404.00498).
 
@@ -72,16 +87,16 @@ def predict_probabilities(
 
     if views not in (1, 2, 6):
         raise ConfigError(f"views is {views}; allowed: 1, 2, 6")
-    n, size = len(images), max(1, min(batch_size, len(images)))
+    n, size = len(images), max(1, min(batch_size or default_batch(images), len(images)))
     # One shape, so one trace: the last batch is padded, and the padding is cut off.
     spec = tf.TensorSpec([size, *images.shape[1:]], images.dtype)
     logits = tf.function(_logits(model), input_signature=[spec])
     found = []
     for start in range(0, n, size):
-        batch = images[start : start + size]
-        real = len(batch)
-        batch = np.concatenate([batch, np.repeat(batch[-1:], size - real, axis=0)])
-        mean = tf.add_n([weight * logits(tf.constant(view)) for weight, view in _views(batch, views)])
+        part = images[start : start + size]
+        real = len(part)
+        part = np.concatenate([part, np.repeat(part[-1:], size - real, axis=0)])
+        mean = tf.add_n([weight * logits(tf.constant(view)) for weight, view in _views(part, views)])
         found.append(tf.nn.softmax(mean).numpy()[:real])
     classes = model.output_shape[-1]
     probabilities = np.concatenate(found) if found else np.zeros((0, classes), np.float32)

@@ -24,6 +24,7 @@ from .engine import Engine, make_engine
 from .errors import ConfigError
 from .files import cannot_write
 from .loop import TrainingLoop
+from .machine import check_fits
 from .models import own
 from .run_folder import RunFolder
 
@@ -182,10 +183,10 @@ def _load(
     log: Log,
 ) -> Dataset:
     """The data set of the config. resumed: the folder of the run that goes on, with the files that it began with."""
-    files = None if resumed is None else resumed.read_split()
-    return datasets.load(
-        config.dataset, data_dir, config.image_size, config.resize, files=files, log=log, **(options or {})
-    )
+    own: dict[str, Any] = {"log": log, **(options or {})}
+    if config.dataset == "folder":
+        own |= {"files": resumed and resumed.read_split(), "copies": datasets.TRAINING_COPIES}
+    return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
 
 
 def _adapt(config: Config, data: Dataset, strategy: tf.distribute.Strategy, log: Log) -> Config:
@@ -248,6 +249,8 @@ def _prepare(
     The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
     set, memory holds them once.
     """
+    size = datasets.TRAINING_COPIES * data.train_images.nbytes
+    check_fits(size, f"training on {len(data.train_images):,} images of {data.source}")
     images, labels, *held_out = _split(config, data)
     validation = (held_out[0], held_out[1])
     if not len(validation[1]) and (config.early_stopping is not None or config.schedule.name == "plateau"):

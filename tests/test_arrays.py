@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from cifar10_trainer import datasets, machine
+from cifar10_trainer.datasets import arrays
 from cifar10_trainer.datasets.arrays import as_dataset, from_arrays
-from cifar10_trainer.errors import ConfigError
+from cifar10_trainer.errors import ConfigError, RunError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 8, 10, 3), np.uint8)
@@ -149,3 +151,36 @@ def test_parts_must_fit_together():
     assert as_dataset(data) is data
     with pytest.raises(ConfigError, match="test_data is set beside a Dataset, which holds its own"):
         as_dataset(data, test=(IMAGES, LABELS))
+
+
+# --- memory ---------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_without_an_end_is_refused_when_memory_runs_short(monkeypatch):
+    """Its length is unknown, so it is counted as it comes."""
+    monkeypatch.setattr(arrays, "_CHECK_BYTES", 10_000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 50_000)
+    given = []
+
+    def forever():
+        while True:
+            given.append(1)
+            yield np.zeros((10, 10, 3), np.uint8), 0
+
+    spec = (tf.TensorSpec((10, 10, 3), tf.uint8), tf.TensorSpec((), tf.int64))
+    with pytest.raises(RunError, match=r"train data, .* bytes so far: needs .* are available; use fewer"):
+        datasets.from_arrays(tf.data.Dataset.from_generator(forever, output_signature=spec))
+    assert len(given) * 300 < 100_000
+
+
+def test_grey_images_that_do_not_fit_as_three_channels(monkeypatch):
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
+    grey = np.zeros((10, 8, 8), np.uint8), np.arange(10)
+    with pytest.raises(RunError, match=r"train images, 10 grey images as three channels: needs 0 MB"):
+        datasets.from_arrays(grey)
+
+
+def test_a_class_name_that_is_not_utf8():
+    images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
+    with pytest.raises(RunError, match=r"the class name 'a\\udcff' is not UTF-8; rename the class$"):
+        datasets.from_arrays((images, labels), class_names=("a\udcff", "b"))

@@ -12,13 +12,14 @@ from ..config import DATASETS
 from ..errors import ConfigError, unknown
 from . import cifar10, digits, folder
 from .arrays import as_dataset, from_arrays
-from .base import Dataset, fingerprint, split
+from .base import TRAINING_COPIES, Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .folder import rows as file_rows
 from .images import read_image
 
 __all__ = [
     "CIFAR10_CLASSES",
+    "TRAINING_COPIES",
     "Dataset",
     "as_dataset",
     "file_rows",
@@ -48,7 +49,7 @@ def load(
             TFDS, Keras and torchvision, and a download. For folder, the folder. digits accepts only None.
         image_size: the side in pixels, 8 to 512, that images of a folder are resized to; 32 for the other data sets.
         resize: how images of a folder are resized, "squash", "crop" or "pad", see `read_image`.
-        folder_options: for a folder: `strict`, `max_bad`, `files`, `only`, `log` of `folder.load_folder`. Unless `log`
+        folder_options: for a folder: `strict`, `max_bad`, `files`, `only`, `copies`, `log` of `folder.load_folder`. Unless `log`
             receives them, lines on files that are left out go to stderr.
 
     Returns:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, cut, shown
+from ..machine import check_fits
 from .base import Dataset
 
 SOURCE = "arrays in memory"
+_CHECK_BYTES = 64 << 20  # of images between two looks at the memory that is left
 Pair = tuple[Any, Any]
 
 
@@ -116,7 +118,15 @@ def _collect(name: str, data: Any, tf: Any) -> Pair:
             f"{name} data has elements of the shapes {spec[0].shape} and {spec[1].shape}, which may be batches or not;"
             " allowed: batches of images [n, height, width, 3], or single images with integer labels"
         )
-    elements = list(data.as_numpy_iterator())
+    elements, size, checked = [], 0, 0
+    for images, labels in data.as_numpy_iterator():
+        elements.append((images, labels))
+        size += images.nbytes
+        if (
+            size > checked + _CHECK_BYTES
+        ):  # they will be joined in a second array; the number may be without an end
+            check_fits(size, f"{name} data, {size:,} bytes so far", "use fewer or smaller images")
+            checked = size
     if not elements:
         raise ConfigError(f"{name} data has no elements; allowed: one image or more")
     join = np.concatenate if ranks[0] == 4 or ranks == (3, 2) else np.stack
@@ -147,6 +157,7 @@ def check_images(name: str, images: Any) -> np.ndarray:
     if array.dtype != np.uint8:
         raise ConfigError(f"{name} has dtype {array.dtype}; allowed: uint8, raw pixels 0-255")
     if array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 1):
+        check_fits(3 * array.nbytes, f"{name}, {len(array):,} grey images as three channels")
         array = np.repeat(array.reshape(*array.shape[:3], 1), 3, axis=3)
     if array.ndim != 4 or array.shape[3] != 3 or min(array.shape[1:3]) < 1:
         raise ConfigError(

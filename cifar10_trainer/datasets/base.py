@@ -11,6 +11,9 @@ import numpy as np
 from ..config import SPLITS
 from ..errors import ConfigError, RunError, shown, unknown
 
+# Of the training images that a run makes beside the data set: the split, a tensor of it, and the table that batches come from.
+TRAINING_COPIES = 3
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
