@@ -28,6 +28,12 @@ from .run_folder import RunFolder
 from .training import train_and_evaluate
 
 FOLDS_FILE = "folds.json"
+TAKEN = (
+    "n_validation",
+    "epochs",
+    "best_epoch",
+    "train_seconds",
+)  # what it takes over from the metrics of each run
 
 
 @keras_defaults()
@@ -76,7 +82,6 @@ def cross_validate(
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
     more["save_seconds"] = save_seconds
-    taken = ("n_validation", "epochs", "best_epoch", "train_seconds")
     runs = []
     with runtime.Signals() as signals:
         for i in range(folds):
@@ -88,7 +93,7 @@ def cross_validate(
             metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
             accuracy = metrics["best_val_accuracy"]
             log(f"   {100 * accuracy:.2f}%\n")
-            runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in taken}})
+            runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in TAKEN}})
             since = time.monotonic()
     summary = _summary(config, data, runs)
     write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)

@@ -188,6 +188,9 @@ def load_images(name: str, data_dir: str | None, size: int, settings: dict[str, 
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
     if rows and FLAGS.data_dir and not all((Path(FLAGS.data_dir) / file).exists() for file, *_ in rows):
         rows = None
+    if rows:
+        where = RunFolder(FLAGS.workdir).split_file
+        print(f"the images are those of {where}; files that came later are in no part", file=sys.stderr)
     has_test = any(part == "test" for _, _, part in rows or ())
     only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
     return datasets.load(name, data_dir, size, resize, files=rows, only=only)

@@ -275,10 +275,10 @@ def _load(
     log: Log,
 ) -> Dataset:
     """The data set of the config. resumed: the folder of the run that goes on, with the files that it began with."""
-    files = None if resumed is None else resumed.read_split()
-    return datasets.load(
-        config.dataset, data_dir, config.image_size, config.resize, files=files, log=log, **(options or {})
-    )
+    own: dict[str, Any] = {"log": log, **(options or {})}
+    if config.dataset == "folder":
+        own |= {"files": resumed and resumed.read_split(), "copies": datasets.TRAINING_COPIES}
+    return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
 
 
 def _adapt(config: Config, data: Dataset, strategy: tf.distribute.Strategy, log: Log) -> Config:

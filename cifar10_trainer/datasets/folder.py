@@ -75,6 +75,7 @@ def load_folder(
     max_bad: float = MAX_BAD,
     files: Sequence[Row] | None = None,
     only: str | None = None,
+    copies: int = 1,
     log: Log | None = None,
 ) -> Dataset:
     """Reads a folder of pictures.
@@ -92,16 +93,17 @@ def load_folder(
         max_bad: the share of pictures that cannot be read, 0-1, up to which they are left out.
         files: the files of an earlier run, as `rows` returns them: these are read, all of them, and no others.
         only: the part to read, "train", "validation" or "test"; the others are left empty. None: all.
+        copies: how many of the pixels memory must hold, those that the caller will make included.
         log: receives lines on what is left out, and on the progress; None: they go to stderr.
 
     Returns:
         The data set, with classes and files in sorted order, and with `Dataset.files`.
 
     Raises:
-        ConfigError: if the folder does not exist, if it has two folders for one part or a further folder with classes, or
-            if val/ or test/ has a class that train/ has not.
-        RunError: if there are fewer than two classes, an empty class, a picture outside the classes, or too many pictures
-            that cannot be read.
+        ConfigError: if the folder does not exist, has two folders for one part or a further folder with classes, or if val/ or
+            test/ has a class that train/ has not.
+        RunError: if there are fewer than two classes, an empty class, a picture outside the classes, too many that cannot
+            be read, or too many for the memory.
     """
     if not 0 <= max_bad < 1:
         raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
@@ -110,7 +112,9 @@ def load_folder(
     _log_left_out(found.left_out, root, strict, log)
     pairs = found.pairs(only)
     total = sum(map(len, pairs.values()))
-    check_fits(total * size * size * 3, f"{readable(root)}, {total:,} pictures of {size} x {size} pixels")
+    check_fits(
+        copies * total * size * size * 3, f"{readable(root)}, {total:,} pictures of {size} x {size} pixels"
+    )
     bad: list[tuple[str, str]] = []
     read = {part: _read(root, pairs[part], size, resize, bad, log) for part in pairs}
     _check_bad(bad, total, 0.0 if strict or files is not None else max_bad, root, log)
