@@ -506,10 +506,10 @@ def test_mixup_mixes_within_a_replica(found):
 
 
 def resumed_as_whole(found, resumed, replicas):
-    """The epoch of a resumed run is that of the whole run of two replicas, but for roundings that training enlarges."""
+    """The epoch of a resumed run is that of the whole run of two replicas, but for roundings (seen: 1e-7 in 8 steps)."""
     whole = found["elastic"]["whole"]
     assert resumed["metrics"]["replicas"] == replicas
-    assert resumed["row"]["loss"] == pytest.approx(whole["row"]["loss"], rel=0.01)
+    assert resumed["row"]["loss"] == pytest.approx(whole["row"]["loss"], rel=1e-5)
     assert "resumed at step 5 of 13" in resumed["printed"]
     expected = f"; {replicas} replica(s), 2 before: {96 // replicas} images each, of 96 in a step as before; sums round"
     assert expected in resumed["printed"]
