@@ -381,7 +381,7 @@ class TrainingLoop:
         if config.augmentation.mixup or config.augmentation.cutmix:
             changes.append("other images are mixed with one another")
         return (
-            f"; {now} replicas, {before} before: {size:,} images each, of {config.batch_size:,} in a step as before;"
+            f"; {now} replica(s), {before} before: {size:,} images each, of {config.batch_size:,} in a step as before;"
             f" {', '.join(changes)}, so the result is no longer that of an unchanged run to the bit"
         )
 

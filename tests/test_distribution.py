@@ -490,11 +490,11 @@ def agree_at_first(several, one, name, atol):
     np.testing.assert_allclose(ours, theirs, atol=atol)
 
 
-# float32 has 24 bits: a sum in another order differs by 1e-7 of its terms, and a step of SGD adds that, times the learning
-# rate and a few layers. Muon divides by the size of each direction of a gradient, also of its small ones, in which
-# roundings are a larger part. bfloat16 has 8 bits, 4e-3 of each activation, and the learning rate is 0.05. Later steps are
-# not compared so: in 42 steps a difference of 1e-7 grows to 8e-3, because training is chaotic.
-TOLERANCES = {"sgd": 2e-6, "muon": 1e-3, "bfloat16": 5e-3}
+# Weights are up to 1.2 here and move by some hundredths. float32 has 24 bits: weights round by 6e-8, and so does a sum in
+# another order; seen: 4e-7. Muon divides by the size of each direction of a gradient, also of small ones, in which
+# roundings are a larger part; seen: 5e-7. bfloat16 has 8 bits, 4e-3 of each activation; seen: 2e-5. Later steps are not
+# compared so: in 42 steps a difference of 1e-7 grows to 8e-3, because training is chaotic.
+TOLERANCES = {"sgd": 2e-6, "muon": 1e-5, "bfloat16": 2e-4}
 
 
 @pytest.mark.parametrize(("n", "name"), [(2, "sgd"), (4, "sgd"), (2, "muon"), (4, "muon"), (2, "bfloat16")])
@@ -509,12 +509,12 @@ def test_mixup_mixes_within_a_replica(found):
 
 
 def resumed_as_whole(found, resumed, replicas):
-    """The epoch of a resumed run is that of the whole run of two replicas, but for roundings that training enlarges."""
+    """The epoch of a resumed run is that of the whole run of two replicas, but for roundings (seen: 1e-7 in 8 steps)."""
     whole = found["elastic"]["whole"]
     assert resumed["metrics"]["replicas"] == replicas
-    assert resumed["row"]["loss"] == pytest.approx(whole["row"]["loss"], rel=0.01)
+    assert resumed["row"]["loss"] == pytest.approx(whole["row"]["loss"], rel=1e-5)
     assert "resumed at step 5 of 13" in resumed["printed"]
-    expected = f"; {replicas} replicas, 2 before: {96 // replicas} images each, of 96 in a step as before; sums round"
+    expected = f"; {replicas} replica(s), 2 before: {96 // replicas} images each, of 96 in a step as before; sums round"
     assert expected in resumed["printed"]
     assert "batch norm" not in resumed["printed"]  # it is computed over all replicas
 
