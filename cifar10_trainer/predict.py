@@ -127,9 +127,15 @@ def predict_images(
         results.append(
             {"file": file, "label": label, "probability": probability, "probabilities": dict(ranked)}
         )
-        if info.none_below is not None:
-            results[-1]["none_of_the_classes"] = probability < info.none_below
+        if info.none_above is not None:
+            results[-1]["none_of_the_classes"] = entropy(row) > info.none_above
     return results
+
+
+def entropy(probabilities: np.ndarray) -> float:
+    """The entropy in nats of probabilities [classes]: 0 where one class has all, log(classes) where all have the same."""
+    p = np.asarray(probabilities, np.float64)
+    return float(-np.sum(p * np.log(np.maximum(p, 1e-30))))
 
 
 def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
