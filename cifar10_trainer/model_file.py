@@ -46,13 +46,13 @@ class ModelInfo:
     Attributes:
         class_names: one for each output of the model; empty: not known.
         resize: how a picture of another shape becomes one of the model's size: "squash" changes its proportions.
-        none_below: where the highest probability of a picture is below this number, 0-1, the picture looks like none of
-            the classes. None: not known.
+        none_above: where the entropy of a picture's probabilities is above this number of nats, the picture looks like none
+            of the classes. None: not known.
     """
 
     class_names: tuple[str, ...] = ()
     resize: str = "squash"
-    none_below: float | None = None
+    none_above: float | None = None
 
     def to_dict(self, model: keras.Model) -> dict[str, Any]:
         """The JSON values that stand in the file of `model`."""
@@ -61,21 +61,21 @@ class ModelInfo:
             "image_size": list(model.input_shape[1:3]),  # height and width in pixels
             "resize": self.resize,
         }
-        return values if self.none_below is None else {**values, "none_below": self.none_below}
+        return values if self.none_above is None else {**values, "none_above": self.none_above}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], classes: int) -> ModelInfo:
         """The inverse of `to_dict`, for a model of so many classes. Raises ValueError where the values do not fit."""
-        names, resize, below = (values.get(key) for key in ("class_names", "resize", "none_below"))
+        names, resize, above = (values.get(key) for key in ("class_names", "resize", "none_above"))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"its class names are {str(names)[:80]}")
         if names and (len(names) != classes or len(set(names)) != classes):
             raise ValueError(f"it has {len(names)} class names for {classes} classes")
         if not isinstance(resize, str):
             raise ValueError(f"its resize rule is {str(resize)[:80]}")
-        if below is not None and not (isinstance(below, float) and 0 < below < 1):
-            raise ValueError(f"its none_below is {str(below)[:80]}")
-        return cls(tuple(names), resize, below)
+        if above is not None and not (isinstance(above, float) and above > 0):
+            raise ValueError(f"its none_above is {str(above)[:80]}")
+        return cls(tuple(names), resize, above)
 
 
 def info_of(model: keras.Model) -> ModelInfo:

@@ -162,9 +162,15 @@ def _label(
         results.append(
             {"file": file, "label": label, "probability": probability, "probabilities": dict(ranked)}
         )
-        if info.none_below is not None:
-            results[-1]["none_of_the_classes"] = probability < info.none_below
+        if info.none_above is not None:
+            results[-1]["none_of_the_classes"] = entropy(row) > info.none_above
     return results
+
+
+def entropy(probabilities: np.ndarray) -> float:
+    """The entropy in nats of probabilities [classes]: 0 where one class has all, log(classes) where all have the same."""
+    p = np.asarray(probabilities, np.float64)
+    return float(-np.sum(p * np.log(np.maximum(p, 1e-30))))
 
 
 def label_files(

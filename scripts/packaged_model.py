@@ -6,8 +6,8 @@
 After the training:
 
 1. The kernels are rounded to float16, and stored so. All else is of the rounded network.
-2. The number below which a picture looks like none of the ten is set on the held-out images: the highest probability is
-   lower for FALSE_ALARMS of them. Beside it, three other scores are compared, on drawn images that serve this purpose
+2. The number above which a picture looks like none of the ten is set on the held-out images: the entropy of
+   FALSE_ALARMS of them is higher. Beside it, three other scores are compared, on drawn images that serve this purpose
    only.
 3. The test images are scored, once; and how often the number catches images of no class, drawn in other ways.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 TRAINING = ("--recipe=fast.default", "--epochs=60", "--validation_fraction=0.04", "--seed=0")
 FALSE_ALARMS = 0.05  # of the held-out images
-SCORE = "highest probability"  # what `predict` compares
+SCORE = "entropy, negative"  # what `predict` compares
 DRAWN = 1000  # images of each drawn set
 LARGEST = 4_000_000  # bytes in the wheel
 
@@ -99,8 +99,8 @@ def scores(logits: keras.Model, images: np.ndarray) -> dict[str, np.ndarray]:
     log_sum = np.logaddexp.reduce(x, axis=1)
     log_p = x - log_sum[:, None]
     return {
-        SCORE: np.exp(log_p.max(axis=1)),
-        "entropy, negative": np.sum(np.exp(log_p) * log_p, axis=1),
+        "highest probability": np.exp(log_p.max(axis=1)),
+        SCORE: np.sum(np.exp(log_p) * log_p, axis=1),
         "highest logit": x.max(axis=1),
         "energy, negative": log_sum,
     }
@@ -122,7 +122,7 @@ def compare_scores(logits: keras.Model, held_out: np.ndarray) -> dict[str, dict[
     return found
 
 
-def catch_rates(logits: keras.Model, below: float) -> dict[str, float]:
+def catch_rates(logits: keras.Model, above: float) -> dict[str, float]:
     """Set -> the share of its images that look like none of the ten. These images have served for nothing else."""
     digits = datasets.load("digits")
     sets = {
@@ -131,7 +131,7 @@ def catch_rates(logits: keras.Model, below: float) -> dict[str, float]:
         "plain colours": pictures.draw(pictures.plain_colour, DRAWN, 12),
         "shapes": pictures.draw(pictures.shapes, DRAWN, 13),
     }
-    return {name: _share(scores(logits, x)[SCORE] < below) for name, x in sets.items()}
+    return {name: _share(scores(logits, x)[SCORE] < -above) for name, x in sets.items()}
 
 
 def _share(mask: np.ndarray) -> float:
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
     cli.import_tensorflow()
     import keras
 
-    from cifar10_trainer import evaluate, runtime, scoring
+    from cifar10_trainer import evaluate, predict, runtime, scoring
 
     settings, metrics = run.read_config(), run.read_metrics()
     dataset = datasets.load("cifar10", FLAGS.data_dir or settings["data_dir"])
@@ -168,11 +168,11 @@ def main(argv: list[str]) -> None:
     held_out, labels = evaluate.select(dataset, "validation", settings)
     validation = scoring.score(labels, scoring.predict_probabilities(model, held_out))
     logits = keras.Model(model.input, model.get_layer("logits").output)
-    below = round(float(np.quantile(scores(logits, held_out)[SCORE], FALSE_ALARMS)), 4)
+    above = round(-float(np.quantile(scores(logits, held_out)[SCORE], FALSE_ALARMS)), 4)
     compared = compare_scores(logits, held_out)
 
     # ---- the file
-    model.info = ModelInfo(dataset.class_names, none_below=below)
+    model.info = ModelInfo(dataset.class_names, none_above=above)
     with replacing(out) as temporary:
         write_model(model, temporary)
         store_as_float16(temporary)
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
     # ---- the test images, once
     probabilities = scoring.predict_probabilities(stored, dataset.test_images)
     test = scoring.score(dataset.test_labels, probabilities)
-    alarms = _share(probabilities.max(axis=1) < below)
+    alarms = _share(np.array([predict.entropy(p) for p in probabilities]) > above)
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": records.commit(),
@@ -203,10 +203,10 @@ def main(argv: list[str]) -> None:
         "validation": validation,
         "test": test,
         "none_of_the_ten": {
-            "below": below,
+            "above": above,  # nats
             "false_alarms_held_out": FALSE_ALARMS,
             "false_alarms_test": alarms,
-            "caught": catch_rates(logits, below),
+            "caught": catch_rates(logits, above),
             "scores_compared": compared,
         },
     }

@@ -22,11 +22,12 @@ from cifar10_trainer.model_file import ModelInfo, info_of, portable, write_model
 
 NAMES = ("apple", "lemon", "plum")
 SUFFIXES = (".keras", ".h5")
+ENTROPY = 1.0978  # nats, a little below the logarithm of three
 
 
 def small_model():
     model = build_model(filters=(8, 8), dropout=0.1, num_classes=3)
-    model.info = ModelInfo(NAMES, none_below=0.4)
+    model.info = ModelInfo(NAMES, none_above=ENTROPY)
     return model
 
 
@@ -49,11 +50,11 @@ def test_a_copied_and_renamed_file_labels_with_its_class_names(tmp_path, suffix)
     (tmp_path / "elsewhere").mkdir()
     path = shutil.move(tmp_path / f"model{suffix}", tmp_path / "elsewhere" / f"fruit 2{suffix}")
     loaded, images = load_model(path), images_of(5)
-    assert info_of(loaded) == ModelInfo(NAMES, "squash", 0.4)
+    assert info_of(loaded) == ModelInfo(NAMES, "squash", ENTROPY)
     np.testing.assert_array_equal(loaded.predict(images, verbose=0), model.predict(images, verbose=0))
     for found, row in zip(predict_images(loaded, images), model.predict(images, verbose=0), strict=True):
         assert found["label"] == NAMES[row.argmax()]
-        assert found["none_of_the_classes"] == (row.max() < 0.4)
+        assert found["none_of_the_classes"] == (-np.sum(row * np.log(row)) > ENTROPY)
 
 
 # What somebody without this package writes; the folder of the file is the working directory.
@@ -84,7 +85,7 @@ def test_a_file_opens_in_a_process_without_this_package(tmp_path, suffix):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = {"class_names": list(NAMES), "image_size": [32, 32], "resize": "squash", "none_below": 0.4}
+    expected = {"class_names": list(NAMES), "image_size": [32, 32], "resize": "squash", "none_above": ENTROPY}
     assert json.loads(done.stdout) == expected
     np.testing.assert_allclose(
         np.load(tmp_path / "found.npy"), model.predict(images, verbose=0), rtol=0, atol=1e-6
@@ -115,7 +116,7 @@ def test_a_file_of_keras_alone_has_no_names(tmp_path):
         ({"class_names": ["a", "b", "b"]}, "3 class names for 3 classes"),
         ({"class_names": "abc"}, "class names are abc"),
         ({"class_names": [], "resize": 3}, "resize rule is 3"),
-        ({"class_names": [], "resize": "squash", "none_below": 2}, "none_below is 2"),
+        ({"class_names": [], "resize": "squash", "none_above": 0}, "none_above is 0"),
         ([], "attribute"),
     ],
 )

@@ -58,7 +58,7 @@ def test_the_file_is_small_and_is_the_one_of_the_record(packaged, record):
 def test_it_is_an_ordinary_model_that_knows_its_classes(packaged, record):
     assert packaged.input_shape == (None, 32, 32, 3) and packaged.output_shape == (None, 10)
     assert packaged.info.class_names == CIFAR10_CLASSES
-    assert packaged.info.none_below == record["none_of_the_ten"]["below"]
+    assert packaged.info.none_above == record["none_of_the_ten"]["above"]
     assert {w.dtype for w in packaged.weights} == {"float32"}
     again = keras.models.load_model(PACKAGED, compile=False)
     assert all(np.array_equal(a, b) for a, b in zip(again.get_weights(), packaged.get_weights(), strict=True))
@@ -71,7 +71,8 @@ def test_it_scores_on_the_test_images_what_the_record_says(packaged, record, rea
     probabilities = packaged.predict(data.test_images, 500, verbose=0)
     accuracy = np.mean(probabilities.argmax(1) == data.test_labels)
     assert accuracy == pytest.approx(record["test"]["accuracy"], abs=3e-4)
-    alarms = np.mean(probabilities.max(1) < packaged.info.none_below)
+    p = probabilities.astype(np.float64)
+    alarms = np.mean(-np.sum(p * np.log(p), axis=1) > packaged.info.none_above)
     assert alarms == pytest.approx(record["none_of_the_ten"]["false_alarms_test"], abs=1e-3)
 
 
@@ -97,7 +98,8 @@ def test_predict_without_a_model_uses_it(packaged, tmp_path, capsys):
     assert cli.run(predict.main, predict.FLAGS, predict.USAGE, argv) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["probabilities"]) == set(CIFAR10_CLASSES)
-    assert found["none_of_the_classes"] == (found["probability"] < packaged.info.none_below)
+    p = np.array(list(found["probabilities"].values()))
+    assert found["none_of_the_classes"] == (-np.sum(p * np.log(p)) > packaged.info.none_above)
 
 
 # ---- how it is made
@@ -105,7 +107,7 @@ def test_predict_without_a_model_uses_it(packaged, tmp_path, capsys):
 
 def test_kernels_are_stored_in_half_the_bytes_and_read_as_float32(tmp_path):
     model = packaged_model.rounded(build_model(filters=(64, 64)))
-    model.info = ModelInfo(CIFAR10_CLASSES, none_below=0.25)
+    model.info = ModelInfo(CIFAR10_CLASSES, none_above=1.5)
     path = tmp_path / "model.keras"
     write_model(model, path)
     before = path.stat().st_size
@@ -126,7 +128,7 @@ def test_scores_are_those_of_their_definitions():
     np.testing.assert_allclose(found["highest probability"], [0.5, 0.5])
     np.testing.assert_allclose(found["entropy, negative"], [-1.5 * np.log(2)] * 2)
     np.testing.assert_allclose(found["highest logit"], np.log([0.5, 8]))
-    np.testing.assert_allclose(found["energy, negative"], np.log([1, 16]))
+    np.testing.assert_allclose(found["energy, negative"], np.log([1, 16]), atol=1e-12)
 
 
 DRAWN = ("plain_colour", "noise", "shapes", "stripes", "clouds", "letter")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cifar10_trainer import cli, predict
 from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.model_file import ModelInfo, write_model
 
 NAMES = ("blue", "green", "red")
 SURE = np.exp(5) / (np.exp(5) + 2)  # the model's probability of a pure colour, see below
@@ -64,6 +65,12 @@ def test_predict_as_a_function(folder):
     assert predict.predict_images(colour_model(), []) == []
 
 
+def test_entropy_is_zero_where_one_class_has_all_and_log_n_where_all_are_equal():
+    assert predict.entropy(np.array([0.0, 1.0, 0.0])) == 0
+    assert predict.entropy(np.full(10, 0.1, np.float32)) == pytest.approx(np.log(10), rel=1e-6)
+    assert predict.entropy(np.array([0.5, 0.5, 0])) == pytest.approx(np.log(2))
+
+
 def test_json_is_one_object_a_line(folder, capsys):
     files = [folder / "images" / "b.BMP", folder / "images" / "a.png"]
     assert run(["--model", folder / "model.keras", "--json", *files]) == 0
@@ -72,6 +79,20 @@ def test_json_is_one_object_a_line(folder, capsys):
     assert (green["file"], green["label"], red["label"]) == (str(files[0]), "green", "red")
     assert set(red["probabilities"]) == set(NAMES)
     assert sum(red["probabilities"].values()) == pytest.approx(1, abs=1e-5)  # of six digits each
+
+
+def test_a_picture_that_looks_like_none_of_the_classes_is_marked(folder, capsys):
+    model = colour_model()
+    model.info = ModelInfo(NAMES, none_above=1.0)
+    write_model(model, folder / "sure.keras")
+    Image.new("RGB", (9, 9), (90, 90, 90)).save(folder / "grey.png")  # all classes alike: entropy log(3)
+    argv = ["--model", folder / "sure.keras", folder / "images" / "a.png", folder / "grey.png"]
+    assert run(argv) == 0
+    _, red, grey = capsys.readouterr().out.splitlines()
+    assert "looks like none" not in red and grey.endswith("looks like none of the classes")
+    assert run([*argv, "--json"]) == 0
+    found = [json.loads(line)["none_of_the_classes"] for line in capsys.readouterr().out.splitlines()]
+    assert found == [False, True]
 
 
 def test_table_is_aligned(folder, capsys):
