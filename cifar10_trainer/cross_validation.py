@@ -70,8 +70,7 @@ def cross_validate(
     Raises:
         as `train_and_evaluate`.
     """
-    log = print if runtime.verbosity(verbose) else (lambda *_: None)
-    since = machine.monotonic(since)
+    log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
     workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
     _check_not_finished(workdir, overwrite)
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
@@ -80,8 +79,8 @@ def cross_validate(
     data = _without_test_images(dataset or _load(config, data_dir, folder_options, log), folds)
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
-    more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "overwrite": overwrite, "verbose": verbose}
-    more["save_seconds"] = save_seconds
+    more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
+    more |= {"overwrite": overwrite, "verbose": verbose}
     runs = []
     with runtime.Signals() as signals:
         for i in range(folds):

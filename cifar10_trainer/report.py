@@ -81,8 +81,7 @@ def write_report(
             test images, and the report says so; empty where it has neither, and the report leaves the scores out.
     """
     folder.check_there()
-    names = dataset.class_names
-    train_images, train_labels = dataset.train_images, dataset.train_labels
+    names, train_images, train_labels = dataset.class_names, dataset.train_images, dataset.train_labels
     val_images, val_labels = dataset.validation or (train_images[:0], train_labels[:0])
 
     # ---- the parts that every run has

@@ -8,13 +8,14 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from . import cluster, machine, process
+from .config import Config
 from .errors import ConfigError, RunError
 
 SAME_REQUEST_SECONDS = 1.0  # between two signals that mean one request to stop
@@ -154,6 +155,34 @@ def choose_precision(requested: str) -> tuple[str, str]:
     if native:
         return "mixed_bfloat16", f"the processor has {', '.join(sorted(native))}"
     return "float32", "the processor has no native bfloat16"
+
+
+def choose_devices(
+    config: Config, cluster_timeout: float, log: Callable[[str], None], flags: Mapping[str, bool]
+) -> tuple[cluster.Team | None, tf.distribute.Strategy, str]:
+    """The workers of the cluster, who agree on config and `flags` here; the strategy, and the precision's policy."""
+    policy, why = choose_precision(config.precision)
+    team = cluster.join_workers(config.strategy, cluster_timeout, log)
+    if team is not None:
+        gpus = len(tf.config.get_visible_devices("GPU"))
+        team.agree(config=config.to_dict(), precision=policy, GPUs=gpus, **flags)
+    strategy, reason = choose_strategy(config.strategy)
+    log(f"strategy: {reason}")
+    log(f"precision: {policy}: {why}")
+    return team, strategy, policy
+
+
+def at_work(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager[None]:
+    """While inside, a lost worker of the cluster ends this process. See `cluster.Team.at_work`."""
+    team = cluster.team()
+    if team is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return contextlib.nullcontext()
+    return team.at_work()
+
+
+def reporting_errors(team: cluster.Team | None) -> contextlib.AbstractContextManager[None]:
+    """While inside, an error of this process is the last thing that the other workers hear. None: nobody does."""
+    return contextlib.nullcontext() if team is None else team.reporting_errors()
 
 
 def describe() -> dict[str, str]:

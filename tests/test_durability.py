@@ -16,7 +16,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cifar10_trainer import cross_validate, datasets, loop, machine, process, run_folder, runtime, training
+from cifar10_trainer import (
+    cross_validate,
+    datasets,
+    loop,
+    machine,
+    process,
+    run_folder,
+    runtime,
+    summary,
+    training,
+)
 from cifar10_trainer.config import Optimizer
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
@@ -282,7 +292,7 @@ def line_about_chance(labels, accuracy, training_accuracy=0.9):
     none = (images[:0], labels[:0])
     data = datasets.Dataset("digits", images, labels, *none, tuple("abcdefghij"), "here")
     data = training.dataclasses.replace(data, validation=none if accuracy is None else (images, labels))
-    training._warn_at_chance(lines.append, [{"accuracy": training_accuracy}], data, accuracy)
+    summary.warn_at_chance(lines.append, [{"accuracy": training_accuracy}], data, accuracy)
     return lines
 
 

@@ -16,6 +16,8 @@ LAYERS = [
     "evaluate",
     "cross_validation",
     "training",
+    "preparation",
+    "summary",
     "loop",
     "hooks",
     "engine",

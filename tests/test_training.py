@@ -21,7 +21,7 @@ import tensorflow as tf
 from PIL import Image
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, datasets, evaluate, loop, predict, runtime, training
+from cifar10_trainer import cli, datasets, evaluate, loop, predict, runtime, summary, training
 from cifar10_trainer.config import Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
@@ -186,7 +186,7 @@ def test_the_summary_has_no_gaps(changes, expected):
     metrics |= {"views": 1, "test_accuracy": 0.4, "test_accuracy_views": 0.45, "n_test": 10, "target": 0.85}
     metrics |= {"seconds_to_target": None, "epoch_at_target": None}
     lines = []
-    training._summarize(lines.append, {**metrics, **changes}, RunFolder("there"))
+    summary.summarize(lines.append, {**metrics, **changes}, RunFolder("there"))
     text = "\n".join(lines)
     for part in expected:
         assert f"{part}\n" in text, text

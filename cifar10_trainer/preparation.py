@@ -1,0 +1,185 @@
+"""What a run needs before its first step: images, the engine, and what its folder records of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from . import adaptation, cluster, datasets, runtime, summary
+from .config import Config
+from .datasets import Dataset
+from .engine import Engine, make_engine
+from .errors import ConfigError
+from .machine import check_fits
+from .model_file import ModelInfo
+from .models import own
+from .run_folder import RunFolder
+
+Log = Callable[[str], None]
+
+
+def check_sources(data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ...]) -> None:
+    """Raises ConfigError where the arguments name several sources of images, or parts of none."""
+    names = [
+        name
+        for name, value in (("data", data), ("dataset", dataset), ("data_dir", data_dir))
+        if value is not None
+    ]
+    if "data" in names and len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} are set; allowed: one of them")
+    if data is None and any(value is not None for value in beside):
+        raise ConfigError(
+            "validation_data, test_data or class_names is set without data; allowed: beside data=(images, labels)"
+        )
+
+
+def load(
+    config: Config,
+    data_dir: str | None,
+    resumed: RunFolder | None,
+    options: Mapping[str, Any] | None,
+    log: Log,
+) -> Dataset:
+    """The data set of the config. resumed: the folder of the run that goes on, with the files that it began with."""
+    own: dict[str, Any] = {"log": log, **(options or {})}
+    if config.dataset == "folder":
+        own |= {"files": resumed and resumed.read_split(), "copies": datasets.TRAINING_COPIES}
+    return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
+
+
+def adapt(config: Config, data: Dataset, strategy: tf.distribute.Strategy, log: Log) -> Config:
+    """The config with what `config.adapt` names chosen for the data set."""
+    if not config.adapt:
+        return config
+    n = len(data.train_labels)
+    chosen = adaptation.adapt(config, n, data.validation is not None, strategy.num_replicas_in_sync)
+    text = adaptation.in_words(config, chosen, n)
+    if text:
+        log(text)
+    return chosen
+
+
+def _split_files(config: Config, data: Dataset) -> Mapping[str, tuple[str, ...]] | None:
+    """The files of a folder in the parts in which the run uses them; of other data None."""
+    if data.files is None or data.validation is not None:
+        return data.files
+    numbers = dataclasses.replace(data, train_images=np.arange(len(data.train_labels)))
+    train, _, held_out, _ = _split(config, numbers)
+    files = data.files["train"]
+    return {
+        **data.files,
+        "train": tuple(files[i] for i in train),
+        "validation": tuple(files[i] for i in held_out),
+    }
+
+
+def _split(config: Config, data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`datasets.split` as the config asks for it."""
+    kind, fraction = config.validation_split, config.validation_fraction
+    return datasets.split(data, fraction, kind, config.seed, config.validation_fold)
+
+
+def prepare(
+    config: Config,
+    data: Dataset,
+    model: keras.Model | None,
+    strategy: tf.distribute.Strategy,
+    policy: str,
+    log: Log,
+) -> tuple[Engine, Dataset, tuple[np.ndarray, np.ndarray]]:
+    """The engine at the start of a run, the data set as the run splits it, and its validation images and labels.
+
+    The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
+    set, memory holds them once.
+    """
+    size = datasets.TRAINING_COPIES * data.train_images.nbytes
+    check_fits(size, f"training on {len(data.train_images):,} images of {data.source}")
+    images, labels, *held_out = _split(config, data)
+    validation = (held_out[0], held_out[1])
+    if not len(validation[1]) and (config.early_stopping is not None or config.schedule.name == "plateau"):
+        raise ConfigError(
+            "there are no validation images, but early stopping and the plateau schedule watch val_loss; allowed:"
+            " validation data, or neither of them"
+        )
+    runtime.check_batch(config.batch_size, len(images), strategy.num_replicas_in_sync)
+    log(
+        f"data: {data.name} from {data.source}: {len(images):,} images to train on, "
+        f"{len(validation[0]):,} to validate, {len(data.test_images):,} to test"
+    )
+    with runtime.at_work(strategy):
+        engine = make_engine(
+            config,
+            images,
+            labels,
+            num_classes=data.num_classes,
+            strategy=strategy,
+            policy=policy,
+            model=model,
+        )
+    engine.model.info = ModelInfo(tuple(data.class_names), config.resize)
+    log(
+        f"model: {config.recipe if model is None else model.name}, {engine.model.count_params():,} parameters; "
+        f"{engine.steps:,} steps of {config.batch_size}"
+    )
+    if engine.compiled:
+        programs = max(1, len(set(engine.sizes)))
+        log(f"XLA compiles {programs} program(s) on the way, which takes about half a minute each")
+    del images
+    files = _split_files(config, data)
+    data = dataclasses.replace(
+        data, train_images=engine.images, train_labels=labels, validation=validation, files=files
+    )
+    summary.warn_of_few(data, log)
+    return engine, data, validation
+
+
+def agree_on_data(
+    team: cluster.Team | None,
+    data: Dataset,
+    fingerprint: str,
+    model: keras.Model | None,
+    saved: Mapping[str, np.ndarray] | None,
+) -> None:
+    """Compares with the other workers what the number of steps and the results follow from, beside the config."""
+    if team is None:
+        return
+    common: dict[str, Any] = {
+        "data": f"{len(data.train_labels):,} training images, fingerprint {fingerprint}"
+    }
+    if isinstance(model, keras.Model):
+        weights = hashlib.sha256(b"".join(np.ascontiguousarray(w).tobytes() for w in model.get_weights()))
+        common["model"] = own.digest(model)
+        common["initial weights of the model"] = weights.hexdigest()[:8]
+    resumed = None if saved is None or "engine" not in saved else int(saved["engine"][0])
+    team.agree(**common, **{"step to resume from, in the workdir": resumed})
+
+
+def describe_run(
+    config: Config,
+    data: Dataset,
+    data_dir: str | None,
+    engine: Engine,
+    fingerprint: str,
+    own_model: str | None,
+) -> dict[str, Any]:
+    """What config.json holds: the config, and what the run found (`config.RECORDED`). own_model: its digest."""
+    return {
+        **config.to_dict(),
+        "class_names": list(data.class_names),
+        "data_dir": data_dir and str(Path(data_dir).expanduser().absolute()),
+        "data_source": data.source,
+        "fingerprint": fingerprint,
+        "parameters": engine.model.count_params(),
+        **({} if own_model is None else {"own_model": own_model}),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "environment": runtime.describe(),
+    }

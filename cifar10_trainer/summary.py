@@ -1,0 +1,86 @@
+"""What a run prints about its data and its results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import measures, report
+from .datasets import Dataset
+from .run_folder import RunFolder
+
+Log = Callable[[str], None]
+FEW_IMAGES = 10  # of a class to train on, below which a run warns
+
+
+def warn_of_few(data: Dataset, log: Log) -> None:
+    """Warns of classes with few images, or without validation images."""
+    assert data.validation is not None  # `_prepare` set it
+    names, classes = data.class_names, range(data.num_classes)
+    training, held_out = (
+        np.bincount(labels, minlength=data.num_classes) for labels in (data.train_labels, data.validation[1])
+    )
+    few = [f"{names[k]} ({training[k]})" for k in classes if training[k] < FEW_IMAGES]
+    none = [names[k] for k in classes if len(data.validation[1]) and not held_out[k]]
+    for what, found in (("few images to train on", few), ("no validation image", none)):
+        if found:
+            more = f" and {len(found) - 10} more classes" if len(found) > 10 else ""
+            log(f"warning: {what} of {', '.join(found[:10])}{more}")
+
+
+def summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
+    best = metrics["best_val_accuracy"]
+    validation = "no images held out"
+    if best is not None:
+        interval = measures.interval_in_words(best, metrics["n_validation"])
+        validation = ", ".join(filter(None, (f"{best:.2%} (epoch {metrics['best_epoch']})", interval)))
+    log(f"\n{metrics['recipe']}, {metrics['epochs']} epochs, {metrics['train_seconds']:,.1f} s")
+    log(f"  validation accuracy  {validation}")
+    log(f"  test accuracy        {_test_in_words(metrics)}")
+    if metrics["test_balanced_accuracy"] is not None and metrics["dataset"] not in report.BALANCED:
+        recall = metrics["test_smallest_class_recall"]
+        log(
+            f"  balanced accuracy    {metrics['test_balanced_accuracy']:.2%}, smallest class's recall {recall:.2%}"
+        )
+    goal, at = f"{metrics['target']:.2%}", metrics["seconds_to_target"]
+    reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
+    log(f"  target {goal:<13} {reached}")
+    files = ", ".join(
+        f.name for f in (folder.report_file, folder.model_file, folder.metrics_file) if f.exists()
+    )
+    log(f"  files                {folder}/  ({files})")
+
+
+def warn_at_chance(
+    log: Log, history: Sequence[Mapping[str, Any]], data: Dataset, best_val_accuracy: float | None
+) -> None:
+    """Logs a line where the accuracy is no better than that of always guessing the largest class.
+
+    It is better where it exceeds the share of that class by more than 2.33 standard deviations of a share of so many
+    images (a one-sided test at 1%). The accuracy is the best validation accuracy, or the last training accuracy.
+    """
+    labels = data.train_labels if data.validation is None else data.validation[1]
+    accuracy, images = best_val_accuracy, "validation images"
+    if accuracy is None:
+        labels, accuracy, images = data.train_labels, history[-1]["accuracy"], "training images"
+    share = float(np.bincount(labels).max()) / len(labels)
+    if accuracy <= share + 2.33 * math.sqrt(share * (1 - share) / len(labels)):
+        log(
+            f"  at chance level      {accuracy:.2%} of the {len(labels):,} {images}; to guess the largest class gives"
+            f" {share:.2%}: the network has learned nothing that these images show; try a smaller --learning_rate"
+        )
+
+
+def _test_in_words(metrics: dict[str, Any]) -> str:
+    """The test accuracy for people, or why there is none."""
+    if metrics["test_accuracy"] is None:
+        return "not scored" if metrics["n_test"] else "no test images"
+    text = f"{metrics['test_accuracy']:.2%}"
+    interval = measures.interval_in_words(metrics["test_accuracy"], metrics["n_test"])
+    text += f", {interval}" if interval else ""
+    if metrics["views"] > 1:
+        text += f", {metrics['test_accuracy_views']:.2%} with TTA of {metrics['views']} views"
+    return text
