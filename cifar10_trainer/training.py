@@ -85,14 +85,13 @@ def train_and_evaluate(
         config: what to do.
         workdir: the run folder; None: runs/<recipe>-<time>.
         data: images to train on: (images uint8 [n, height, width, 3], labels), a `Dataset`, or a finite `tf.data.Dataset`;
-            see `datasets.from_arrays`. None: the data set that the config names.
+            see `datasets.from_arrays`. None: the data set that the config names. Version 1.0.0 called it `dataset`.
         validation_data, test_data: the same, beside arrays. Without validation data the config's share of the training
             images is held out; without test data there is no test score.
         class_names: of the arrays, one for each class; None: numbers.
         model: your own functional Keras classifier of raw pixels, to be trained instead of the config's model. At the end it
             holds the kept weights.
         data_dir: where the images of the config's data set are; see `datasets.load`.
-        dataset: as `data`, the name in version 1.0.0.
         overwrite: whether an earlier run in `workdir` may be replaced.
         callbacks: further Keras callbacks, one or several. Their `model` shares the plain model's layers, with the weights of now.
         verbose: 0: nothing is printed; 1: messages and a progress bar; 2: messages and one line per epoch; "auto": 1 on a
@@ -112,15 +111,14 @@ def train_and_evaluate(
         ConfigError: for a wrong argument.
         RunError: for what failed, and for an interrupted run.
     """
-    since = machine.monotonic(since)
-    verbose = runtime.verbosity(verbose)
+    since, verbose = machine.monotonic(since), runtime.verbosity(verbose)
     log = _log_of(verbose)
     callbacks = check_callbacks(callbacks, config)
     preparation.check_sources(data, dataset, data_dir, (validation_data, test_data, class_names))
     _check_save_seconds(save_seconds)
+    models.check_options(config.architecture, config.options)
 
     # ---- strategy, precision, folder
-    models.check_options(config.architecture, config.options)
     flags = {"overwrite": overwrite, "allow_replica_change": allow_replica_change}
     team, strategy, policy = runtime.choose_devices(config, cluster_timeout, log, flags)
     chief = runtime.is_chief(strategy)
@@ -131,7 +129,7 @@ def train_and_evaluate(
     with alone, runtime.reporting_errors(team), locked, interruptible as training_is_over:
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         # ---- data and model
-        given = data if data is not None else dataset
+        given = dataset if data is None else data
         if given is None:
             given = preparation.load(config, data_dir, folder if saved else None, folder_options, log)
         found = datasets.as_dataset(given, validation_data, test_data, class_names)
@@ -156,8 +154,7 @@ def train_and_evaluate(
             folder.write_split(datasets.file_rows(found))
 
         # ---- train
-        _train(loop, validation, folder)
-        training_is_over()
+        _train(loop, validation, folder, training_is_over)
         trained = loop.metrics()
         log("trained: {epochs} epochs in {train_seconds:,.1f} s; kept epoch {best_epoch}".format(**trained))
 
@@ -169,8 +166,8 @@ def train_and_evaluate(
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief:
             if full_report:
-                pages = {"config": record, "metrics": metrics, "history": loop.history, "dataset": found}
-                report.write_report(folder, test_probabilities=probabilities, **pages)
+                run: dict[str, Any] = {"config": record, "metrics": metrics, "history": loop.history}
+                report.write_report(folder, dataset=found, test_probabilities=probabilities, **run)
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
     summary.summarize(log, metrics, folder)
     summary.warn_at_chance(log, loop.history, found, metrics["best_val_accuracy"])
@@ -211,11 +208,17 @@ def _interruptible(folder: RunFolder, overwrite: bool) -> Iterator[Callable[[], 
         ) from error
 
 
-def _train(loop: TrainingLoop, validation: tuple[np.ndarray, np.ndarray], folder: RunFolder) -> None:
-    """Runs the loop. Turns TensorFlow's errors into RunErrors of one line."""
+def _train(
+    loop: TrainingLoop,
+    validation: tuple[np.ndarray, np.ndarray],
+    folder: RunFolder,
+    is_over: Callable[[], None],
+) -> None:
+    """Runs the loop, and calls `is_over`. Turns TensorFlow's errors into RunErrors of one line."""
     try:
         with runtime.Signals() as signals, runtime.at_work(loop.engine.strategy):
             loop.run(validation, signals)
+            is_over()
     except (*runtime.LOST_WORKER, *runtime.MAYBE_LOST_WORKER) as error:
         raise runtime.lost_worker(error) from error
     except tf.errors.ResourceExhaustedError as error:
