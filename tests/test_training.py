@@ -173,6 +173,7 @@ def test_other_words_for_verbose(tmp_path, digits, verbose):
     ("changes", "expected"),
     [
         ({}, ["validation accuracy  50.00% (epoch 2)", "test accuracy        40.00%"]),
+        ({}, ["balanced accuracy    30.00%, smallest class's recall 10.00%"]),
         ({"views": 6}, ["test accuracy        40.00%, 45.00% with TTA of 6 views"]),
         ({"test_accuracy": None}, ["test accuracy        not scored"]),
         ({"test_accuracy": None, "views": 6}, ["test accuracy        not scored"]),
@@ -183,7 +184,13 @@ def test_other_words_for_verbose(tmp_path, digits, verbose):
 )
 def test_the_summary_has_no_gaps(changes, expected):
     metrics = {"recipe": "r", "epochs": 2, "train_seconds": 1.0, "best_val_accuracy": 0.5, "best_epoch": 2}
-    metrics |= {"views": 1, "test_accuracy": 0.4, "test_accuracy_views": 0.45, "n_test": 10, "target": 0.85}
+    metrics |= {"views": 1, "test_accuracy": 0.4, "test_accuracy_views": 0.45, "n_test": 1000, "target": 0.85}
+    metrics |= {
+        "dataset": "folder",
+        "n_validation": 1000,
+        "test_balanced_accuracy": 0.3,
+        "test_smallest_class_recall": 0.1,
+    }
     metrics |= {"seconds_to_target": None, "epoch_at_target": None}
     lines = []
     summary.summarize(lines.append, {**metrics, **changes}, RunFolder("there"))
@@ -191,6 +198,11 @@ def test_the_summary_has_no_gaps(changes, expected):
     for part in expected:
         assert f"{part}\n" in text, text
     assert "-" not in text.replace("not reached", "")
+
+    few = {**metrics, "n_validation": 10, "n_test": 10, "test_accuracy": 0.5}  # Wilson's interval of 5 in 10
+    training._summarize(lines.append, few, RunFolder("there"))
+    for what in ("validation accuracy  50.00% (epoch 2)", "test accuracy        50.00%"):
+        assert f"{what}, 95% interval 23.7-76.3%\n" in "\n".join(lines)
 
 
 # --- a whole run ----------------------------------------------------------------------------------------
