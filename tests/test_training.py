@@ -809,7 +809,11 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
     said = capsys.readouterr()
     assert "epoch 12/12" in said.out and str(workdir) in said.out
     metrics = json.loads((workdir / "metrics.json").read_text())
-    assert (metrics["n_train"], metrics["n_validation"], metrics["n_test"]) == (54, 6, 12)
+    assert (metrics["n_train"], metrics["n_validation"], metrics["n_test"]) == (
+        48,
+        12,
+        12,
+    )  # a fifth, of so few
     assert metrics["test_accuracy"] > 0.6  # colours are easy
     assert "blueberry" in (workdir / "classification_report.txt").read_text()
     assert "tomato" in (workdir / "report.html").read_text()
