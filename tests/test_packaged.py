@@ -214,9 +214,9 @@ def make_folder(root, counts):
 def test_images_per_class_is_a_mean_over_the_classes(tmp_path):
     make_folder(tmp_path / "a" / "train", {"x": 3, "y": 5})
     make_folder(tmp_path / "a" / "test", {"x": 100})
-    make_folder(tmp_path / "b", {"x": 3, "y": 4})
+    make_folder(tmp_path / "b", {"x": 5, "y": 10})  # a fifth of them are test images
     assert datasets.images_per_class(tmp_path / "a") == 4
-    assert datasets.images_per_class(str(tmp_path / "b")) == 3.5
+    assert datasets.images_per_class(str(tmp_path / "b")) == 6
     (tmp_path / "c").mkdir()
     for nothing in (None, "", tmp_path / "c", tmp_path / "none"):
         assert datasets.images_per_class(nothing) is None
@@ -224,7 +224,7 @@ def test_images_per_class_is_a_mean_over_the_classes(tmp_path):
 
 def test_the_command_chooses_and_prints_why(tmp_path):
     make_folder(tmp_path / "few", {"x": 3, "y": 5})
-    make_folder(tmp_path / "many", {"x": 1100, "y": 1000})
+    make_folder(tmp_path / "many", {"x": 1400, "y": 1300})
     said = []
     for folder, more, recipe, lines in (
         ("few", [], "transfer.cifar", 1),

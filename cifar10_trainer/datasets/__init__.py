@@ -14,9 +14,9 @@ from . import cifar10, digits, folder
 from .arrays import as_dataset, from_arrays
 from .base import TRAINING_COPIES, Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
+from .folder import images_per_class
 from .folder import rows as file_rows
 from .images import read_image
-from .per_class import images_per_class
 
 __all__ = [
     "CIFAR10_CLASSES",

@@ -164,6 +164,22 @@ def _existing(data_dir: str | os.PathLike[str] | None) -> Path:
     return root
 
 
+def images_per_class(data_dir: str | os.PathLike[str] | None) -> float | None:
+    """Counts the training pictures of a folder, without reading them.
+
+    Args:
+        data_dir: the folder, as `load_folder` takes it.
+
+    Returns:
+        the mean number of pictures of a class; None where the folder cannot be used: `load_folder` raises why.
+    """
+    try:
+        found = _find(_existing(data_dir), None)
+    except (ConfigError, RunError):
+        return None
+    return len(found.pairs("train")["train"]) / len(found.files["train"])
+
+
 # ---- what is in the folder
 
 
