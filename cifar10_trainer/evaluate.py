@@ -23,7 +23,7 @@ from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError, cut, shown
 from .keras_state import keras_defaults
-from .model_file import check_model_file, load_model
+from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder
 from .scoring import predict_probabilities, score
 
@@ -171,7 +171,9 @@ def default_split(dataset: datasets.Dataset, settings: dict[str, Any]) -> str:
     return "validation"
 
 
-def load_images(name: str, data_dir: str | None, size: int, settings: dict[str, Any]) -> datasets.Dataset:
+def load_images(
+    name: str, data_dir: str | None, size: int, resize: str, settings: dict[str, Any]
+) -> datasets.Dataset:
     """The data set to score. A folder is read as the run read it: its files, in the parts that the run used them for.
 
     Files that came into the folder since then are in no part. Where --data_dir names another folder, which lacks files of
@@ -180,11 +182,11 @@ def load_images(name: str, data_dir: str | None, size: int, settings: dict[str, 
     Args:
         name, data_dir: of the data set.
         size: the side of the model's images.
+        resize: how the pictures of a folder get it.
         settings: of the run; empty: none.
     """
     if name != "folder":  # the others have one size
         return datasets.load(name, data_dir)
-    resize = FLAGS.resize or settings.get("resize", "squash")
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
     if rows and FLAGS.data_dir and not all((Path(FLAGS.data_dir) / file).exists() for file, *_ in rows):
         rows = None
@@ -253,10 +255,13 @@ def main(argv: list[str]) -> None:
     # ---- the model and images that fit it
     cli.import_tensorflow()
     model = load_model(path)
-    dataset = load_images(name, data_dir, model.input_shape[1], settings)
+    info = info_of(model)
+    resize = FLAGS.resize or (info.resize if info.class_names else settings.get("resize", "squash"))
+    dataset = load_images(name, data_dir, model.input_shape[1], resize, settings)
     check_fit(model, dataset)
-    trained_on = settings.get("class_names")
-    if trained_on is not None and list(dataset.class_names) != list(trained_on):
+    trained_on = list(settings.get("class_names") or info.class_names or dataset.class_names)
+    only_numbers = trained_on == [str(k) for k in range(len(trained_on))]  # arrays without names of classes
+    if not only_numbers and list(dataset.class_names) != trained_on:
         raise ConfigError(
             f"data set {name!r} has classes {cut(', '.join(dataset.class_names))}, but the model was trained on"
             f" {cut(', '.join(map(str, trained_on)))}; allowed: the data set it was trained on (--dataset, --data_dir)"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cifar10_trainer import cli, datasets, evaluate
 from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.model_file import ModelInfo, write_model
 
 SIZE, CLASSES = 5, 3
 
@@ -465,3 +466,17 @@ print([m for m in ("tensorflow", "keras", "matplotlib", "sklearn") if m in sys.m
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--workdir" in done.stdout and "--class_names" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_model_file_alone_refuses_images_of_other_classes(run_folder, tmp_path, capsys):
+    model = colour_model()
+    for names, expected in ((tuple(COLOURS), 0), (("cat", "dog", "emu"), 2), (("0", "1", "2"), 0)):
+        model.info = ModelInfo(names)
+        write_model(model, tmp_path / "copy.keras")
+        argv = [
+            f"--model={tmp_path / 'copy.keras'}",
+            "--dataset=folder",
+            f"--data_dir={run_folder.parent / 'data'}",
+        ]
+        assert run(argv) == expected
+        assert ("trained on cat, dog, emu" in capsys.readouterr().err) == (expected == 2)
