@@ -7,13 +7,6 @@ import os
 import pytest
 
 from cifar10_trainer import figures, machine
-from cifar10_trainer.model_file import PACKAGED
-
-
-def needs_packaged_network() -> None:
-    """Skips a test where the network in the package has not been made yet."""
-    if not PACKAGED.exists():
-        pytest.skip("no network in the package yet: python scripts/packaged_model.py makes it")
 
 
 @pytest.fixture(scope="session")

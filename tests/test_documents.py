@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import needs_packaged_network
 from PIL import Image
 
 from cifar10_trainer import __main__ as trainer
@@ -94,7 +93,6 @@ def digits(folder: Path) -> None:
 
 
 def pictures(folder: Path) -> None:
-    needs_packaged_network()
     for name, colour in (("apple", (200, 30, 30)), ("lemon", (230, 220, 40))):
         (folder / "pictures" / "train" / name).mkdir(parents=True)
         for i in range(60):

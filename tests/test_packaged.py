@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import packaged_model
 import pytest
-from conftest import needs_packaged_network
 from drawn import pictures
 from PIL import Image
 
@@ -31,13 +30,11 @@ RECIPE = RECIPES["transfer.cifar"]
 
 @pytest.fixture(scope="module")
 def packaged():
-    needs_packaged_network()
     return load_model()
 
 
 @pytest.fixture(scope="module")
 def record():
-    needs_packaged_network()
     return json.loads(photos.PACKAGED.read_text())
 
 
