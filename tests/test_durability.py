@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -387,12 +388,17 @@ def test_nohup_stays_in_force(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+@contextlib.contextmanager
 def begin(workdir, *flags, **options):
-    """A training process, when it has written its first state."""
+    """A training process, which ends with the block."""
     words = [sys.executable, "-m", "cifar10_trainer", *LONG, "--save_seconds=0.1", f"--workdir={workdir}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([*words, *flags], text=True, env=environment, **options)
+    with subprocess.Popen([*words, *flags], text=True, env=environment, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def until(condition, process, seconds=300):
