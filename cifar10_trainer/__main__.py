@@ -95,6 +95,8 @@ _define(
     flags.DEFINE_float,
     "max_bad",
     "the share of a folder's images, 0-1, that may be left out because they cannot be read; default: 0.05",
+    lower_bound=0,
+    upper_bound=1,
 )
 _define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
 _define(
@@ -156,6 +158,8 @@ _define(
     flags.DEFINE_float,
     "save_seconds",
     "the most seconds of training that a killed process or a power failure loses; default: 60",
+    lower_bound=0,
+    upper_bound=86_400,
 )
 _define(flags.DEFINE_boolean, "quiet", "print nothing but errors", False)
 _define(flags.DEFINE_boolean, "verbose", "show the progress bar in a file or a pipe, too", False)

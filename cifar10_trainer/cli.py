@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import select
@@ -163,9 +164,11 @@ def _run(
 
 
 def _check_texts(flag_values: flags.FlagValues) -> None:
-    """Raises ConfigError on a flag without a value, as from an unset variable of the shell, and on what is not UTF-8."""
+    """Raises ConfigError on a flag without a value, as from an unset variable of the shell, on what is not UTF-8, and on nan."""
     for name in flag_values:
         value = flag_values[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name} is {value}; allowed: a finite number")
         if value == "":
             raise ConfigError(f"--{name} is empty; allowed: a value; to use the default, leave the flag out")
         for text in value if isinstance(value, list) else [value]:

@@ -44,9 +44,9 @@ def one_line(info) -> str:
 
 def read_state(path):
     folder = RunFolder(path.parent)
-    folder.write_config(TINY.to_dict())
+    folder.write_config(TINY.to_dict(), resumed=False)
     os.replace(path, folder.state_file)
-    folder.unfinished_state(TINY)
+    folder.unfinished_state(TINY, print)
 
 
 def read_batches(path):
@@ -143,7 +143,7 @@ try:
     if what == "archive":
         datasets.load("cifar10", path)
     elif what == "state":
-        RunFolder(path).unfinished_state(Config(dataset="digits"))
+        RunFolder(path).unfinished_state(Config(dataset="digits"), print)
     else:
         from cifar10_trainer import cli, evaluate
         cli.import_tensorflow()
@@ -274,10 +274,10 @@ STATES = {
 def test_a_state_that_claims_more_than_it_holds(tmp_path, name):
     make, reason = STATES[name]
     folder = RunFolder(tmp_path)
-    folder.write_config(Config(dataset="digits").to_dict())
+    folder.write_config(Config(dataset="digits").to_dict(), resumed=False)
     folder.state_file.write_bytes(make())
     with pytest.raises(RunError, match=rf"state\.npz is damaged, or of other data \(.*({reason})") as info:
-        folder.unfinished_state(Config(dataset="digits"))
+        folder.unfinished_state(Config(dataset="digits"), print)
     one_line(info)
     if "zeros" in name:
         assert folder.state_file.stat().st_size < MB
@@ -301,13 +301,13 @@ def test_an_honest_archive_passes(tmp_path):
 
 def test_a_state_that_does_not_fit_into_memory(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
-    folder.write_config(TINY.to_dict())
-    folder.write_state({"a": np.zeros(MB)})
+    folder.write_config(TINY.to_dict(), resumed=False)
+    folder.write_state(TINY, {"a": np.zeros(MB)})
     monkeypatch.setattr(machine, "available_memory", lambda: MB)
     with pytest.raises(
         RunError, match=r"the state in .*state\.npz: needs 8 MB of memory, 1 MB are available"
     ):
-        folder.unfinished_state(TINY)
+        folder.unfinished_state(TINY, print)
 
 
 # --- models ----------------------------------------------------------------------------------------------
@@ -553,7 +553,7 @@ def test_json_that_is_none(text):
 def test_a_name_that_is_not_utf8(tmp_path, capsys):
     status, said = status_of(capsys, "--workdir=/tmp/\udcff", "--dataset=digits")
     assert status == 2 and "--workdir is '/tmp/\\udcff'; allowed: names in UTF-8" in said
-    RunFolder(tmp_path).write_config({"data_dir": "/tmp/\udcff"})
+    RunFolder(tmp_path).write_config({"data_dir": "/tmp/\udcff"}, resumed=False)
     assert json.loads((tmp_path / "config.json").read_text())["data_dir"] == "/tmp/\udcff"
 
 

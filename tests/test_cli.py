@@ -294,7 +294,9 @@ def test_the_digits_have_a_recipe_of_their_own():
 
 def test_every_recipe_and_choice_is_taken():
     for name in RECIPES:
-        assert config_of(f"--recipe={name}") == RECIPES[name]
+        found = config_of(f"--recipe={name}")
+        assert bool(found.adapt) == (found.dataset == "folder")
+        assert found.override(adapt=()) == RECIPES[name]
     for flag, values in (("dataset", DATASETS), ("strategy", STRATEGIES), ("precision", PRECISIONS)):
         for value in values:
             assert getattr(config_of(f"--{flag}={value}"), flag) == value

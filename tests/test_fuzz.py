@@ -199,11 +199,11 @@ def headers(draw):
 def test_states(tmp_path):
     folder = RunFolder(tmp_path)
     config = Config(dataset="digits")
-    folder.write_config(config.to_dict())
+    folder.write_config(config.to_dict(), resumed=False)
 
     def check(content):
         folder.state_file.write_bytes(content)
-        arrays = folder.unfinished_state(config)
+        arrays = folder.unfinished_state(config, print)
         assert all(isinstance(a, np.ndarray) for a in arrays.values())
 
     fuzz(BYTES | changed(small_state()) | headers(), check)
