@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 
 VALUE_LENGTH = 100  # characters of a value that an error shows
+PATH_LENGTH = 500  # of a word with a slash: a path, or a flag with one, that a user will copy
 MESSAGE_LENGTH = 1500  # characters of an error
 
 
@@ -30,11 +31,15 @@ def cut(text: str, length: int = VALUE_LENGTH) -> str:
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
+def _cut_word(word: re.Match[str]) -> str:
+    return cut(word[0], PATH_LENGTH if "/" in word[0] else VALUE_LENGTH)
+
+
 class _OneLine(Exception):
     """An error whose text is one line of printable characters, whatever was received: long words are cut, too."""
 
     def __init__(self, text: object = ""):
-        words = re.sub(r"\S{101,}", lambda word: cut(word[0]), re.sub(r"\s*\n\s*", " ", str(text)))
+        words = re.sub(r"\S{101,}", _cut_word, re.sub(r"\s*\n\s*", " ", str(text)))
         super().__init__(cut(words, MESSAGE_LENGTH))
 
 

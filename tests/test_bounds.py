@@ -469,6 +469,8 @@ def test_an_error_is_one_line_of_bounded_words():
     assert "\n" not in text and text.isprintable() and len(text) <= 1500
     assert text.startswith("cannot read /tmp/d/d") and "/x: no such" in text
     assert isinstance(ConfigError("a"), ValueError) and isinstance(RunError("a"), RuntimeError)
+    way_on = "--workdir=/" + "d/" * 150  # is to be copied
+    assert way_on in str(RunError(f"stopped; resume with {way_on}"))
 
 
 def status_of(capsys, *argv) -> tuple[int, str]:
