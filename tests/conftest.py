@@ -9,8 +9,9 @@ import pytest
 
 from cifar10_trainer import figures, machine
 
-# Under nohup the tests would ignore it, and so would the processes that they start.
+# Under nohup, or in the background of a shell, the tests would ignore these, and so would the processes that they start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
