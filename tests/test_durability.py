@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,6 @@ from cifar10_trainer import (
     run_folder,
     runtime,
     summary,
-    training,
 )
 from cifar10_trainer.config import Optimizer
 from cifar10_trainer.engine import Engine
@@ -292,7 +292,7 @@ def line_about_chance(labels, accuracy, training_accuracy=0.9):
     images = np.zeros((len(labels), 8, 8, 3), np.uint8)
     none = (images[:0], labels[:0])
     data = datasets.Dataset("digits", images, labels, *none, tuple("abcdefghij"), "here")
-    data = training.dataclasses.replace(data, validation=none if accuracy is None else (images, labels))
+    data = dataclasses.replace(data, validation=none if accuracy is None else (images, labels))
     summary.warn_at_chance(lines.append, [{"accuracy": training_accuracy}], data, accuracy)
     return lines
 

@@ -50,6 +50,9 @@ def test_the_file_is_small_and_is_the_one_of_the_record(packaged, record):
     assert record["file"]["weights_sha256"] == packaged_model.digest(packaged)
     assert record["test"]["n"] == 10_000 and record["test"]["accuracy"] >= 0.935
     assert not re.search(r"(^|[\s=])/", record["training"]["command"]), "a path of one machine"
+    assert f"({record['test']['accuracy']:.2%} test accuracy)" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_it_is_an_ordinary_model_that_knows_its_classes(packaged, record):
