@@ -23,9 +23,9 @@ def shown(value: object) -> str:
     return cut(text)
 
 
-def cut(text: str, length: int = VALUE_LENGTH) -> str:
-    """`text` in printable characters, and in at most `length` of them: what is left out is in the middle."""
-    half = (length - 3) // 2
+def cut(text: object, length: int = VALUE_LENGTH) -> str:
+    """The text in printable characters, and in at most `length` of them: what is left out is in the middle."""
+    text, half = str(text), (length - 3) // 2
     text = text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"

@@ -200,7 +200,7 @@ def test_the_summary_has_no_gaps(changes, expected):
     assert "-" not in text.replace("not reached", "")
 
     few = {**metrics, "n_validation": 10, "n_test": 10, "test_accuracy": 0.5}  # Wilson's interval of 5 in 10
-    training._summarize(lines.append, few, RunFolder("there"))
+    summary.summarize(lines.append, few, RunFolder("there"))
     for what in ("validation accuracy  50.00% (epoch 2)", "test accuracy        50.00%"):
         assert f"{what}, 95% interval 23.7-76.3%\n" in "\n".join(lines)
 
@@ -547,8 +547,12 @@ def test_two_runs_do_not_share_a_folder(tmp_path, digits):
     seen = []
 
     def second():
-        with pytest.raises(RunError, match=r"another run is at work in .*; wait for its end, .*--workdir"):
-            train_quietly(TINY.override(epochs=1), tmp_path, digits, overwrite=True)
+        # As another process would; in this one, runs take turns.
+        with (
+            pytest.raises(RunError, match=r"another run is at work in .*; wait for its end, .*--workdir"),
+            RunFolder(tmp_path).lock(),
+        ):
+            pass
         seen.append({p.name for p in tmp_path.iterdir()})
 
     metrics = train_quietly(TINY.override(epochs=1), tmp_path, digits, callbacks=[At(2, second)])
@@ -853,6 +857,7 @@ def drawer(tmp_path):
 
 SMALL_RUN = [
     "--dataset=folder",
+    "--recipe=fast.default",
     "--image_size=16",
     "--set=options.filters=[4,4]",
     "--epochs=2",
