@@ -19,8 +19,8 @@ from .config import Augmentation, Averaging, Config, Optimizer, Origin, Schedule
 RECIPES: dict[str, Config] = {}
 DEFAULT_RECIPE = "fast.default"
 DEFAULT_FOR = {"digits": "fast.digits"}  # data sets with another default recipe
-# A folder's default recipe is transfer.cifar up to so many images a class and so many pixels a side; results/photos.json
-# holds the measurement.
+# A folder's default recipe is transfer.cifar up to so many images a class and so many pixels a side. Both are guesses;
+# scripts/measure_photos.py measures them.
 TRANSFER_IMAGES = 1000
 TRANSFER_SIDE = 64
 

@@ -198,3 +198,17 @@ def test_the_commands_by_hand_on_loopback(tmp_path):
         assert "strategy: 2 replica(s) on 2 worker(s)" in out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["strategy"], metrics["replicas"]) == ("multi_worker", 2)
+
+
+def test_the_numbers_of_the_guide_are_those_of_the_record():
+    root = Path(ROOT)
+    text = " ".join((root / "docs" / "scale_out.md").read_text(encoding="utf-8").split())
+    record = json.loads((root / "results" / "benchmark-zen4.json").read_text())["sections"]["scale_out"]
+    one, two, processes, _, gpus, hosts = [verdict["value"] for verdict in record["verdicts"]]
+    for words in (
+        f"`mirrored` on one device takes {one:.4g} times as long as no strategy",
+        f"two logical devices {two:.2g} times as long as one",
+        f"two processes {processes:.3g} times as long as one",
+        f"8 GPUs train {gpus:.3g} times as many images a second as one, and 4 hosts of 8 GPUs {hosts:.3g} times as many",
+    ):
+        assert words in text, words
