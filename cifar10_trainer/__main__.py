@@ -355,8 +355,8 @@ def main(argv: list[str]) -> None:
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
     if FLAGS.save_seconds is not None:
         where["save_seconds"] = FLAGS.save_seconds
-    if folder_options():
-        where["folder_options"] = folder_options()
+    if options := folder_options():
+        where["folder_options"] = options
     if FLAGS.folds is None:
         meet_workers(config)
         import_tensorflow()

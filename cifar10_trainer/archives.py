@@ -7,9 +7,11 @@ ValueErrors whose text is a reason, for the reader to put into a line of its own
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import zipfile
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +55,17 @@ def check_zip(path: str | os.PathLike[str]) -> int:
     except Exception as error:  # zipfile, zlib, bz2 and lzma raise errors of their own for damaged files
         raise ValueError(str(error) or type(error).__name__) from error
     return claimed
+
+
+@contextlib.contextmanager
+def rewriting(path: str | os.PathLike[str]) -> Iterator[dict[str, bytes]]:
+    """Gives the members of a zip archive by name, and writes them again, stored, as they are at the end of the block."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    yield members
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
 
 
 def check_npz(path: str | os.PathLike[str]) -> int:

@@ -30,6 +30,7 @@ from typing import Any, TypeGuard
 
 from . import __version__
 from .errors import ConfigError, RunError, RunInterrupted, reason_of
+from .files import parse_json
 
 TIMEOUT = 600.0  # seconds that workers wait for one another before the run gives up
 HEARTBEAT = 2.0  # seconds between two signs of life
@@ -93,8 +94,8 @@ def place_in_tf_config() -> Place | None:
         )
 
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        config = parse_json(text)
+    except ValueError as error:
         raise wrong("it is not JSON") from error
     if config == {}:
         return None
@@ -192,8 +193,8 @@ class _Connection:
             raise _Closed
         self.heard = time.monotonic()
         try:
-            messages = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as error:
+            messages = [parse_json(line) for line in lines]
+        except ValueError as error:
             raise _Closed from error
         if not all(isinstance(message, dict) for message in messages):
             raise _Closed

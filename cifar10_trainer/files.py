@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError, reason_of
+from .errors import FolderBusyError, RunError, reason_of
 
 KINDS = {  # what a user's path may be instead of a regular file
     stat.S_IFDIR: "a folder",
@@ -109,22 +109,6 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
                     missing_ok=True
                 )
-
-
-def identity(folder: Path) -> tuple[int, int]:
-    """What tells the folder from another one of the same name. Raises OSError where there is none."""
-    found = folder.stat()
-    return found.st_dev, found.st_ino
-
-
-def check_there(folder: Path, was: tuple[int, int] | None) -> None:
-    """Raises RunError where `folder` is no longer the one whose `identity` was `was`. None: any folder will do."""
-    with contextlib.suppress(OSError):
-        if was is None or identity(folder) == was:
-            return
-    raise RunError(
-        f"cannot write to {folder}: it was removed or replaced meanwhile; nothing more is written; begin again"
-    )
 
 
 def write_atomic(
@@ -245,3 +229,54 @@ def remove_files(folder: Path, marker: str, names: Iterable[str]) -> None:
 def cannot_write(folder: Path, error: OSError) -> RunError:
     """The one-line error for a folder that cannot be written to."""
     return RunError(f"cannot write to {folder}: {error.strerror}; choose another folder with --workdir")
+
+
+class LockedFolder:
+    """A folder in which one process at a time works, and which must stay where it is meanwhile. The base of runs and searches.
+
+    Args:
+        path: the folder. It need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._identity: tuple[int, int] | None = None  # of the folder that is locked
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @contextlib.contextmanager
+    def _locked(self, busy: str) -> Iterator[None]:
+        """Makes the folder, keeps others out of it, and tidies it. A folder that was made and left empty is removed again.
+
+        Raises FolderBusyError with the text `busy` where another process is in it, RunError where it cannot be written to.
+        """
+
+        def refuse() -> None:
+            raise FolderBusyError(busy)
+
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(folder_lock(self.path, refuse))
+                self._tidy()
+                self._identity = self._found()
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            yield
+
+    def _tidy(self) -> None:
+        """Removes the temporary files that killed processes left. Raises OSError."""
+
+    def _found(self) -> tuple[int, int]:
+        """What tells the folder from another one of the same name. Raises OSError where there is none."""
+        found = self.path.stat()
+        return found.st_dev, found.st_ino
+
+    def check_there(self) -> None:
+        """Raises RunError where the folder was removed or replaced since it was locked."""
+        with contextlib.suppress(OSError):
+            if self._identity is None or self._found() == self._identity:
+                return
+        raise RunError(
+            f"cannot write to {self}: it was removed or replaced meanwhile; nothing more is written; begin again"
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import random
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .files import parse_json
 
 BACKEND = "tensorflow"
 # Settings of the process: the names of the functions of `keras.config` that read and write each, and Keras's own default.
@@ -55,7 +55,7 @@ def check_backend() -> None:
     else:
         file = _keras_home() / "keras.json"
         try:
-            backend = json.loads(file.read_text(encoding="utf-8")).get("backend", BACKEND)
+            backend = parse_json(file.read_text(encoding="utf-8")).get("backend", BACKEND)
         except (OSError, ValueError, AttributeError):  # Keras then takes its defaults, or reports the error
             return
         source = f"in {file}"

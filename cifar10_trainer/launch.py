@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import IO
 
 from . import cluster
 from .errors import ConfigError, RunError
+from .process import passing_on
 
 PATIENCE = (
     20.0  # seconds in which the others end by themselves after one has failed; then again after SIGTERM
@@ -26,7 +27,7 @@ PATIENCE = (
 def run_local_workers(count: int, argv: Sequence[str]) -> None:
     """Runs `python -m cifar10_trainer` `count` times as one cluster on loopback, on the CPU, until all have ended.
 
-    The first worker's output is shown, and of the others their errors. SIGINT and SIGTERM are passed on. When one worker
+    The first worker's output is shown, and of the others their errors. Signals that stop it are passed on. When one worker
     fails, the others are ended.
 
     Args:
@@ -38,11 +39,11 @@ def run_local_workers(count: int, argv: Sequence[str]) -> None:
         RunError: any other error of it.
         KeyboardInterrupt: if it was interrupted before anything could be saved.
     """
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(count)]
+    addresses = free_addresses(count)
     errors: list[list[str]] = [[] for _ in range(count)]
     workers: list[subprocess.Popen] = []
     readers = []
-    with _passing_on(workers):
+    with passing_on(workers):
         try:
             for index in range(count):
                 workers.append(
@@ -81,13 +82,13 @@ def arguments_without(argv: Sequence[str], flag: str) -> list[str]:
     return kept
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports of this machine that nothing uses now."""
+def free_addresses(count: int) -> list[str]:
+    """HOST:PORT on loopback that nothing uses now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
 
 
 def _start(argv: Sequence[str], tf_config: str, first: bool) -> subprocess.Popen:
@@ -118,26 +119,6 @@ def _relay(source: IO[str], index: int, errors: list[str]) -> None:
                 errors.append(line.removeprefix("error: ").strip())
             elif line != "interrupted\n":
                 print(line if index == 0 else f"worker {index}: {line}", end="", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _passing_on(workers: list[subprocess.Popen]) -> Iterator[None]:
-    """Passes SIGINT and SIGTERM on to the workers."""
-
-    def pass_on(number: int, frame: Any) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
-
-    before: dict[signal.Signals, Any] = {}
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, pass_on)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(workers: Sequence[subprocess.Popen]) -> int | None:

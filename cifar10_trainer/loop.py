@@ -13,6 +13,7 @@ import numpy as np
 from . import runtime
 from .engine import Engine, RunningMetrics
 from .errors import ConfigError, RunError, interrupted
+from .files import parse_json
 from .hooks import Hooks
 from .run_folder import RunFolder
 
@@ -338,7 +339,7 @@ class TrainingLoop:
             RunError: on a damaged state.
         """
         try:
-            meta = json.loads(str(arrays["meta"]))
+            meta = parse_json(str(arrays["meta"]))
             now = self._environment()
             before = {"model": RECIPE_MODEL, **meta["environment"]}  # version 1.0.0 knew no other models
             data, before = meta["data"], {name: before[name] for name in now}

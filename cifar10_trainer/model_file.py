@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import archives
 from .errors import ConfigError, RunError
-from .files import regular_file
+from .files import parse_json, regular_file
 from .keras_state import keras_defaults
 from .machine import check_fits
 
@@ -206,11 +206,11 @@ def _read_values(path: Path) -> dict[str, Any] | None:
     """What a file holds under KEY; None where it holds nothing, as one that Keras alone has written."""
     if path.suffix.lower() == ".keras":
         with zipfile.ZipFile(path) as archive, archive.open("metadata.json") as file:
-            return json.loads(file.read(LONGEST)).get(KEY)
+            return parse_json(file.read(LONGEST)).get(KEY)
     import h5py
 
     with h5py.File(path) as file:
-        return json.loads(file.attrs[KEY]) if KEY in file.attrs else None
+        return parse_json(file.attrs[KEY]) if KEY in file.attrs else None
 
 
 # ---- writing
@@ -227,14 +227,10 @@ def write_model(model: keras.Model, path: Path) -> None:
     model.save(path)
     values = info_of(model).to_dict(model)
     if path.suffix.lower() == ".keras":
-        with zipfile.ZipFile(path) as archive:
-            members = {name: archive.read(name) for name in archive.namelist()}
-        metadata = {**json.loads(members["metadata.json"]), KEY: values}
-        members["metadata.json"] = json.dumps(metadata).encode()
-        members["config.json"] = json.dumps(portable(json.loads(members["config.json"]))).encode()
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in members.items():
-                archive.writestr(name, content)
+        with archives.rewriting(path) as members:
+            metadata = {**json.loads(members["metadata.json"]), KEY: values}
+            members["metadata.json"] = json.dumps(metadata).encode()
+            members["config.json"] = json.dumps(portable(json.loads(members["config.json"]))).encode()
         return
     import h5py
 

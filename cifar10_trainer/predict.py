@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from . import cli, datasets, evaluate
+from . import cli, datasets
 from .config import RESIZES
 from .datasets.folder import find_pictures
 from .datasets.images import SUFFIXES, open_formats, readable
 from .errors import ConfigError, RunError, reason_of
 from .keras_state import keras_defaults
 from .machine import cpu_count
-from .model_file import PACKAGED, check_model_file, info_of
+from .model_file import PACKAGED, check_model_file, info_of, load_model
 from .run_folder import RunFolder
+from .scoring import predict_probabilities
 
 if TYPE_CHECKING:
     import keras
@@ -156,7 +157,7 @@ def _label(
     """What `predict_images` returns, of pixels in the model's size."""
     results: list[dict[str, Any]] = []
     info = info_of(model)
-    for file, row in zip(files, evaluate.predict_probabilities(model, pixels), strict=True):
+    for file, row in zip(files, predict_probabilities(model, pixels), strict=True):
         ranked = [(names[c], float(f"{row[c]:.6g}")) for c in np.argsort(-row, kind="stable")]
         label, probability = ranked[0]
         results.append(
@@ -179,7 +180,7 @@ def label_files(
     """Labels the files that can be read, some at a time, so that memory does not grow with their number.
 
     Args:
-        model: as from `evaluate.load_model`.
+        model: as from `load_model`.
         paths: any number of image files.
         names: one for each output of the model.
         resize: see `predict_images`.
@@ -240,7 +241,7 @@ def main(argv: list[str]) -> None:
     file = RunFolder(folder).model_file if FLAGS.workdir or Path(folder).is_dir() else folder
     path, paths = check_model_file(file), find_images(argv)
     cli.import_tensorflow()
-    model = evaluate.load_model(path)
+    model = load_model(path)
     info = info_of(model)
     names = FLAGS.class_names or info.class_names or find_class_names(path, model.output_shape[-1])
     resize = FLAGS.resize or (info.resize if info.class_names else find_resize(path))

@@ -134,21 +134,32 @@ def call(words: Sequence[str], **options: Any) -> tuple[int, str]:
     Returns:
         (exit status, name of the first signal that was passed on; empty without one).
     """
+    children: list[subprocess.Popen] = []
+    with passing_on(children) as caught:
+        children.append(subprocess.Popen(words, start_new_session=True, **options))
+        for number in caught:  # they arrived before there was anything to pass them on to
+            children[0].send_signal(number)
+        status = children[0].wait()
+    return status, signal.Signals(caught[0]).name if caught else ""
+
+
+@contextlib.contextmanager
+def passing_on(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """Within it, the signals that stop this process go to `children` instead, which may come and go. Gives those caught."""
     caught: list[int] = []
-    process: subprocess.Popen | None = None
 
     def pass_on(number: int, frame: Any) -> None:
         caught.append(number)
-        if process is not None:
-            process.send_signal(number)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for number in stop_signals():
+            before[number] = signal.signal(number, pass_on)
     try:
-        process = subprocess.Popen(words, start_new_session=True, **options)
-        for number in caught:  # they arrived before there was anything to pass them on to
-            process.send_signal(number)
-        status = process.wait()
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return status, signal.Signals(caught[0]).name if caught else ""

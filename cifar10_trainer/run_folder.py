@@ -18,12 +18,11 @@ import numpy as np
 
 from .archives import check_npz
 from .config import Config
-from .errors import ConfigError, FolderBusyError, RunError, shown
+from .errors import ConfigError, RunError, shown
 from .files import (
+    LockedFolder,
     cannot_write,
-    check_there,
-    folder_lock,
-    identity,
+    parse_json,
     read_json,
     regular_file,
     remove_files,
@@ -58,7 +57,7 @@ HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lea
 SPLIT_COLUMNS = ("file", "class", "part")
 
 
-class RunFolder:
+class RunFolder(LockedFolder):
     """The folder of one run.
 
     A run writes config.json before it trains and metrics.json last of all. So a folder with config.json alone holds an
@@ -67,7 +66,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        super().__init__(path)
         self.config_file = self.path / "config.json"
         self.history_file = self.path / "history.csv"
         self.metrics_file = self.path / "metrics.json"
@@ -80,11 +79,7 @@ class RunFolder:
         self.report_file = self.path / "report.html"
         self.figures = self.path / "figures"
         self.tensorboard = self.path / "tensorboard"
-        self._identity: tuple[int, int] | None = None  # of the folder that is locked
         self._state_is_whole = False  # whether state.npz has been read back whole
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -94,28 +89,16 @@ class RunFolder:
 
         Raises FolderBusyError where another run is in it, RunError where it cannot be written to.
         """
-
-        def busy() -> None:
-            raise FolderBusyError(
-                f"another run is at work in {self}; wait for its end, or choose another folder with --workdir"
-            )
-
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(folder_lock(self.path, busy))
-                (self.path / ".writable").touch()
-                (self.path / ".writable").unlink(missing_ok=True)
-                remove_leftovers(self.path, RUN_FILES)
-                if self.figures.is_dir():
-                    remove_leftovers(self.figures, [path.name for path in self.figures.iterdir()])
-                self._identity = identity(self.path)
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
+        busy = f"another run is at work in {self}; wait for its end, or choose another folder with --workdir"
+        with self._locked(busy):
             yield
 
-    def check_there(self) -> None:
-        """Raises RunError where the folder was removed or replaced since `lock`."""
-        check_there(self.path, self._identity)
+    def _tidy(self) -> None:
+        (self.path / ".writable").touch()
+        (self.path / ".writable").unlink(missing_ok=True)
+        remove_leftovers(self.path, RUN_FILES)
+        if self.figures.is_dir():
+            remove_leftovers(self.figures, [path.name for path in self.figures.iterdir()])
 
     def remove_run(self) -> None:
         """Removes what an earlier run wrote, where config.json shows that there was one. Raises RunError."""
@@ -300,7 +283,7 @@ class RunFolder:
         if "config" not in arrays:  # version 1.0.0 wrote none; config.json is all that shows it
             return
         try:
-            there = Config.from_dict(json.loads(str(arrays.pop("config"))))
+            there = Config.from_dict(parse_json(str(arrays.pop("config"))))
         except (ValueError, TypeError) as error:
             raise self.damaged_state(error) from error
         if difference := _difference(there, config, any_strategy):

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from drawn import pictures
 
-from cifar10_trainer import RunError, cli, datasets
+from cifar10_trainer import RunError, archives, cli, datasets
 from cifar10_trainer.files import replacing, write_json
 from cifar10_trainer.model_file import PACKAGED, ModelInfo, load_model, write_model
 from cifar10_trainer.run_folder import RunFolder
@@ -73,24 +73,20 @@ def store_as_float16(path: Path) -> None:
     """Writes a .keras file again with the kernels as float16; any Keras reads them into its float32 variables."""
     import h5py
 
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    found = io.BytesIO()
-    with h5py.File(io.BytesIO(members["model.weights.h5"])) as source, h5py.File(found, "w") as target:
-        target.attrs.update(source.attrs)
+    with archives.rewriting(path) as members:
+        found = io.BytesIO()
+        with h5py.File(io.BytesIO(members["model.weights.h5"])) as source, h5py.File(found, "w") as target:
+            target.attrs.update(source.attrs)
 
-        def copy(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                target[name] = item[()].astype(np.float16) if item.ndim > 1 else item[()]
-            else:
-                target.require_group(name)
-            target[name].attrs.update(item.attrs)
+            def copy(name: str, item: Any) -> None:
+                if isinstance(item, h5py.Dataset):
+                    target[name] = item[()].astype(np.float16) if item.ndim > 1 else item[()]
+                else:
+                    target.require_group(name)
+                target[name].attrs.update(item.attrs)
 
-        source.visititems(copy)
-    members["model.weights.h5"] = found.getvalue()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+            source.visititems(copy)
+        members["model.weights.h5"] = found.getvalue()
 
 
 def scores(logits: keras.Model, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -366,14 +366,20 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("bomb", MODELS)
-def test_a_model_file_that_claims_more_than_it_holds(tmp_path, model, bomb):
+def model_bomb(tmp_path, model, bomb):
+    """A model file that claims too much, and what its error contains."""
     change, reason = MODELS[bomb]
     path = tmp_path / "x.keras"
     model.save(path)
     rewritten(
         path, change if bomb != "an array without content" else lambda n, c: hollow_member(n, c, tmp_path)
     )
+    return path, reason
+
+
+@pytest.mark.parametrize("bomb", MODELS)
+def test_a_model_file_that_claims_more_than_it_holds(tmp_path, model, bomb):
+    path, reason = model_bomb(tmp_path, model, bomb)
     assert path.stat().st_size < MB
     with pytest.raises(RunError, match=rf"x\.keras does not open as a Keras model \(.*{reason}") as info:
         evaluate.load_model(path)
@@ -383,14 +389,20 @@ def test_a_model_file_that_claims_more_than_it_holds(tmp_path, model, bomb):
 @pytest.mark.slow
 @pytest.mark.parametrize("bomb", ["layers without weights", "zeros", "an array without content"])
 def test_the_memory_that_a_false_model_file_takes(tmp_path, model, bomb):
-    change, reason = MODELS[bomb]
-    path = tmp_path / "x.keras"
-    model.save(path)
-    rewritten(
-        path, change if bomb != "an array without content" else lambda n, c: hollow_member(n, c, tmp_path)
-    )
+    path, reason = model_bomb(tmp_path, model, bomb)
     grown, error = megabytes_to_refuse("model", path)
     assert grown < 60 and reason in error
+
+
+def test_words_in_a_model_file_that_are_nested_too_deep(tmp_path, model):
+    path = tmp_path / "x.keras"
+    model.save(path)
+    rewritten(path, lambda name, content: b"[" * 50_000 if name == "metadata.json" else content)
+    with pytest.raises(
+        RunError, match=r"x\.keras does not open as a Keras model \(.*nested too deep"
+    ) as info:
+        evaluate.load_model(path)
+    one_line(info)
 
 
 def test_an_hdf5_model_that_claims_more_than_it_holds(tmp_path, model):

@@ -12,6 +12,7 @@ from pathlib import Path
 import notebook
 import pytest
 import reproduce
+from test_house import COMMANDS
 
 from cifar10_trainer import cli
 from cifar10_trainer.errors import ConfigError
@@ -33,16 +34,7 @@ def imports_of(path):
 def test_imports_go_from_the_commands_to_the_benchmark_to_the_results():
     scripts = ROOT / "scripts"
     commands = {path.stem for path in scripts.glob("*.py")}
-    assert commands == {
-        "reproduce",
-        "benchmark",
-        "compare_tuners",
-        "notebook",
-        "freeze",
-        "model_files",
-        "packaged_model",
-        "measure_photos",
-    }
+    assert commands == set(COMMANDS)
     for path in scripts.rglob("*.py"):
         forbidden = commands | ({"bench"} if path.parent.name == "results" else set())
         found = {name.partition(".")[0] for name in imports_of(path)}

@@ -5,15 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, shown
+from cifar10_trainer.errors import ConfigError, RunError, shown
 from cifar10_trainer.files import (
-    cannot_write,
-    check_there,
-    folder_lock,
-    identity,
+    LockedFolder,
     read_json,
     remove_files,
     remove_leftovers,
@@ -24,7 +20,7 @@ from cifar10_trainer.files import (
 SEARCH_FILES = ("trials", "best_config.json", "leaderboard.csv", "search.png", "tensorboard", "search.json")
 
 
-class SearchFolder:
+class SearchFolder(LockedFolder):
     """The folder of one search.
 
     A search first writes search.json, which records what it searches. Each trial is a run folder in trials/, and the
@@ -35,7 +31,7 @@ class SearchFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        super().__init__(path)
         self.search_file = self.path / "search.json"
         self.trials = self.path / "trials"
         self.state_file = self.trials / "search_state.json"
@@ -43,10 +39,6 @@ class SearchFolder:
         self.best_config_file = self.path / "best_config.json"
         self.figure_file = self.path / "search.png"
         self.tensorboard = self.path / "tensorboard"
-        self._identity: tuple[int, int] | None = None  # of the folder that is locked
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -58,23 +50,12 @@ class SearchFolder:
             FolderBusyError: if another process searches in the folder.
             RunError: if the folder cannot be made.
         """
-
-        def busy() -> None:
-            raise FolderBusyError(f"another process is searching in {self}; choose another --workdir")
-
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(folder_lock(self.path, busy))
-                remove_leftovers(self.path, SEARCH_FILES)
-                remove_leftovers(self.trials, [self.state_file.name])
-                self._identity = identity(self.path)
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
+        with self._locked(f"another process is searching in {self}; choose another --workdir"):
             yield
 
-    def check_there(self) -> None:
-        """Raises RunError if the folder was removed or replaced since `lock`."""
-        check_there(self.path, self._identity)
+    def _tidy(self) -> None:
+        remove_leftovers(self.path, SEARCH_FILES)
+        remove_leftovers(self.trials, [self.state_file.name])
 
     def begin(self, record: Mapping[str, Any], overwrite: bool) -> None:
         """Writes `record` to search.json, unless the folder holds another search.

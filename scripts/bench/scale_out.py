@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -95,12 +94,9 @@ def run_processes(what: str, o: Options, count: int) -> list[dict[str, Any]]:
 
 def cluster_of(count: int) -> list[str]:
     """TF_CONFIG of each worker of a cluster on free ports of this machine."""
-    from cifar10_trainer import cluster
+    from cifar10_trainer import cluster, launch
 
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
+    addresses = launch.free_addresses(count)
     return [cluster.set_tf_config(addresses, i, "the benchmark") for i in range(count)]
 
 
