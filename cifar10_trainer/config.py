@@ -39,7 +39,12 @@ RECORDED = (  # what config.json holds besides the Config
     "command",
     "environment",
 )
-YOUNGER = ("resize", "class_weights", "adapt")  # settings that `Config.to_dict` leaves out at their defaults
+YOUNGER = (
+    "resize",
+    "class_weights",
+    "adapt",
+    "views_share",
+)  # settings that `Config.to_dict` leaves out at their defaults
 FLOAT32_TINY, FLOAT32_HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 OPTION_DEPTH = 5  # of the lists in an option
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
@@ -291,6 +296,9 @@ class Config(_Section):
     early_stopping: int | None = None  # stop after so many epochs without a better val_loss
     validation_interval: int = 1  # epochs between validations; the last epoch always has one
     views: int = 1  # test-time augmentation (TTA), the mean over views: 2 adds the mirror image, 6 also diagonal shifts
+    views_share: float = (
+        1.0  # of the images, those of which the model is least sure, that get the further views
+    )
     target: float = 0.85  # the validation accuracy, 0-1, at which the time is reported
     seed: int = 0
     adapt: tuple[
@@ -335,6 +343,8 @@ class Config(_Section):
         self._check_fold()
         if self.views not in (1, 2, 6):
             raise ConfigError(f"views is {shown(self.views)}; allowed: 1, 2, 6")
+        if not 0 < self.views_share <= 1:
+            raise ConfigError(f"views_share is {shown(self.views_share)}; allowed: above 0, up to 1")
         if self.early_stopping is not None:
             self._between("early_stopping", 1, 100_000)
         if any(not 8 <= s <= 512 for s in self.sizes):

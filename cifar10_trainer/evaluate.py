@@ -25,7 +25,7 @@ from .errors import ConfigError, RunError, cut, shown
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder
-from .scoring import predict_probabilities, score
+from .scoring import check_views, predict_probabilities, score
 
 if TYPE_CHECKING:
     import keras
@@ -53,6 +53,10 @@ _define(
     enum_values=("1", "2", "6"),
 )  # fmt: skip
 _define(
+    flags.DEFINE_float, "views_share",
+    "the share of the images, those of which the model is least sure, that get the further views; default: the run's, else 1",
+)  # fmt: skip
+_define(
     flags.DEFINE_integer, "batch_size", "images in a batch; default: 500 of 32x32 pixels, fewer of larger ones",
     lower_bound=1,
 )  # fmt: skip
@@ -73,6 +77,7 @@ def evaluate_model(
     data: datasets.Dataset | tuple[np.ndarray, np.ndarray],
     *,
     views: int = 1,
+    views_share: float = 1.0,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Scores a model, with test-time augmentation where `views` is above 1; see `scoring.predict_probabilities`.
@@ -81,6 +86,7 @@ def evaluate_model(
         model: maps raw pixels [batch, height, width, 3] to probabilities [batch, classes].
         data: a data set, whose test images are scored, or (images uint8 [n, height, width, 3], labels integers [n]).
         views: 1, 2 or 6.
+        views_share: the share of the images, those of which the model is least sure, that get the further views.
         batch_size: images in a batch; None: 500 of 32x32 pixels, fewer of larger ones.
 
     Returns:
@@ -100,7 +106,7 @@ def evaluate_model(
             f"images has shape {images.shape} and labels has {count} classes; allowed: {('n', *expected)} with n above 0,"
             f" and at most {classes} classes"
         )
-    return score(labels, predict_probabilities(model, images, batch_size, views))
+    return score(labels, predict_probabilities(model, images, batch_size, views, views_share))
 
 
 def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:
@@ -250,7 +256,9 @@ def main(argv: list[str]) -> None:
         )
     name = FLAGS.dataset or settings.get("dataset", "cifar10")
     data_dir = FLAGS.data_dir or (settings.get("data_dir") if name == settings.get("dataset") else None)
-    views = int(FLAGS.views or settings.get("views", 1))
+    tta: dict[str, Any] = {"views": int(FLAGS.views or settings.get("views", 1))}
+    tta["views_share"] = settings.get("views_share", 1) if FLAGS.views_share is None else FLAGS.views_share
+    check_views(**tta)
 
     # ---- the model and images that fit it
     cli.import_tensorflow()
@@ -270,18 +278,16 @@ def main(argv: list[str]) -> None:
     images, labels = select(dataset, split, settings)
 
     # ---- the scores
-    probabilities = predict_probabilities(model, images, FLAGS.batch_size, views)
+    probabilities = predict_probabilities(model, images, FLAGS.batch_size, **tta)
     numbers = measured(labels, probabilities)
     predictions = first_predictions(labels, probabilities, dataset.class_names, FLAGS.show)
     if FLAGS.json:
         about = {"model": str(path), "dataset": name, "source": dataset.source, "split": split}
-        print(
-            json.dumps(
-                {**about, "views": views, **numbers, **({"first": predictions} if predictions else {})}
-            )
-        )
+        print(json.dumps({**about, **tta, **numbers, **({"first": predictions} if predictions else {})}))
         return
-    print(f"{path} on {numbers['n']:,} {split} images of {name} ({dataset.source}), views: {views}")
+    print(
+        f"{path} on {numbers['n']:,} {split} images of {name} ({dataset.source}), {measures.views_in_words(tta)}"
+    )
     interval = measures.interval_in_words(numbers["accuracy"], numbers["n"])
     balanced = "" if name in report.BALANCED else f"   balanced accuracy {numbers['balanced_accuracy']:.4f}"
     print(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -59,3 +61,10 @@ def interval_in_words(accuracy: float, n: int) -> str:
         return ""
     low, high = wilson_interval(accuracy, n)
     return f"95% interval {100 * low:.1f}-{100 * high:.1f}%"
+
+
+def views_in_words(metrics: Mapping[str, Any]) -> str:
+    """The TTA of metrics.json, as in "6 views" or "6 views of the 25% of the images that are least sure"."""
+    share = metrics.get("views_share", 1)
+    views = f"{metrics['views']} view{'' if metrics['views'] == 1 else 's'}"
+    return views if share == 1 else f"{views} of the {100 * share:.4g}% of the images that are least sure"

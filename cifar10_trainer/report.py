@@ -135,7 +135,7 @@ def _tiles(
     tiles: list[Tile] = []
     if accuracy is not None:
         averaged = get("views") not in (None, 1)
-        tta = f", TTA of {get('views')} views" if averaged else ""
+        tta = f", TTA of {measures.views_in_words(metrics)}" if averaged else ""
         interval = measures.interval_in_words(accuracy, n)
         detail = ", ".join(filter(None, (f"{n:,} images{tta}", interval)))
         tiles.append((f"{accuracy:.2%}", f"{scored} accuracy", detail))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,22 +51,23 @@ def _logits(model: keras.Model) -> Any:
     return log_outputs
 
 
-def _views(images: np.ndarray, views: int) -> list[tuple[float, np.ndarray]]:
-    """(weight, images) of each view of images [n, height, width, 3]; the weights sum to 1."""
+def _other_views(images: np.ndarray, views: int) -> list[tuple[float, np.ndarray]]:
+    """(weight, images) of the views of images [n, height, width, 3] beside the images themselves, which have the rest of 1."""
     mirrored = images[:, :, ::-1]
-    if views == 1:
-        return [(1.0, images)]
     if views == 2:
-        return [(1 / 2, images), (1 / 2, mirrored)]
+        return [(1 / 2, mirrored)]
     height, width = images.shape[1:3]
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     shifted = [padded[:, i : i + height, i : i + width] for i in (0, 2)]
-    return [(1 / 4, images), (1 / 4, mirrored)] + [(1 / 8, v) for s in shifted for v in (s, s[:, :, ::-1])]
+    return [(1 / 4, mirrored)] + [(1 / 8, v) for s in shifted for v in (s, s[:, :, ::-1])]
 
 
-@keras_defaults()
 def predict_probabilities(
-    model: keras.Model, images: np.ndarray, batch_size: int | None = None, views: int = 1
+    model: keras.Model,
+    images: np.ndarray,
+    batch_size: int | None = None,
+    views: int = 1,
+    views_share: float = 1.0,
 ) -> np.ndarray:
     """The class probabilities of every image, with test-time augmentation (TTA) where `views` is above 1.
 
@@ -78,37 +80,83 @@ def predict_probabilities(
         batch_size: images in a batch; None: `default_batch`.
         views: 1: the image alone. 2: the image and its mirror image, half each. 6: these with a quarter each, and an
             eighth each for two diagonal shifts by one pixel and their mirror images (Jordan 2024, arXiv:2404.00498).
+        views_share: the share of the images, above 0 and up to 1, that get the further views: those of which the model is
+            least sure, by the highest probability of the image alone. The others keep the prediction of the image alone.
 
     Returns:
         float32 [n, classes].
     Raises:
-        ConfigError: on another number of views.
+        ConfigError: on another number of views or another share.
         RunError: if the outputs are not probabilities.
     """
+    return predict_with_and_without(model, images, batch_size, views, views_share)[1]
+
+
+@keras_defaults()
+def predict_with_and_without(
+    model: keras.Model,
+    images: np.ndarray,
+    batch_size: int | None = None,
+    views: int = 1,
+    views_share: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The class probabilities of every image without TTA, and with it. Arguments and errors as of `predict_probabilities`."""
     import tensorflow as tf
 
-    if views not in (1, 2, 6):
-        raise ConfigError(f"views is {views}; allowed: 1, 2, 6")
+    check_views(views, views_share)
     n, size = len(images), max(1, min(batch_size or default_batch(images), len(images)))
     # One shape, so one trace: the last batch is padded, and the padding is cut off.
     spec = tf.TensorSpec([size, *images.shape[1:]], images.dtype)
-    logits = tf.function(_logits(model), input_signature=[spec])
-    found = []
+    function = tf.function(_logits(model), input_signature=[spec])
+    plain = np.zeros((n, model.output_shape[-1]), np.float32)
     for start in range(0, n, size):
         part = images[start : start + size]
-        real = len(part)
-        part = np.concatenate([part, np.repeat(part[-1:], size - real, axis=0)])
-        mean = tf.add_n([weight * logits(tf.constant(view)) for weight, view in _views(part, views)])
-        found.append(tf.nn.softmax(mean).numpy()[:real])
-    classes = model.output_shape[-1]
-    probabilities = np.concatenate(found) if found else np.zeros((0, classes), np.float32)
-    assert probabilities.shape == (n, classes), f"{probabilities.shape} for {n} images of {classes} classes"
-    if not np.isfinite(probabilities).all():
+        plain[start : start + size] = function(tf.constant(_padded(part, size))).numpy()[: len(part)]
+    averaged = plain
+    if views > 1:
+        averaged, chosen = plain.copy(), least_sure(plain, views_share)
+        for start in range(0, len(chosen), size):
+            now = chosen[start : start + size]
+            others = _other_views(_padded(images[now], size), views)
+            first = (1 - sum(weight for weight, _ in others)) * _padded(plain[now], size)
+            mean = tf.add_n([first, *(weight * function(tf.constant(view)) for weight, view in others)])
+            averaged[now] = mean.numpy()[: len(now)]
+    without, with_views = (tf.nn.softmax(logits).numpy() for logits in (plain, averaged))
+    if not (np.isfinite(without).all() and np.isfinite(with_views).all()):
         raise RunError(
             "the model's outputs are not probabilities (negative or NaN);"
             " its training diverged, or it has no softmax at its end"
         )
-    return probabilities
+    return without, with_views
+
+
+def check_views(views: int, views_share: float) -> None:
+    """Raises ConfigError where there is no such TTA."""
+    if views not in (1, 2, 6):
+        raise ConfigError(f"views is {views}; allowed: 1, 2, 6")
+    if not 0 < views_share <= 1:
+        raise ConfigError(f"views_share is {views_share}; allowed: above 0, up to 1")
+
+
+def least_sure(logits: np.ndarray, share: float) -> np.ndarray:
+    """The images whose highest probability is lowest.
+
+    Args:
+        logits: float [n, classes].
+        share: of the images, above 0 and up to 1.
+
+    Returns:
+        numbers from 0 to n - 1, ascending: share times n of them, rounded up.
+    """
+    import tensorflow as tf
+
+    highest = tf.nn.softmax(logits).numpy().max(axis=1, initial=0)
+    return np.sort(np.argsort(highest, kind="stable")[: math.ceil(share * len(logits))])
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """`rows`, of which there is at least one, with the last one repeated up to `size`."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:

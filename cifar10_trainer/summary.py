@@ -82,5 +82,5 @@ def _test_in_words(metrics: dict[str, Any]) -> str:
     interval = measures.interval_in_words(metrics["test_accuracy"], metrics["n_test"])
     text += f", {interval}" if interval else ""
     if metrics["views"] > 1:
-        text += f", {metrics['test_accuracy_views']:.2%} with TTA of {metrics['views']} views"
+        text += f", {metrics['test_accuracy_views']:.2%} with TTA of {measures.views_in_words(metrics)}"
     return text

@@ -162,7 +162,7 @@ def train_and_evaluate(
         kept = _kept_model(folder, engine, model, log)
         if kept is not None and hdf5 and chief:
             folder.save_model(kept, folder.hdf5_file)
-        probabilities, scores = _score(kept if score_test else None, found, validation, config.views)
+        probabilities, scores = _score(kept if score_test else None, found, validation, config)
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief:
             if full_report:
@@ -244,7 +244,7 @@ def _kept_model(folder: RunFolder, engine: Engine, model: keras.Model | None, lo
 
 
 def _score(
-    model: keras.Model | None, data: Dataset, validation: Sequence[np.ndarray], views: int
+    model: keras.Model | None, data: Dataset, validation: Sequence[np.ndarray], config: Config
 ) -> tuple[np.ndarray, dict[str, float | None]]:
     """Probabilities [n, classes] of the test images, and their scores for metrics.json.
 
@@ -255,9 +255,10 @@ def _score(
     images, labels = (data.test_images, data.test_labels) if has_test else validation
     if model is None or len(labels) == 0:
         return np.zeros((0, data.num_classes), np.float32), scores
-    averaged = scoring.predict_probabilities(model, images, views=views)
+    plain, averaged = scoring.predict_with_and_without(
+        model, images, views=config.views, views_share=config.views_share
+    )
     if has_test:
-        plain = scoring.predict_probabilities(model, images) if views > 1 else averaged
         one, several = (scoring.score(labels, p) for p in (plain, averaged))
         predicted, k = plain.argmax(axis=1), data.num_classes
         scores = {
@@ -292,6 +293,7 @@ def _metrics(
         **trained,
         **scores,
         "views": config.views,
+        "views_share": config.views_share,
         "pflop": engine.pflop(),
         "strategy": runtime.strategy_name(engine.strategy),
         "replicas": engine.replicas,

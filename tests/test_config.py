@@ -170,6 +170,8 @@ def test_a_value_of_another_type_is_refused(given, start):
         ({"seed": -1}, ["seed is -1", "from 0 to 2147483647"]),
         ({"seed": 2**31}, ["seed is 2147483648"]),
         ({"views": 3}, ["views is 3", "1, 2, 6"]),
+        ({"views_share": 0}, ["views_share is 0", "above 0, up to 1"]),
+        ({"views_share": float("nan")}, ["views_share is nan", "allowed"]),
         ({"early_stopping": 0}, ["early_stopping is 0", "from 1"]),
         ({"sizes": [32, 4]}, ["sizes is (32, 4)", "from 8 to 512"]),
         ({"sizes": [513]}, ["sizes is (513,)"]),

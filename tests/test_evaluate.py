@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from cifar10_trainer import cli, datasets, evaluate
@@ -95,6 +96,46 @@ def test_views_against_a_pixelwise_twin(views, logits):
     np.testing.assert_allclose(found, softmax(np.array(expected)), rtol=1e-4)  # float32 sums of 75 products
     plain = evaluate.predict_probabilities(model, images)
     assert abs(found - plain).max() > 0.01, "the views of these images make a difference"
+
+
+@pytest.mark.parametrize("views", [2, 6])
+@pytest.mark.parametrize(("share", "count"), [(0.25, 6), (0.001, 1), (1.0, 23)])
+def test_further_views_of_the_least_sure(views, share, count):
+    model, kernel, bias = linear_model()
+    images = some_images(23)
+    plain = softmax(images.reshape(23, -1) @ kernel + bias)
+    everywhere = evaluate.predict_probabilities(model, images, views=views)
+    least = np.argsort(plain.max(axis=1))[:count]  # 0.25 * 23, rounded up
+    for batch_size in (23, 4):
+        found = evaluate.predict_probabilities(model, images, batch_size, views, share)
+        np.testing.assert_allclose(found[least], everywhere[least], rtol=1e-5)  # other batches
+        others = np.setdiff1d(np.arange(23), least)
+        np.testing.assert_allclose(found[others], plain[others], rtol=1e-4)  # float32 sums of 75 products
+    assert abs(everywhere - plain)[least].max() > 0.01, "the views of these images make a difference"
+
+
+def test_fewer_views_take_fewer_passes():
+    model, _, _ = linear_model()
+    passes = []
+
+    class Counting(keras.layers.Layer):
+        def call(self, x):
+            tf.py_function(lambda y: passes.append(len(y)), [x], [])
+            return x
+
+    inputs = keras.Input((SIZE, SIZE, 3))
+    counting = keras.Model(inputs, model(Counting()(inputs)))
+    evaluate.predict_probabilities(counting, some_images(20), 5, views=6, views_share=0.25)
+    assert sum(passes) == 20 + 5 * 5, "the image itself, and five further views of a quarter"
+    del passes[:]
+    evaluate.predict_probabilities(counting, some_images(20), 5, views=6)
+    assert sum(passes) == 20 * 6
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
+def test_the_share_of_the_views_is_checked(share):
+    with pytest.raises(ConfigError, match=r"views_share is .*; allowed: above 0, up to 1"):
+        evaluate.predict_probabilities(linear_model()[0], some_images(1), views=6, views_share=share)
 
 
 def test_the_batch_size_does_not_matter():
@@ -327,8 +368,13 @@ def test_evaluate_as_json(run_folder, capsys):
     assert numbers.pop("accuracy_interval") == pytest.approx([0.30064, 0.95441], abs=1e-5)
     assert numbers == {
         "model": str(run_folder / "model.keras"), "dataset": "folder",
-        "source": str(run_folder.parent / "data"), "split": "test", "views": 6, "accuracy": 0.75, "n": 4,
+        "source": str(run_folder.parent / "data"), "split": "test", "views": 6, "views_share": 1, "accuracy": 0.75, "n": 4,
     }  # fmt: skip
+
+
+def test_evaluate_with_a_share_that_is_none(run_folder, capsys):
+    assert run(["--workdir", run_folder, "--views=6", "--views_share=0"]) == 2
+    assert "views_share is 0.0; allowed: above 0, up to 1" in capsys.readouterr().err
 
 
 def test_evaluate_shows_the_first_images(run_folder, capsys):
@@ -356,17 +402,23 @@ def test_evaluate_parts_the_training_images_as_the_run_did(run_folder, capsys, m
     parts = datasets.split(data, 0.25, "stratified", 3, fold)
     seen = []
 
-    def look(model, images, batch_size, views):
-        seen.append((images, views))
+    def look(model, images, batch_size, views, views_share):
+        seen.append((images, (views, views_share)))
         return np.full((len(images), 3), 1 / 3)
 
     monkeypatch.setattr(evaluate, "predict_probabilities", look)
-    change_config(run_folder, views=2, **({"validation_fold": fold} if fold else {}))  # older runs have none
+    change_config(
+        run_folder, views=2, views_share=0.5, **({"validation_fold": fold} if fold else {})
+    )  # older runs have none
     for name, expected in (("train", parts[0]), ("validation", parts[2])):
         assert run(["--workdir", run_folder, "--split", name, "--json"]) == 0
         images, views = seen.pop()
         np.testing.assert_array_equal(images, expected)
-        assert views == 2, "the run's own, unless a flag says otherwise"
+        assert views == (2, 0.5), "the run's own, unless a flag says otherwise"
+        assert (
+            run(["--workdir", run_folder, "--split", name, "--json", "--views=6", "--views_share=0.1"]) == 0
+        )
+        assert seen.pop()[1] == (6, 0.1)
     assert len(parts[2]) == 15
 
 

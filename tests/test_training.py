@@ -175,6 +175,10 @@ def test_other_words_for_verbose(tmp_path, digits, verbose):
         ({}, ["validation accuracy  50.00% (epoch 2)", "test accuracy        40.00%"]),
         ({}, ["balanced accuracy    30.00%, smallest class's recall 10.00%"]),
         ({"views": 6}, ["test accuracy        40.00%, 45.00% with TTA of 6 views"]),
+        (
+            {"views": 6, "views_share": 0.25},
+            ["40.00%, 45.00% with TTA of 6 views of the 25% of the images that are least sure"],
+        ),
         ({"test_accuracy": None}, ["test accuracy        not scored"]),
         ({"test_accuracy": None, "views": 6}, ["test accuracy        not scored"]),
         ({"test_accuracy": None, "n_test": 0}, ["test accuracy        no test images"]),
