@@ -357,6 +357,7 @@ def main(argv: list[str]) -> None:
         where["save_seconds"] = FLAGS.save_seconds
     if options := folder_options():
         where["folder_options"] = options
+    datasets.read_ahead(config.dataset, FLAGS.data_dir)
     if FLAGS.folds is None:
         meet_workers(config)
         import_tensorflow()

@@ -261,6 +261,7 @@ def main(argv: list[str]) -> None:
     check_views(**tta)
 
     # ---- the model and images that fit it
+    datasets.read_ahead(name, data_dir)
     cli.import_tensorflow()
     model = load_model(path)
     info = info_of(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import http.server
 import io
@@ -247,6 +248,69 @@ def test_damaged_cache_is_passed_over(tiny, nothing_cached, capsys):
     path = tiny.write("python", nothing_cached / "data")
     assert datasets.load().source == str(path.relative_to(nothing_cached))
     assert f"skipping a cached copy: {keras}" in capsys.readouterr().err
+
+
+def test_an_archive_of_several_gzip_members_with_padding(tiny, tmp_path):
+    path = tiny.write("python", tmp_path)
+    plain = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(plain[:70_000]) + gzip.compress(plain[70_000:]) + bytes(600))
+    assert_is(datasets.load(data_dir=path), tiny, path)
+
+
+# ---- reading ahead
+
+
+def finish_reading() -> None:
+    for ahead in cifar10._AHEAD.values():
+        ahead.exception()  # waits
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("named", ["by argument", "by variable", "in a cache"])
+def test_what_is_read_ahead_is_not_read_again(tiny, nothing_cached, tmp_path, monkeypatch, form, named):
+    if named == "in a cache":
+        path = tiny.write(form, nothing_cached / "data").relative_to(nothing_cached)
+    else:
+        path = tiny.write(form, tmp_path)
+    if named == "by variable":
+        monkeypatch.setenv("CIFAR10_TRAINER_DATA", str(path))
+    given = path if named == "by argument" else None
+    datasets.read_ahead("cifar10", given)
+    finish_reading()
+    for file in [path] if path.is_file() else path.iterdir():
+        file.write_bytes(b"")  # it is still found, but could not be read again
+    assert_is(datasets.load(data_dir=given), tiny, path)
+    with pytest.raises(RunError):
+        datasets.load(data_dir=path)
+
+
+def test_an_error_of_reading_ahead_comes_when_the_images_are_needed(tiny, nothing_cached, tmp_path, capsys):
+    broken = tmp_path / "cifar-10-python.tar.gz"
+    broken.write_bytes(b"half a download")
+    datasets.read_ahead("cifar10", broken)
+    with pytest.raises(RunError, match=f"{broken} cannot be used") as error:
+        datasets.load(data_dir=broken)
+    one_line(error)
+    keras = nothing_cached / ".keras/datasets/cifar-10-batches-py-target_archive"
+    keras.parent.mkdir(parents=True)
+    keras.write_bytes(b"half a download")
+    path = tiny.write("python", nothing_cached / "data")
+    datasets.read_ahead("cifar10", None)
+    assert datasets.load().source == str(path.relative_to(nothing_cached))
+    assert f"skipping a cached copy: {keras}" in capsys.readouterr().err
+    assert not cifar10._AHEAD
+
+
+def test_what_cannot_be_read_ahead_is_left_to_load(tmp_path):
+    (tmp_path / "3.0.2").mkdir()
+    (tmp_path / "3.0.2" / "dataset_info.json").write_text("{}")  # TFDS, which needs TensorFlow
+    for name, place in (
+        ("cifar10", tmp_path), ("cifar10", tmp_path / "nowhere"), ("cifar10", None), ("digits", None), ("folder", tmp_path),
+    ):  # fmt: skip
+        datasets.read_ahead(name, place)
+        assert not cifar10._AHEAD
+    with pytest.raises(ConfigError, match="does not exist"):
+        datasets.load(data_dir=tmp_path / "nowhere")
 
 
 # ---- damage

@@ -7,7 +7,6 @@ forms lead to equal arrays in the official order.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import io
 import os
@@ -17,7 +16,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,6 +74,7 @@ _PLACES = (
     "cifar10",
     "3.*",
 )
+_AHEAD: dict[Path, Future[Dataset]] = {}  # what `read_ahead` has begun to read
 
 
 # ---- finding the data
@@ -93,7 +93,7 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
         ConfigError: if the path does not exist.
         RunError: if the data is missing, damaged or unreadable.
     """
-    given = data_dir or os.environ.get("CIFAR10_TRAINER_DATA")
+    given = _given(data_dir)
     name = "data_dir" if data_dir else "$CIFAR10_TRAINER_DATA"
     if given:
         path = Path(given).expanduser()
@@ -110,7 +110,7 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
                 f" download {PYTHON_URL} into it, or correct {name}"
             )
         return _read(form)
-    for cache in (tfds_folder(), _keras_folder(), Path("data")):
+    for cache in _caches():
         forms: list[Path] = []
         with contextlib.suppress(OSError):  # a cache without read permission is skipped
             forms = list(_forms(cache))
@@ -120,6 +120,32 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
             except RunError as error:
                 print(f"cifar10: skipping a cached copy: {error}", file=sys.stderr)
     return _read(download())
+
+
+def read_ahead(data_dir: str | os.PathLike[str] | None) -> None:
+    """Begins to read CIFAR-10 in a thread, beside a long import. `load_cifar10` then waits for that, and for its errors.
+
+    What needs TensorFlow or a download is left to `load_cifar10`.
+    """
+    given = _given(data_dir)
+    places = [Path(given).expanduser()] if given else _caches()
+    with contextlib.suppress(OSError):
+        form = next((form for place in places for form in _forms(place)), None)
+        if form is None or (form / "dataset_info.json").exists():
+            return
+        pool = ThreadPoolExecutor(1)
+        _AHEAD[form] = pool.submit(_read_now, form)
+        pool.shutdown(wait=False)
+
+
+def _given(data_dir: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    """What names the place of the images; None: nothing does."""
+    return data_dir or os.environ.get("CIFAR10_TRAINER_DATA")
+
+
+def _caches() -> list[Path]:
+    """Where copies of other libraries may be."""
+    return [tfds_folder(), _keras_folder(), Path("data")]
 
 
 def _keras_folder() -> Path:
@@ -146,6 +172,11 @@ def _forms(path: Path) -> Iterator[Path]:
 
 def _read(form: Path) -> Dataset:
     """Reads an archive, a folder of batches, or a TFDS version directory. Raises RunError if it is damaged."""
+    ahead = _AHEAD.pop(form, None)
+    return _read_now(form) if ahead is None else ahead.result()
+
+
+def _read_now(form: Path) -> Dataset:
     with _one_line_errors(form):
         if form.is_file():
             members = _archive_members(form)
@@ -167,7 +198,7 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     with open(regular_file(path), "rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        stream: Any = _Bounded(gzip.GzipFile(fileobj=raw) if packed else raw)
+        stream: Any = _Bounded(io.BytesIO(_unpacked(raw)) if packed else raw)
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 name = os.path.basename(member.name)
@@ -179,6 +210,25 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if content is None:
                     raise tarfile.TarError(f"its {cut(name)} is a link, or no file")
                 yield name, content.read()
+
+
+def _unpacked(file: Any) -> bytes:
+    """The content of a gzip file, up to the size of an honest archive.
+
+    It is unpacked in one call, because `read_ahead` does this beside an import: after each call, Python would wait 5 ms for
+    the interpreter lock.
+    """
+    packed, content = file.read(_ARCHIVE_BYTES), b""
+    while packed:
+        member = zlib.decompressobj(wbits=31)
+        found = member.decompress(packed, _ARCHIVE_BYTES - len(content) + 1)
+        content = content + found if content else found
+        if len(content) > _ARCHIVE_BYTES:
+            raise tarfile.TarError(f"it holds more than {_ARCHIVE_BYTES:,} bytes")
+        if not member.eof:
+            raise EOFError("it ends too soon")
+        packed = member.unused_data.lstrip(b"\0")  # some tools pad a file
+    return content
 
 
 class _Bounded:
