@@ -193,10 +193,10 @@ def read_config(path: str) -> Config:
 
 def default_recipe(log: Callable[[str], None]) -> str:
     """The recipe where no flag names one. For a folder it depends on the images in it, and `log` receives why."""
-    count = datasets.images_per_class(FLAGS.data_dir) if FLAGS.dataset == "folder" else None
-    if count is None:
+    size = datasets.folder_size(FLAGS.data_dir) if FLAGS.dataset == "folder" else None
+    if size is None:
         return DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
-    name, reason = recipe_for_folder(count, FLAGS.image_size or 32)
+    name, reason = recipe_for_folder(size.images / size.classes, FLAGS.image_size or 32)
     log(f"recipe: {name}: {reason}")
     return name
 

@@ -211,15 +211,16 @@ def make_folder(root, counts):
             (root / name / ("deeper" if i % 2 else "") / f"{i}.jpg").touch()
 
 
-def test_images_per_class_is_a_mean_over_the_classes(tmp_path):
+def test_the_size_of_a_folder(tmp_path):
     make_folder(tmp_path / "a" / "train", {"x": 3, "y": 5})
     make_folder(tmp_path / "a" / "test", {"x": 100})
+    make_folder(tmp_path / "a" / "Valid", {"x": 2})
     make_folder(tmp_path / "b", {"x": 5, "y": 10})  # a fifth of them are test images
-    assert datasets.images_per_class(tmp_path / "a") == 4
-    assert datasets.images_per_class(str(tmp_path / "b")) == 6
+    assert datasets.folder_size(tmp_path / "a") == (8, 2, True)
+    assert datasets.folder_size(str(tmp_path / "b")) == (12, 2, False)
     (tmp_path / "c").mkdir()
     for nothing in (None, "", tmp_path / "c", tmp_path / "none"):
-        assert datasets.images_per_class(nothing) is None
+        assert datasets.folder_size(nothing) is None
 
 
 def test_the_command_chooses_and_prints_why(tmp_path):

@@ -601,3 +601,40 @@ def test_a_trial_of_a_folder_has_its_images_size(digits):
     folder = dataclasses.replace(digits, name="folder", train_images=digits.train_images[:, ::2, ::2])
     assert trial.make_config(space, kt.HyperParameters(), folder).image_size == 16
     assert trial.make_config(space, kt.HyperParameters(), digits).image_size == 32
+
+
+def folder_of(path, count):
+    for name in ("cat", "dog"):
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            (path / name / f"{i}.png").touch()  # they are only counted
+    return path
+
+
+def test_a_search_of_a_folder_suits_its_number_of_images(tmp_path, capsys):
+    from tuning import search
+
+    pictures, work = folder_of(tmp_path / "pictures", 75), tmp_path / "search"
+    argv = ["search", "--dataset=folder", f"--data_dir={pictures}", f"--workdir={work}"]
+    try:
+        search.FLAGS([*argv, "--validation_fraction=0.25"])
+        base = search.base_from_flags()
+        suited = search.suited_to_folder(base, search.options_from_flags(base.recipe))
+        # A fifth is cut off for the test: 120 images, of which 30 are held out. A batch of 8 gives 11 steps an epoch.
+        assert (base.batch_size, base.epochs) == (256, 3)
+        assert (suited.batch_size, suited.epochs, suited.validation_fraction) == (8, 46, 0.25)
+        assert not suited.adapt
+        assert "adapted to 120 images: batch_size 8 (recipe: 256)" in capsys.readouterr().out
+        assert search.Space(suited, {"epochs": None})._range("epochs")[:2] == (23, 92), "relative to what suits"
+
+        search.FLAGS([*argv, "--epochs=5"])
+        base = search.base_from_flags()
+        assert search.suited_to_folder(base, search.options_from_flags(base.recipe)).epochs == 5
+
+        work.mkdir()  # a search that version 1.0.0 began
+        (work / "search.json").write_text(json.dumps({"defaults": base.to_dict()}))
+        assert search.suited_to_folder(base, search.options_from_flags(base.recipe)) == base
+        (work / "search.json").write_text(json.dumps({"defaults": suited.to_dict()}))
+        assert search.suited_to_folder(base, search.options_from_flags(base.recipe)).batch_size == 8
+    finally:
+        restore_flags(search.FLAGS)

@@ -10,9 +10,10 @@ from typing import Any
 
 from absl import flags
 
-from cifar10_trainer import cli
-from cifar10_trainer.config import DATASETS, Config
+from cifar10_trainer import adaptation, cli, datasets
+from cifar10_trainer.config import ADAPTABLE, DATASETS, Config
 from cifar10_trainer.errors import ConfigError, shown, unknown
+from cifar10_trainer.files import read_json
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
 from .options import DEFAULT_TUNER, LOOPBACK, OBJECTIVES, ROLES, TUNERS, Options
@@ -123,6 +124,26 @@ def base_from_flags() -> Config:
     return RECIPES[recipe].override(**changes)
 
 
+def suited_to_folder(base: Config, options: Options) -> Config:
+    """The recipe with the batch, the epochs and the held-out share that suit the number of images, and a line about it.
+
+    What a flag sets stays. A search that began without this, in version 1.0.0, goes on as it began.
+    """
+    size, begun = datasets.folder_size(FLAGS.data_dir), SearchFolder(options.workdir).search_file
+    if size is None:
+        return base
+    if begun.exists() and not options.overwrite:
+        had = read_json(begun).get("defaults", {})
+        if (had.get("batch_size"), had.get("epochs")) == (base.batch_size, base.epochs):
+            return base
+    free = [name for name in ADAPTABLE if name not in FLAGS or FLAGS[name].value is None]
+    before = base.override(adapt=free)
+    suited = adaptation.adapt(before, size.images, size.validation)
+    if options.verbose and (text := adaptation.in_words(before, suited, size.images)):
+        print(text)
+    return suited
+
+
 def options_from_flags(recipe: str) -> Options:
     """The options of the search.
 
@@ -149,13 +170,13 @@ def main(argv: list[str]) -> None:
     ranges = parse(FLAGS.space)
     base = base_from_flags()
     options = options_from_flags(base.recipe)
+    if base.dataset == "folder":
+        base = suited_to_folder(base, options)
 
     # A chief trains nothing and leaves the GPUs to its workers.
     is_chief = options.local_workers or options.role == "chief"
     with environment({"CUDA_VISIBLE_DEVICES": "-1"} if is_chief else {}):
         cli.import_tensorflow()
-    from cifar10_trainer import datasets
-
     from .tuner import tune
 
     load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size, base.resize)

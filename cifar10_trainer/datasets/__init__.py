@@ -14,8 +14,8 @@ from . import cifar10, digits, folder
 from .arrays import as_dataset, from_arrays
 from .base import TRAINING_COPIES, Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
-from .folder import images_per_class
 from .folder import rows as file_rows
+from .folder import size_of as folder_size
 from .images import read_image
 
 __all__ = [
@@ -25,8 +25,8 @@ __all__ = [
     "as_dataset",
     "file_rows",
     "fingerprint",
+    "folder_size",
     "from_arrays",
-    "images_per_class",
     "load",
     "read_ahead",
     "read_image",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -164,20 +165,30 @@ def _existing(data_dir: str | os.PathLike[str] | None) -> Path:
     return root
 
 
-def images_per_class(data_dir: str | os.PathLike[str] | None) -> float | None:
+class FolderSize(NamedTuple):
+    """How much a folder holds: training pictures, classes, and whether it has a part of its own for validation."""
+
+    images: int
+    classes: int
+    validation: bool
+
+
+def size_of(data_dir: str | os.PathLike[str] | None) -> FolderSize | None:
     """Counts the training pictures of a folder, without reading them.
 
     Args:
         data_dir: the folder, as `load_folder` takes it.
 
     Returns:
-        the mean number of pictures of a class; None where the folder cannot be used: `load_folder` raises why.
+        what it holds, test pictures that are cut from it left out; None where the folder cannot be used: `load_folder`
+        raises why.
     """
     try:
         found = _find(_existing(data_dir), None)
     except (ConfigError, RunError):
         return None
-    return len(found.pairs("train")["train"]) / len(found.files["train"])
+    pairs = found.pairs("train")
+    return FolderSize(len(pairs["train"]), len(found.files["train"]), "validation" in found.files)
 
 
 # ---- what is in the folder
