@@ -261,8 +261,16 @@ def test_without_native_bfloat16_nothing_is_measured(flags, devices, monkeypatch
     [
         (0.56, "mixed_bfloat16", "convolutions take 0.56 of float32's time here (measured so)"),
         (0.9, "mixed_bfloat16", "convolutions take 0.90 of float32's time here (measured so)"),
-        (0.91, "float32", "convolutions take 0.91 of its time in bfloat16 here; at most 0.90 would be worth it"),
-        (1.6, "float32", "convolutions take 1.60 of its time in bfloat16 here; at most 0.90 would be worth it"),
+        (
+            0.91,
+            "float32",
+            "convolutions take 0.91 of its time in bfloat16 here; at most 0.90 would be worth it",
+        ),
+        (
+            1.6,
+            "float32",
+            "convolutions take 1.60 of its time in bfloat16 here; at most 0.90 would be worth it",
+        ),
     ],
 )
 @pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
