@@ -81,7 +81,8 @@ def cross_validate(
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
     more |= {"overwrite": overwrite, "verbose": verbose}
-    runs = []
+    runs: list[dict[str, Any]] = []
+    policy: str | None = None
     with runtime.Signals() as signals:
         for i in range(folds):
             if signals.caught:  # after the last step of the fold before
@@ -89,7 +90,9 @@ def cross_validate(
             log(f"-- fold {i + 1} of {folds}")
             one = _fold(config, folds, i)
             more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
-            metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+            with runtime.auto_precision(policy):
+                metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+            policy = metrics["precision"]  # a resumed cross-validation may be on another machine
             accuracy = metrics["best_val_accuracy"]
             log(f"   {100 * accuracy:.2f}%\n")
             runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in TAKEN}})

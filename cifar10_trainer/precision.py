@@ -161,7 +161,7 @@ def _read(file: Path | None, here: dict[str, Any]) -> tuple[float, str] | None:
     """The ratio that is known for this machine, and from where; None where none is, or what is kept is damaged."""
     known = _ratios.get(_digest(here))
     if known is not None:
-        return known, "measured before, for this process"
+        return known, "measured before in this process"
     if file is None:
         return None
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -135,6 +136,19 @@ def _mean_function(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf
     return tf.function(mean)
 
 
+_auto: contextvars.ContextVar[str | None] = contextvars.ContextVar("auto", default=None)
+
+
+@contextlib.contextmanager
+def auto_precision(policy: str | None) -> Iterator[None]:
+    """While inside, the precision "auto" is `policy` for this thread: runs that are compared train alike. None: as outside."""
+    token = _auto.set(policy or _auto.get())
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
 def choose_precision(requested: str) -> tuple[str, str]:
     """The Keras dtype policy for "auto" or a policy's name, and why.
 
@@ -144,6 +158,8 @@ def choose_precision(requested: str) -> tuple[str, str]:
     """
     if requested != "auto":
         return requested, "as asked"
+    if (fixed := _auto.get()) is not None:
+        return fixed, "the runs to compare with have it"
     gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))

@@ -112,7 +112,7 @@ def test_a_machine_measures_once(measured, monkeypatch, tmp_path):
     (file,) = (tmp_path / "cache").rglob("*.*")
     assert ratio == 0.5 and file == precision.cache_file()
     assert source == f"measured just now in 0.0 s; kept in {file}"
-    assert precision.bfloat16_ratio() == (0.5, "measured before, for this process")
+    assert precision.bfloat16_ratio() == (0.5, "measured before in this process")
     next_process(monkeypatch)
     assert precision.bfloat16_ratio() == (0.5, f"measured before; kept in {file}")
     assert measured == [0.5]
@@ -211,7 +211,7 @@ def test_where_nothing_can_be_kept_a_process_measures_once(where, measured, monk
         monkeypatch.setattr(precision, "write_json", refuse)
     ratio, source = precision.bfloat16_ratio()
     assert ratio == 0.5 and source.startswith("measured just now") and source.endswith(NOT_KEPT)
-    assert precision.bfloat16_ratio() == (0.5, "measured before, for this process")
+    assert precision.bfloat16_ratio() == (0.5, "measured before in this process")
     next_process(monkeypatch)
     assert precision.bfloat16_ratio()[0] == 0.51
     assert where == "no home" or not list(tmp_path.glob("cache/**/*.json"))
