@@ -20,34 +20,28 @@ from . import machine
 from .errors import FolderBusyError, RunError
 from .files import folder_lock, read_json, write_json
 
-NATIVE = (
-    "amx_bf16",
-    "avx512_bf16",
-)  # flags of processors that multiply bfloat16; where they miss, it was never faster
+# Flags of processors that multiply bfloat16. Without one, bfloat16 was never faster.
+NATIVE = ("amx_bf16", "avx512_bf16")
 # bfloat16 costs a little accuracy (0.2 points of fast.85), and a step is not made of convolutions alone. So it must save
-# a tenth of their time. Two measurements of one machine differ by less, and the machines known so far are far from it:
-# their ratios are 0.6 and 1.6.
+# a tenth of their time. Two measurements of one machine differ by less, unless it is loaded, and the machines known so
+# far are far from the limit: their ratios are 0.6 and 1.6.
 CLEARLY_AHEAD = 0.9
 VERSION = 1  # of the measurement; another one makes what is kept worthless
-LAYERS = (
-    (32, 32, 32),
-    (32, 8, 128),
-)  # images, side and channels of 3x3 convolutions, as the networks here have them
+# Images, side and channels of 3x3 convolutions, as the networks here have them.
+LAYERS = ((32, 32, 32), (32, 8, 128))
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 6, 0.2  # after so many seconds and rounds, no further round begins
 WAIT = 10.0  # seconds to wait for another process that measures
-SETTINGS = (
-    "TF_ENABLE_ONEDNN_OPTS",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-)  # what oneDNN's kernels depend on
+SLOWEST = 100.0  # the largest ratio, also that of an oneDNN that may not use these instructions and fails
+SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # variables that forbid oneDNN instructions
 
-_ratios: dict[
-    str, float
-] = {}  # by `_digest`: what this process has found, so that its runs agree even without a cache
+# By `_digest`: what this process has found, so that its runs agree even without a cache.
+_ratios: dict[str, float] = {}
 
 
 def native_flags() -> list[str]:
-    """The processor's flags for native bfloat16; empty where it has none."""
+    """The processor's flags for native bfloat16; empty where it has none, or TensorFlow does without oneDNN."""
+    if os.environ.get("TF_ENABLE_ONEDNN_OPTS", "").lower() in ("0", "false"):
+        return []
     return sorted(machine.cpu_flags() & set(NATIVE))
 
 
@@ -79,7 +73,7 @@ def bfloat16_ratio() -> tuple[float, str]:
 def measure() -> float:
     """The time of a few convolutions in bfloat16 over that in float32: forward, to the images and to the kernels.
 
-    The two alternate, and the shortest time of each layer counts, so that other processes disturb both alike.
+    At most SLOWEST. The two alternate, and the shortest time of each layer counts, so that other processes disturb both alike.
     """
     import tensorflow as tf
 
@@ -105,11 +99,14 @@ def measure() -> float:
             if turn > MIN_ROUNDS and time.perf_counter() > end:
                 break
             for case, (maps, kernel) in cases.items():
-                spent = seconds(maps, kernel)
+                try:
+                    spent = seconds(maps, kernel)
+                except (tf.errors.AbortedError, tf.errors.UnimplementedError):
+                    return SLOWEST
                 if turn > 0:  # oneDNN prepares its kernels in the first
                     best[case] = min(best[case], spent)
     total = {dtype: sum(t for (_, d), t in best.items() if d == dtype) for dtype in ("float32", "bfloat16")}
-    return total["bfloat16"] / total["float32"]
+    return min(total["bfloat16"] / total["float32"], SLOWEST)
 
 
 # ---- the cache ----------------------------------------------------------------------------------------------
@@ -169,7 +166,7 @@ def _read(file: Path | None, here: dict[str, Any]) -> tuple[float, str] | None:
     except RunError:
         return None
     ratio = values.get("bfloat16_over_float32")
-    if values.get("machine") != here or not isinstance(ratio, float) or not 0.001 < ratio < 1000:
+    if values.get("machine") != here or not isinstance(ratio, float) or not 0 < ratio <= SLOWEST:
         return None
     return ratio, f"measured before; kept in {_short(file)}"
 

@@ -159,7 +159,7 @@ def choose_precision(requested: str) -> tuple[str, str]:
     if requested != "auto":
         return requested, "as asked"
     if (fixed := _auto.get()) is not None:
-        return fixed, "the runs to compare with have it"
+        return fixed, "the runs before it have it"
     gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
@@ -170,7 +170,7 @@ def choose_precision(requested: str) -> tuple[str, str]:
             return "mixed_float16", f"the GPU's compute capability {text} has float16, not bfloat16"
         return "float32", f"the GPU's compute capability {text} has no fast 16-bit arithmetic"
     if not precision.native_flags():
-        return "float32", "the processor has no native bfloat16"
+        return "float32", "no native bfloat16 here"
     ratio, source = precision.bfloat16_ratio()
     limit = precision.CLEARLY_AHEAD
     if ratio <= limit:

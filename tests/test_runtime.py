@@ -248,12 +248,16 @@ def test_precision_by_the_gpu(details, expected, reason, devices, monkeypatch):
     keras.dtype_policies.get(policy)
 
 
-@pytest.mark.parametrize("flags", [{"avx2", "avx512f", "f16c"}, set()])
-def test_without_native_bfloat16_nothing_is_measured(flags, devices, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "onednn"),
+    [({"avx2", "avx512f", "f16c"}, "1"), (set(), "1"), ({"avx512_bf16"}, "0"), ({"amx_bf16"}, "False")],
+)
+def test_without_native_bfloat16_nothing_is_measured(flags, onednn, devices, monkeypatch):
     devices(0)
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", onednn)
     monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
     monkeypatch.setattr(precision, "bfloat16_ratio", lambda: 1 / 0)
-    assert runtime.choose_precision("auto") == ("float32", "the processor has no native bfloat16")
+    assert runtime.choose_precision("auto") == ("float32", "no native bfloat16 here")
 
 
 @pytest.mark.parametrize(
