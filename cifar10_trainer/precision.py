@@ -23,8 +23,8 @@ from .files import folder_lock, read_json, write_json
 # Flags of processors that multiply bfloat16. Without one, bfloat16 was never faster.
 NATIVE = ("amx_bf16", "avx512_bf16")
 # bfloat16 costs a little accuracy (0.2 points of fast.85), and a step is not made of convolutions alone. So it must save
-# a tenth of their time. Two measurements of one machine differ by less, unless it is loaded, and the machines known so
-# far are far from the limit: their ratios are 0.6 and 1.6.
+# a tenth of their time. The known processors are far from this limit, at 0.6 and 1.6. Other processes beside a
+# measurement move 0.6 to between 0.4 and 0.75.
 CLEARLY_AHEAD = 0.9
 VERSION = 1  # of the measurement; another one makes what is kept worthless
 # Images, side and channels of 3x3 convolutions, as the networks here have them.
