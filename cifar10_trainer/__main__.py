@@ -138,7 +138,9 @@ _define(
 _define(
     flags.DEFINE_string,
     "precision",
-    f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto: bfloat16 where the hardware has it, float16 on GPUs that only have that, else float32",
+    f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto: on GPUs bfloat16 where they have it, float16 where they only "
+    "have that; on a CPU bfloat16 where it is measured to be faster (once; the run prints the file that keeps the answer, "
+    "and without it the next run measures again); else float32",
 )
 _define(flags.DEFINE_boolean, "sync_batch_norm", "compute batch-norm statistics over all replicas", None)
 _define(

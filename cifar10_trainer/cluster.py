@@ -295,6 +295,7 @@ class Team:
         self._changed = threading.Condition()
         self._terms: dict[tuple[int, int], dict[str, Any]] = {}  # by round and worker
         self._verdicts: dict[int, str] = {}  # by round; empty: all agree
+        self._orders: dict[int, str] = {}  # by round: what the chief has decided for all
         self._outbox: list[dict[str, Any]] = []
         self._round = self._at_work = 0
         self._since = 0.0  # when a worker was lost, or work began after that
@@ -513,6 +514,26 @@ class Team:
             self._flush()
             raise ConfigError(self._verdicts[now])
 
+    def take_from_chief(self, value: str) -> str:
+        """The chief's `value`, for which the other workers wait here. Raises RunError if a worker has ended."""
+        if self.alone:
+            return value
+        waiting = _Waiting(self._log)
+        with self._changed:
+            self._round += 1
+            now = self._round
+        if self.place.index == 0:
+            self._post(order=value, round=now)
+            return value
+        while True:
+            with self._changed:
+                if now in self._orders:
+                    return self._orders[now]
+                if self.lost:
+                    raise self.loss()
+                self._changed.wait(0.5)
+            waiting(self.place.name(0))
+
     def _difference(self, number: int) -> str:
         """What differs among the workers' terms of a round, in one line; empty where nothing does."""
         ours = flatten(self._terms[number, 0])
@@ -654,6 +675,8 @@ class Team:
             self._terms[number, index] = message["terms"]
         elif "verdict" in message and number == self._round and index == 0:
             self._verdicts[number] = str(message["verdict"])
+        elif "order" in message and number in (self._round, self._round + 1) and index == 0:
+            self._orders[number] = str(message["order"])
 
     def _lose(self, text: str) -> None:
         if self.lost:

@@ -80,16 +80,16 @@ def cross_validate(
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
-    more |= {"overwrite": overwrite, "verbose": verbose}
+    more |= {"overwrite": overwrite, "verbose": verbose, "policy": None}
     runs = []
     with runtime.Signals() as signals:
         for i in range(folds):
             if signals.caught:  # after the last step of the fold before
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             log(f"-- fold {i + 1} of {folds}")
-            one = _fold(config, folds, i)
             more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
-            metrics = _run(one, workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+            metrics = _run(_fold(config, folds, i), workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+            more["policy"] = metrics["precision"]
             accuracy = metrics["best_val_accuracy"]
             log(f"   {100 * accuracy:.2f}%\n")
             runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in TAKEN}})
@@ -149,13 +149,17 @@ def _remove_the_others(workdir: Path, folds: int) -> keras.callbacks.Callback:
     return keras.callbacks.LambdaCallback(on_train_begin=remove)
 
 
-def _run(config: Config, folder: Path, *, overwrite: bool, **more: Any) -> dict[str, Any]:
-    """The metrics of one fold: of the finished run in its folder, or of a run that is trained or resumed now."""
+def _run(config: Config, folder: Path, *, overwrite: bool, policy: str | None, **more: Any) -> dict[str, Any]:
+    """The metrics of one fold: of the finished run in its folder, or of a run that is trained or resumed now.
+
+    policy: the precision of the folds before, which may have trained on another machine.
+    """
     metrics = None if overwrite else _finished(folder, config, more["dataset"])
     if metrics is not None:
         return metrics
     try:
-        return train_and_evaluate(config, folder, overwrite=overwrite, **more)
+        with runtime.auto_precision(policy):
+            return train_and_evaluate(config, folder, overwrite=overwrite, **more)
     except RunInterrupted as error:
         raise interrupted(f"stopped in {folder.name}", folder.parent, overwrite) from error
     finally:

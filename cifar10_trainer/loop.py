@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from . import runtime
+from .config import PRECISIONS
 from .engine import Engine, RunningMetrics
 from .errors import ConfigError, RunError, interrupted
 from .files import parse_json
@@ -45,6 +47,14 @@ class EpochLines(keras.callbacks.Callback):
         print(
             f"epoch {epoch + 1}/{self._epochs}  {values}  {time.monotonic() - self._began:.1f} s", flush=True
         )
+
+
+def saved_precision(arrays: Mapping[str, np.ndarray] | None) -> str | None:
+    """The dtype policy of the run that `TrainingLoop.save` wrote; None without one, or where `restore` will refuse it."""
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        policy = None if arrays is None else parse_json(str(arrays["meta"]))["environment"]["precision"]
+        return policy if policy in PRECISIONS and policy != "auto" else None
+    return None
 
 
 class TrainingLoop:

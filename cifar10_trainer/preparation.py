@@ -181,5 +181,5 @@ def describe_run(
         "parameters": engine.model.count_params(),
         **({} if own_model is None else {"own_model": own_model}),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "environment": runtime.describe(),
+        "environment": {**runtime.describe(), "precision": engine.policy},  # what "auto" became
     }

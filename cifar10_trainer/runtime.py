@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from . import cluster, machine, process
+from . import cluster, machine, precision, process
 from .config import Config
 from .errors import ConfigError, RunError
 
@@ -135,14 +136,31 @@ def _mean_function(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf
     return tf.function(mean)
 
 
+_auto: contextvars.ContextVar[str | None] = contextvars.ContextVar("auto", default=None)
+
+
+@contextlib.contextmanager
+def auto_precision(policy: str | None) -> Iterator[None]:
+    """While inside, the precision "auto" is `policy` for this thread: runs that are compared train alike. None: as outside."""
+    token = _auto.set(policy or _auto.get())
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
 def choose_precision(requested: str) -> tuple[str, str]:
     """The Keras dtype policy for "auto" or a policy's name, and why.
 
-    auto: bfloat16 where the hardware multiplies it natively; float16 on GPUs that only have that; float32 elsewhere.
+    auto: on GPUs, bfloat16 where they multiply it natively, float16 where they only have that, else float32. On a CPU,
+    bfloat16 where the processor multiplies it natively and is measured to be faster with it, else float32. The
+    measurement uses TensorFlow's devices, so `choose_strategy` comes before this.
     """
     if requested != "auto":
         return requested, "as asked"
-    gpus = tf.config.list_physical_devices("GPU")
+    if (fixed := _auto.get()) is not None:
+        return fixed, "the runs before it have it"
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         text = ".".join(str(c) for c in capability)
@@ -151,25 +169,51 @@ def choose_precision(requested: str) -> tuple[str, str]:
         if capability >= (7, 0):
             return "mixed_float16", f"the GPU's compute capability {text} has float16, not bfloat16"
         return "float32", f"the GPU's compute capability {text} has no fast 16-bit arithmetic"
-    native = machine.cpu_flags() & {"avx512_bf16", "amx_bf16"}
-    if native:
-        return "mixed_bfloat16", f"the processor has {', '.join(sorted(native))}"
-    return "float32", "the processor has no native bfloat16"
+    if not precision.native_flags():
+        return "float32", "no native bfloat16 here"
+    ratio, source = precision.bfloat16_ratio()
+    limit = precision.CLEARLY_AHEAD
+    if ratio <= limit:
+        return "mixed_bfloat16", f"convolutions take {ratio:.2f} of float32's time here ({source})"
+    return "float32", (
+        f"convolutions take {ratio:.2f} of its time in bfloat16 here; at most {limit:.2f} would be worth it ({source})"
+    )
 
 
 def choose_devices(
     config: Config, cluster_timeout: float, log: Callable[[str], None], flags: Mapping[str, bool]
-) -> tuple[cluster.Team | None, tf.distribute.Strategy, str]:
-    """The workers of the cluster, who agree on config and `flags` here; the strategy, and the precision's policy."""
-    policy, why = choose_precision(config.precision)
+) -> tuple[cluster.Team | None, tf.distribute.Strategy]:
+    """The workers of the cluster, who agree on config and `flags` here, and the strategy."""
     team = cluster.join_workers(config.strategy, cluster_timeout, log)
     if team is not None:
         gpus = len(tf.config.get_visible_devices("GPU"))
-        team.agree(config=config.to_dict(), precision=policy, GPUs=gpus, **flags)
+        team.agree(config=config.to_dict(), GPUs=gpus, **flags)
     strategy, reason = choose_strategy(config.strategy)
     log(f"strategy: {reason}")
+    return team, strategy
+
+
+def agree_on_precision(
+    requested: str, before: str | None, team: cluster.Team | None, log: Callable[[str], None]
+) -> str:
+    """The dtype policy of a run, the same for all its workers and for all its life.
+
+    Args:
+        requested: "auto" or a policy's name, the same on all workers.
+        before: of the run that is resumed; None: a new run.
+        team: the workers. With "auto", the chief's choice holds for all, also where another's hardware suggests another.
+        log: prints the policy, and why.
+    """
+    if requested == "auto" and before is not None:
+        policy, why = before, "this run began with it"
+    elif requested == "auto" and team is not None and team.place.index > 0:
+        policy, why = "", f"{team.place.name(0)} chose it"
+    else:
+        policy, why = choose_precision(requested)
+    if team is not None:
+        policy = team.take_from_chief(policy)
     log(f"precision: {policy}: {why}")
-    return team, strategy, policy
+    return policy
 
 
 def at_work(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager[None]:

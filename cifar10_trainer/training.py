@@ -34,7 +34,7 @@ from .engine import Engine
 from .errors import ConfigError, interrupted
 from .files import cannot_write
 from .hooks import check_callbacks
-from .loop import SAVE_SECONDS, TrainingLoop
+from .loop import SAVE_SECONDS, TrainingLoop, saved_precision
 from .model_file import load_model
 from .models import own
 from .run_folder import RunFolder
@@ -118,16 +118,16 @@ def train_and_evaluate(
     _check_save_seconds(save_seconds)
     models.check_options(config.architecture, config.options)
 
-    # ---- strategy, precision, folder
+    # ---- strategy, folder, precision
     flags = {"overwrite": overwrite, "allow_replica_change": allow_replica_change}
-    team, strategy, policy = runtime.choose_devices(config, cluster_timeout, log, flags)
+    team, strategy = runtime.choose_devices(config, cluster_timeout, log, flags)
     chief = runtime.is_chief(strategy)
     folder = RunFolder(workdir or _new_folder(config, strategy))
 
     alone, locked = _only_run(config, model, log), folder.lock() if chief else contextlib.nullcontext()
-    interruptible = _interruptible(folder, overwrite)
-    with alone, runtime.reporting_errors(team), locked, interruptible as training_is_over:
+    with alone, runtime.reporting_errors(team), locked, _interruptible(folder, overwrite) as training_is_over:
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
+        policy = runtime.agree_on_precision(config.precision, saved_precision(saved), team, log)
         # ---- data and model
         given = dataset if data is None else data
         if given is None:

@@ -190,14 +190,18 @@ def main(argv: list[str]) -> None:
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read --compare={FLAGS.compare}: {error}") from error
     cli.import_tensorflow()
-    from cifar10_trainer import runtime
+    from cifar10_trainer import precision, runtime
 
     environment = {name: value for name, value in runtime.describe().items() if name != "platform"}
     if before and before["environment"] != environment:
         raise ConfigError(
             f"{FLAGS.compare} is from another machine or other versions: {before['environment']}"
         )
-    found = dict(digest_all(argv or known))
+    with tempfile.TemporaryDirectory() as cache:
+        # What a loaded machine measures must not decide: with --precision=auto the runs take bfloat16 where it is native.
+        os.environ["XDG_CACHE_HOME"] = cache
+        precision.keep(0.5)
+        found = dict(digest_all(argv or known))
     if "fast" in found and "resumed" in found and found["fast"] != found["resumed"]:
         raise RunError(
             f"the resumed run differs from the uninterrupted one: {found['resumed']}, {found['fast']}"

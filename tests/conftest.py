@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import signal
 
+import matplotlib
 import pytest
 
-from cifar10_trainer import figures, machine
+from cifar10_trainer import figures, machine, precision
 
 # Under nohup, or in the background of a shell, the tests would ignore these, and so would the processes that they start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The tests, and the processes that they start, neither use the user's cache nor depend on what is measured here.
+
+    Where the processor has native bfloat16, "auto" takes it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # it would make its list of fonts again
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        assert precision.keep(0.5)
+        yield
 
 
 @pytest.fixture(scope="session")

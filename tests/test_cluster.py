@@ -165,9 +165,34 @@ def test_workers_meet_and_agree(meet, places):
     assert not any(team.lost for team in teams)
 
 
+def test_the_chief_decides_for_all(meet, places):
+    """Also where it decides late or early, before and after they agree."""
+    teams = meet(*places(3))
+
+    def work(team):
+        found = []
+        for i, late in enumerate((0, 1, 2)):
+            time.sleep(0.3 * (team.place.index == late))
+            found.append(team.take_from_chief(f"{team.place.index} in round {i}"))
+            team.agree(step=i)
+        return found
+
+    decided = ["0 in round 0", "0 in round 1", "0 in round 2"]
+    assert together(*(lambda t=t: work(t) for t in teams)) == [decided] * 3
+
+
+def test_workers_whose_chief_ends_wait_no_longer_for_its_decision(meet, places):
+    where = places(3)
+    chief, *others = meet(*where)
+    chief.close()
+    for error in together(*(lambda t=t: t.take_from_chief("mine") for t in others)):
+        assert isinstance(error, RunError) and str(error).startswith(f"{where[0].name()} has ended")
+
+
 def test_a_worker_alone_waits_for_nobody(meet, places):
     (team,) = meet(*places(1))
     team.agree(seed=0)
+    assert team.take_from_chief("mine") == "mine"
     assert team.alone and not team.lost
 
 

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, cross_validate, cross_validation, datasets, evaluate, runtime
+from cifar10_trainer import (
+    cli,
+    cross_validate,
+    cross_validation,
+    datasets,
+    evaluate,
+    machine,
+    precision,
+    runtime,
+)
 from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 from cifar10_trainer.recipes import RECIPES
@@ -40,6 +49,7 @@ def scripted(monkeypatch):
         calls.append({"config": config, "workdir": workdir, **more})
         metrics = {"best_val_accuracy": 0.5 + config.validation_fold / 10, "n_validation": 7, "epochs": 1}
         metrics |= {"best_epoch": 1, "train_seconds": 2.0}
+        metrics["precision"], _ = runtime.choose_precision(config.precision)
         workdir.mkdir(parents=True, exist_ok=True)
         found = {"command": "x", "fingerprint": datasets.fingerprint(more["dataset"])}
         (workdir / "config.json").write_text(json.dumps({**config.to_dict(), **found}))
@@ -161,6 +171,26 @@ def test_what_is_finished_is_not_run_again(tmp_path, digits, scripted, monkeypat
     assert [call["config"].validation_fold for call in scripted] == [0, 1, 2]
     accuracies = [run["val_accuracy"] for run in summary["runs"]]
     assert accuracies == [0.5, 0.6, 0.7] and summary["val_accuracy_mean"] == statistics.mean(accuracies)
+
+
+def test_all_folds_have_the_precision_of_the_first(tmp_path, digits, scripted, monkeypatch):
+    """Also where the cross-validation is resumed on a machine that would choose another one."""
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})
+    config = TINY.override(precision="auto")
+
+    def folds(folder):
+        found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"{folder}/*/metrics.json"))]
+        return [metrics["precision"] for metrics in found]
+
+    for was, then, now in (("mixed_bfloat16", 0.5, 1.6), ("float32", 1.6, 0.5)):
+        monkeypatch.setattr(precision, "bfloat16_ratio", lambda ratio=then: (ratio, "measured"))
+        quietly(3, tmp_path / was, digits, config)
+        for file in (tmp_path / was / "folds.json", *tmp_path.glob(f"{was}/fold-[23]-of-3/metrics.json")):
+            file.unlink()
+        monkeypatch.setattr(precision, "bfloat16_ratio", lambda ratio=now: (ratio, "measured"))
+        quietly(3, tmp_path / was, digits, config)
+        assert folds(was) == [was] * 3
+        assert runtime.choose_precision("auto")[0] != was  # outside, nothing has changed
 
 
 def test_a_finished_or_different_cross_validation_is_kept(tmp_path, digits, scripted):

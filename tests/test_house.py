@@ -28,6 +28,7 @@ LAYERS = [
     "optim",
     "scoring",
     "runtime",
+    "precision",
     "report",
     "figures",
     "measures",

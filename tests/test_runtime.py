@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar10_trainer import cluster, machine, runtime
+from cifar10_trainer import cluster, machine, precision, runtime
 from cifar10_trainer.errors import ConfigError, RunError
 
 
@@ -35,7 +35,8 @@ def devices(monkeypatch):
             for kind, n in {"GPU": gpus, "CPU": 1}.items()
         }
         monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: found[kind])
-        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: found[kind])
+        for name in ("list_physical_devices", "get_visible_devices"):
+            monkeypatch.setattr(tf.config, name, lambda kind=None: found[kind])
         monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details or {})
 
     return pretend
@@ -248,21 +249,59 @@ def test_precision_by_the_gpu(details, expected, reason, devices, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected", "reason"),
+    ("flags", "onednn"),
+    [({"avx2", "avx512f", "f16c"}, "1"), (set(), "1"), ({"avx512_bf16"}, "0"), ({"amx_bf16"}, "False")],
+)
+def test_without_native_bfloat16_nothing_is_measured(flags, onednn, devices, monkeypatch):
+    devices(0)
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", onednn)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(precision, "bfloat16_ratio", lambda: 1 / 0)
+    assert runtime.choose_precision("auto") == ("float32", "no native bfloat16 here")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected", "reason"),
     [
-        ({"fpu", "avx512_bf16"}, "mixed_bfloat16", "avx512_bf16"),
-        ({"amx_bf16", "avx512_bf16"}, "mixed_bfloat16", "amx_bf16, avx512_bf16"),
-        ({"amx_bf16"}, "mixed_bfloat16", "amx_bf16"),
-        ({"avx2", "avx512f", "f16c"}, "float32", "no native bfloat16"),
-        (set(), "float32", "no native bfloat16"),
+        (0.56, "mixed_bfloat16", "convolutions take 0.56 of float32's time here (measured so)"),
+        (0.9, "mixed_bfloat16", "convolutions take 0.90 of float32's time here (measured so)"),
+        (
+            0.91,
+            "float32",
+            "convolutions take 0.91 of its time in bfloat16 here; at most 0.90 would be worth it",
+        ),
+        (
+            1.6,
+            "float32",
+            "convolutions take 1.60 of its time in bfloat16 here; at most 0.90 would be worth it",
+        ),
     ],
 )
-def test_precision_by_the_processor(flags, expected, reason, devices, monkeypatch):
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
+def test_precision_by_what_was_measured(flag, ratio, expected, reason, devices, monkeypatch):
     devices(0)
-    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"fpu", flag})
+    monkeypatch.setattr(precision, "bfloat16_ratio", lambda: (ratio, "measured so"))
     policy, why = runtime.choose_precision("auto")
     assert policy == expected
-    assert reason in why
+    assert why.startswith(reason) and why.endswith("(measured so)")
+
+
+@pytest.mark.parametrize(
+    ("requested", "before", "expected", "why"),
+    [
+        ("auto", None, "float32", "chosen here"),
+        ("auto", "mixed_bfloat16", "mixed_bfloat16", "this run began with it"),
+        ("auto", "float32", "float32", "this run began with it"),
+        ("mixed_float16", None, "mixed_float16", "as asked"),
+    ],
+)
+def test_a_run_keeps_the_precision_that_it_began_with(requested, before, expected, why, monkeypatch):
+    choices = {"auto": ("float32", "chosen here"), "mixed_float16": ("mixed_float16", "as asked")}
+    monkeypatch.setattr(runtime, "choose_precision", choices.__getitem__)
+    lines = []
+    assert runtime.agree_on_precision(requested, before, None, lines.append) == expected
+    assert lines == [f"precision: {expected}: {why}"]
 
 
 # ---- the rest

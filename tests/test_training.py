@@ -21,7 +21,18 @@ import tensorflow as tf
 from PIL import Image
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, datasets, evaluate, loop, predict, runtime, summary, training
+from cifar10_trainer import (
+    cli,
+    datasets,
+    evaluate,
+    loop,
+    machine,
+    precision,
+    predict,
+    runtime,
+    summary,
+    training,
+)
 from cifar10_trainer.config import Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
@@ -612,17 +623,70 @@ def test_a_signal_before_the_loop_stops_its_first_step(tmp_path, digits, step_by
     assert enclosing.caught == "SIGTERM"
 
 
-@pytest.mark.parametrize(("name", "was", "now"), [("precision", "float32", "mixed_bfloat16")])
-def test_an_unfinished_run_of_another_precision_is_refused(
-    tmp_path, digits, monkeypatch, step_by_step, name, was, now
+@pytest.fixture
+def measured(monkeypatch):
+    """Pretends a processor with native bfloat16 and an empty cache: measured(ratio) is what it measures from now on."""
+
+    def measured(ratio):
+        monkeypatch.setattr(precision, "_ratios", {})
+        monkeypatch.setattr(precision, "_read", lambda file, here: None)
+        monkeypatch.setattr(precision, "measure", lambda: ratio)
+
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})
+    return measured
+
+
+def precision_lines(printed):
+    return [line for line in printed.out.splitlines() if line.startswith("precision")]
+
+
+@pytest.mark.parametrize(("was", "then", "now"), [("float32", 1.6, 0.5), ("mixed_bfloat16", 0.5, 1.6)])
+def test_a_resumed_run_keeps_its_precision_whatever_is_measured_now(
+    tmp_path, digits, measured, step_by_step, capsys, was, then, now
 ):
-    """As where a machine with bfloat16 goes on with what one without it began."""
+    config = TINY.override(precision="auto", epochs=2)
+    measured(then)
+    whole = train_quietly(config, tmp_path / "whole", digits, verbose=2)
+    (line,) = precision_lines(capsys.readouterr())
+    assert line.startswith(f"precision: {was}: convolutions take {then:.2f} of ")
+    assert "(measured just now in 0.0 s; kept in " in line
+    with pytest.raises(RunError):
+        train_quietly(config, tmp_path / "parts", digits, callbacks=[At(15, send(signal.SIGTERM))])
+    measured(now)
+    resumed = train_quietly(config, tmp_path / "parts", digits, verbose=2)
+    assert precision_lines(capsys.readouterr()) == [f"precision: {was}: this run began with it"]
+    assert resumed["precision"] == whole["precision"] == was
+    for folder in ("whole", "parts"):
+        record = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (record["precision"], record["environment"]["precision"]) == ("auto", was)
+    assert_same_weights(saved_weights(tmp_path / "parts"), saved_weights(tmp_path / "whole"))
+    # A new run takes what is measured now.
+    new = train_quietly(config.override(epochs=0.25), tmp_path / "parts", digits, overwrite=True)
+    assert new["precision"] == {"float32": "mixed_bfloat16"}.get(was, "float32")
+
+
+def test_an_unfinished_run_is_not_resumed_in_another_precision_that_is_asked_for(
+    tmp_path, digits, measured, step_by_step
+):
+    measured(0.5)
     config = TINY.override(precision="auto")
-    monkeypatch.setattr(runtime, "choose_precision", lambda _: (was, "it is all there is"))
     with pytest.raises(RunError):
         train_quietly(config, tmp_path, digits, callbacks=[At(3, send(signal.SIGTERM))])
-    monkeypatch.setattr(runtime, "choose_precision", lambda _: (now, "it is faster"))
-    with pytest.raises(ConfigError, match=rf"unfinished run with {name} {was}, now {now}; .*--overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration \(precision 'auto', now 'float32'\); .*--overwrite"
+    ):
+        train_quietly(config.override(precision="float32"), tmp_path, digits)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"environment": {"precision": ["float32"]}}'])
+def test_a_state_that_does_not_name_its_precision_is_damaged(tmp_path, digits, step_by_step, text):
+    config = TINY.override(precision="auto")
+    with pytest.raises(RunError):
+        train_quietly(config, tmp_path, digits, callbacks=[At(3, send(signal.SIGTERM))])
+    with np.load(tmp_path / "state.npz") as file:
+        arrays = {**file, "meta": np.array(text)}
+    np.savez(tmp_path / "state.npz", **arrays)
+    with pytest.raises(RunError, match=r"is damaged, or of other data .* to begin this run again"):
         train_quietly(config, tmp_path, digits)
 
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tuning
-from cifar10_trainer import RECIPES, datasets
+from cifar10_trainer import RECIPES, datasets, machine, precision, runtime
 from cifar10_trainer.__main__ import read_config
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from cifar10_trainer.training import train_and_evaluate
@@ -339,6 +339,41 @@ def test_an_interrupted_search_resumes(digits, tmp_path, monkeypatch):
     found = tune(space, digits, **options)
     assert sorted(r.accuracy for r in found.rows) == [0.7, 0.8, 0.9]
     assert calls[1] == calls[2] and calls[3] == calls[4]
+
+
+def test_all_trials_have_one_precision_also_on_other_machines(digits, tmp_path, monkeypatch):
+    """The search is interrupted, and resumed on a machine that would choose another precision."""
+    found, calls = [], []
+    train = fake_training([0.8, KeyboardInterrupt(), 0.7, 0.9, 0.6], calls)
+
+    def choosing(config, folder, **options):
+        found.append((config.precision, runtime.choose_precision(config.precision)[0]))
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(trial, "train_and_evaluate", choosing)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(precision, "bfloat16_ratio", lambda: (0.5, "measured"))
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
+
+    def automatic(hp):
+        return space(hp).override(precision="auto")
+
+    with pytest.raises(RunInterrupted):
+        tune(automatic, digits, **options)
+    monkeypatch.setattr(precision, "bfloat16_ratio", lambda: (1.6, "measured"))
+    tune(automatic, digits, **options)
+    assert found == [("auto", "mixed_bfloat16")] * 4
+    tune(automatic, digits, **{**options, "overwrite": True, "max_trials": 1})
+    assert found[4:] == [("auto", "float32")]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"auto": "auto"}', '{"auto": ["float32"]}', '["float32"]'])
+def test_a_damaged_record_of_the_precision_is_written_again(text, tmp_path):
+    folder = SearchFolder(tmp_path)
+    assert folder.precision(lambda: "float32") == "float32"
+    folder.precision_file.write_text(text)
+    assert folder.precision(lambda: "mixed_bfloat16") == "mixed_bfloat16"
+    assert folder.precision(lambda: "float32") == "mixed_bfloat16"
 
 
 def test_a_trial_that_was_finished_but_not_reported_is_not_run_again(digits, tmp_path, monkeypatch):

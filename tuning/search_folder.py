@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from cifar10_trainer.config import PRECISIONS
 from cifar10_trainer.errors import ConfigError, RunError, shown
 from cifar10_trainer.files import (
     LockedFolder,
+    cannot_write,
+    folder_lock,
     read_json,
     remove_files,
     remove_leftovers,
@@ -35,6 +38,7 @@ class SearchFolder(LockedFolder):
         self.search_file = self.path / "search.json"
         self.trials = self.path / "trials"
         self.state_file = self.trials / "search_state.json"
+        self.precision_file = self.trials / "precision.json"
         self.leaderboard_file = self.path / "leaderboard.csv"
         self.best_config_file = self.path / "best_config.json"
         self.figure_file = self.path / "search.png"
@@ -55,7 +59,7 @@ class SearchFolder(LockedFolder):
 
     def _tidy(self) -> None:
         remove_leftovers(self.path, SEARCH_FILES)
-        remove_leftovers(self.trials, [self.state_file.name])
+        remove_leftovers(self.trials, [self.state_file.name, self.precision_file.name])
 
     def begin(self, record: Mapping[str, Any], overwrite: bool) -> None:
         """Writes `record` to search.json, unless the folder holds another search.
@@ -82,6 +86,27 @@ class SearchFolder(LockedFolder):
                 f" or delete {self.trials}"
             )
         write_json(self.search_file, record, durable=True, parents=False)
+
+    def precision(self, choose: Callable[[], str]) -> str:
+        """The dtype policy that the precision "auto" means in this search: the choice of the process that asks first.
+
+        Args:
+            choose: returns a policy. It is called where none is recorded; other processes wait meanwhile.
+
+        Raises:
+            RunError: if it cannot be recorded.
+        """
+        try:
+            with folder_lock(self.trials, lambda: None):
+                with contextlib.suppress(RunError):
+                    policy = read_json(self.precision_file).get("auto")
+                    if policy in PRECISIONS and policy != "auto":
+                        return str(policy)
+                policy = choose()
+                write_json(self.precision_file, {"auto": policy}, durable=True)
+                return policy
+        except OSError as error:
+            raise cannot_write(self.trials, error) from error
 
 
 def trial_folder(trial_id: str) -> str:

@@ -159,6 +159,7 @@ class ConfigTuner(BaseTuner):
     ):
         super().__init__(search_oracle, space, directory=str(folder.parent), project_name=folder.name)
         self.space, self.dataset, self.show_epochs = space, dataset, show_epochs
+        self._folder = SearchFolder(folder.parent)
         self._digest, self._lease = search_oracle.search, search_oracle.lease
         tf.get_logger().addFilter(_is_no_retracing_warning)
         self._idle, self.verbose = False, verbose
@@ -235,16 +236,17 @@ class ConfigTuner(BaseTuner):
         if saved is not None and run.is_finished() and not stale:
             metrics = run.read_metrics()
         else:
-            metrics = train_and_evaluate(
-                config,
-                folder,
-                dataset=self.dataset,
-                overwrite=stale,
-                callbacks=[EpochLine(config.epochs)] if self.show_epochs else (),
-                verbose=0,
-                full_report=False,
-                score_test=False,
-            )
+            with runtime.auto_precision(self._precision(config)):
+                metrics = train_and_evaluate(
+                    config,
+                    folder,
+                    dataset=self.dataset,
+                    overwrite=stale,
+                    callbacks=[EpochLine(config.epochs)] if self.show_epochs else (),
+                    verbose=0,
+                    full_report=False,
+                    score_test=False,
+                )
         losses = [row["val_loss"] for row in run.read_history() if row["val_loss"] is not None]
         return {
             "val_accuracy": metrics["best_val_accuracy"],
@@ -254,6 +256,13 @@ class ConfigTuner(BaseTuner):
             "pflop": metrics["pflop"],
             "seconds": seconds_before + time.monotonic() - start,
         }
+
+    def _precision(self, config: Config) -> str | None:
+        """What "auto" means in all trials, also those of other machines; None where the config has another precision."""
+        if config.precision != "auto":
+            return None
+        runtime.choose_strategy(config.strategy)  # before TensorFlow's devices are used
+        return self._folder.precision(lambda: runtime.choose_precision("auto")[0])
 
     @contextlib.contextmanager
     def _heartbeats(self, trial_id: str) -> Iterator[None]:
