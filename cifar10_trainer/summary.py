@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import measures, report
+from . import measures, report, scoring
 from .datasets import Dataset
 from .run_folder import RunFolder
 
+if TYPE_CHECKING:
+    import keras
+
 Log = Callable[[str], None]
 FEW_IMAGES = 10  # of a class to train on, below which a run warns
+PRECISION_IMAGES = 500  # validation images on which the saved model is compared with the one that trained
 
 
 def warn_of_few(data: Dataset, log: Log) -> None:
@@ -71,6 +75,32 @@ def warn_at_chance(
         log(
             f"  at chance level      {accuracy:.2%} of the {len(labels):,} {images}; to guess the largest class gives"
             f" {share:.2%}: the network has learned nothing that these images show; try a smaller --learning_rate"
+        )
+
+
+def warn_of_precision(
+    log: Log, model: keras.Model | None, validation: Sequence[np.ndarray], metrics: Mapping[str, Any]
+) -> None:
+    """Logs a line where the saved model, which computes in float32, is worse than the one that trained, in 16 bits.
+
+    It is worse where its accuracy on a part of the validation images is more than 5 points and four standard deviations
+    of a share of so many images below the best validation accuracy.
+
+    Args:
+        log: receives the line.
+        model: what was saved; None: nothing is compared.
+        validation: images uint8 [n, height, width, channels] and labels [n].
+        metrics: of the run.
+    """
+    images, labels = (part[:: max(1, len(part) // PRECISION_IMAGES)] for part in validation)
+    trained, policy = metrics["best_val_accuracy"], metrics["precision"]
+    if model is None or trained is None or policy == "float32":
+        return
+    saved = scoring.score(labels, scoring.predict_probabilities(model, images))["accuracy"]
+    if saved < trained - 0.05 - 4 * math.sqrt(trained * (1 - trained) / len(labels)):
+        log(
+            f"  warning: the saved model, in float32, finds {saved:.2%} of {len(labels):,} validation images, but {trained:.2%}"
+            f" were found in {policy} while it trained: its network depends on rounding; train it with --precision=float32"
         )
 
 

@@ -159,9 +159,7 @@ def train_and_evaluate(
         log("trained: {epochs} epochs in {train_seconds:,.1f} s; kept epoch {best_epoch}".format(**trained))
 
         # ---- evaluate
-        kept = _kept_model(folder, engine, model, log)
-        if kept is not None and hdf5 and chief:
-            folder.save_model(kept, folder.hdf5_file)
+        kept = _kept_model(folder, engine, model, log, hdf5=hdf5 and chief)
         probabilities, scores = _score(kept if score_test else None, found, validation, config)
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief:
@@ -171,6 +169,7 @@ def train_and_evaluate(
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
     summary.summarize(log, metrics, folder)
     summary.warn_at_chance(log, loop.history, found, metrics["best_val_accuracy"])
+    summary.warn_of_precision(log, kept if verbose else None, validation, metrics)
     return metrics
 
 
@@ -228,19 +227,26 @@ def _train(
         raise runtime.out_of_memory(error) from error
 
 
-def _kept_model(folder: RunFolder, engine: Engine, model: keras.Model | None, log: Log) -> keras.Model | None:
+def _kept_model(
+    folder: RunFolder, engine: Engine, model: keras.Model | None, log: Log, *, hdf5: bool
+) -> keras.Model | None:
     """The model with the kept weights; None where there is no model file, which only a chief writes.
 
     A model of the config is read from the file, so that what is scored is what was saved. A user's own model gets the
-    weights of the file: it may hold layers that Keras cannot make without their code.
+    weights of the file: it may hold layers that Keras cannot make without their code. hdf5: whether to write it in the
+    older format as well.
     """
     if not folder.model_file.exists():
         log(f"no scores here: {folder} is not the chief's folder; give all workers the same --workdir")
         return None
     if model is None:
-        return load_model(folder.model_file)
-    engine.model.load_weights(folder.model_file)
-    return engine.model
+        kept = load_model(folder.model_file)
+    else:
+        kept = engine.model
+        kept.load_weights(folder.model_file)
+    if hdf5:
+        folder.save_model(kept, folder.hdf5_file)
+    return kept
 
 
 def _score(

@@ -47,6 +47,7 @@ _define(flags.DEFINE_list, "sets", "sets of pictures", list(SETS))
 _define(flags.DEFINE_list, "images", "training pictures a class, validation included", ["20", "60", "300"])
 _define(flags.DEFINE_list, "methods", "recipes, and keras", list(METHODS))
 _define(flags.DEFINE_integer, "seeds", "runs of each, seeds 0 to n - 1", 3, lower_bound=1)
+_define(flags.DEFINE_integer, "image_size", "the side in pixels on which this project's recipes train", 32)
 _define(flags.DEFINE_string, "data_dir", "where CIFAR-10 is")
 _define(flags.DEFINE_string, "out", "the record", str(photos.PHOTOS))
 _define(flags.DEFINE_boolean, "publish", "write the table of docs/photos.md", True)
@@ -131,6 +132,7 @@ def run(method: str, folder: Path, seed: int, scratch: Path) -> dict[str, float]
     else:
         command = [sys.executable, "-m", "cifar10_trainer", "--dataset=folder", f"--data_dir={folder}"]
         command += [f"--recipe={method}", f"--seed={seed}", f"--workdir={scratch / 'run'}", "--quiet"]
+        command += [f"--image_size={FLAGS.image_size}"]
     done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"{method} failed: {done.stderr.strip()[-500:]}")
@@ -155,7 +157,8 @@ def main(argv: list[str]) -> None:
     runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
     wanted = [(s, int(n), k) for n in FLAGS.images for s in FLAGS.sets for k in range(FLAGS.seeds)]
     for name, count, seed in wanted:
-        there = {r["method"] for r in runs if (r["set"], r["asked"], r["seed"]) == (name, count, seed)}
+        here = (name, count, seed, FLAGS.image_size)
+        there = {r["method"] for r in runs if (r["set"], r["asked"], r["seed"], r["image_size"]) == here}
         missing = [method for method in FLAGS.methods if method not in there]
         if not missing:
             continue
@@ -171,6 +174,7 @@ def main(argv: list[str]) -> None:
                     "set": name,
                     "asked": count,
                     "images_per_class": each,
+                    "image_size": FLAGS.image_size,
                     "method": method,
                     "seed": seed,
                 }

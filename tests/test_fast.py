@@ -5,6 +5,7 @@ from itertools import pairwise
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from cifar10_trainer.errors import ConfigError
 from cifar10_trainer.models import fast
@@ -75,6 +76,33 @@ def test_whitening_does_not_leave_signs_to_lapack(monkeypatch):
     np.testing.assert_array_equal(*kernels)
     first = kernels[0][:, :12]
     assert (np.take_along_axis(first, np.abs(first).argmax(0)[None], 0) > 0).all()
+
+
+def test_whitening_of_grey_images_as_three_equal_channels():
+    """Eight of twelve eigenvalues are zero. Their filters would show nothing but rounding, so they repeat the other four."""
+    half, quarter = (0.5,) * 3, (0.25,) * 3
+    grey = np.repeat(smooth_images(channels=1), 3, axis=-1)
+    model = fast.build(input_shape=(12, 12, 3), mean=half, std=quarter, filters=(4,))
+    fast.whiten(model, grey, half, quarter)
+    kernel = np.array(model.get_layer("whitening").kernel).reshape(12, 24)
+    np.testing.assert_array_equal(kernel[:, :8], np.concatenate([kernel[:, 8:12]] * 2, axis=1))
+    np.testing.assert_array_equal(kernel[:, 12:], -kernel[:, :12])
+    found = whitened(model, grey).reshape(-1, 24)[:, 8:12].astype(np.float64)
+    assert np.abs(found.T @ found / len(found) - np.eye(4)).max() < 0.2  # up to the epsilon
+    # What bfloat16 makes of the filters' output differs by its own rounding, 2**-9 of the largest product, and no more.
+    x = tf.constant((grey / 255 - 0.5) / 0.25, tf.float32)
+    exact, rounded = (
+        tf.cast(tf.nn.conv2d(tf.cast(x, d), tf.cast(kernel.reshape(2, 2, 3, 24), d), 1, "VALID"), tf.float64)
+        for d in (tf.float32, tf.bfloat16)
+    )
+    assert np.std(rounded - exact) < 0.05 * np.std(exact)
+
+
+def test_whitening_of_coloured_images_keeps_every_filter():
+    model = fast.build(input_shape=(12, 12, 3), mean=MEAN, std=STD, filters=(4,))
+    fast.whiten(model, smooth_images(), MEAN, STD)
+    kernel = np.array(model.get_layer("whitening").kernel).reshape(12, 24)[:, :12]
+    assert np.linalg.matrix_rank(kernel) == 12
 
 
 def test_whitening_uses_images_from_all_over():

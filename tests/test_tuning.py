@@ -660,7 +660,9 @@ def test_a_search_of_a_folder_suits_its_number_of_images(tmp_path, capsys):
         assert (suited.batch_size, suited.epochs, suited.validation_fraction) == (8, 46, 0.25)
         assert not suited.adapt
         assert "adapted to 120 images: batch_size 8 (recipe: 256)" in capsys.readouterr().out
-        assert search.Space(suited, {"epochs": None})._range("epochs")[:2] == (23, 92), "relative to what suits"
+        assert search.Space(suited, {"epochs": None})._range("epochs")[:2] == (23, 92), (
+            "relative to what suits"
+        )
 
         search.FLAGS([*argv, "--epochs=5"])
         base = search.base_from_flags()

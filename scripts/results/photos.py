@@ -28,18 +28,20 @@ def packaged_table(record: dict[str, Any]) -> str:
 
 def photos_table(runs: list[dict[str, Any]]) -> str:
     """What trains best on few pictures: means over the seeds."""
-    groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, int, int], dict[str, list[dict[str, Any]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for run in runs:
-        groups[run["set"], run["images_per_class"]][run["method"]].append(run)
+        groups[run["set"], run["images_per_class"], run["image_size"]][run["method"]].append(run)
     rows = []
-    for (name, count), methods in groups.items():
+    for (name, count, size), methods in groups.items():
         for method, found in methods.items():
             means = [statistics.mean(run[key] for run in found) for key in ("validation", "test", "seconds")]
             rows.append(
                 [
                     name,
                     str(count),
-                    method,
+                    method if size == 32 else f"{method}, {size} pixels",
                     _percent(means[0]),
                     _percent(means[1]),
                     f"{means[2]:.0f} s",
