@@ -31,7 +31,7 @@ def adapt(config: Config, n: int, own_validation: bool, replicas: int = 1) -> Co
     """
     values: dict[str, Any] = {name: getattr(config, name) for name in config.adapt}
     fraction = config.validation_fraction
-    if "validation_fraction" in values and fraction is not None and n < FEW:
+    if "validation_fraction" in values and fraction is not None and n < FEW and not own_validation:
         fraction = values["validation_fraction"] = max(fraction, SHARE)
     left = n if own_validation or fraction is None else n - round(n * fraction)
     batch = config.batch_size
@@ -53,8 +53,10 @@ def adapt(config: Config, n: int, own_validation: bool, replicas: int = 1) -> Co
     return config.override(**values, adapt=())
 
 
-def in_words(before: Config, after: Config, n: int) -> str | None:
-    """What `adapt` changed, in a line; None where it changed nothing."""
+def in_words(
+    before: Config, after: Config, n: int, advice: str = "flags of these names set them"
+) -> str | None:
+    """What `adapt` changed, in a line that ends with `advice`; None where it changed nothing."""
     changed = [
         f"{name} {getattr(after, name):g} (recipe: {getattr(before, name):g})"
         for name in before.adapt
@@ -62,4 +64,4 @@ def in_words(before: Config, after: Config, n: int) -> str | None:
     ]
     if not changed:
         return None
-    return f"adapted to {n:,} images: {', '.join(changed)}; flags of these names set them"
+    return f"adapted to {n:,} images: {', '.join(changed)}; {advice}"

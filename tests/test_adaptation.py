@@ -55,7 +55,8 @@ def test_what_is_not_to_be_adapted_stays():
     assert adapt(config.override(adapt=()), 40, False) == config.override(adapt=())
     plateau = DEFAULT.override(schedule=Schedule(name="plateau"))
     assert adapt(plateau, 30, False).validation_interval == 1  # it watches each epoch
-    assert adapt(DEFAULT, 100, True).batch_size == 8  # of all 100, because the folder has validation images
+    found = adapt(DEFAULT, 100, True)  # of all 100, because the folder has validation images
+    assert (found.batch_size, found.validation_fraction) == (8, DEFAULT.validation_fraction)
     assert adapt(DEFAULT.override(validation_fraction=None), 100, False).validation_fraction is None
 
 
