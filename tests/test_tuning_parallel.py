@@ -145,7 +145,7 @@ def test_workers_that_die_and_a_chief_that_dies(tmp_path):
         pids = [int(p) for p in re.findall(r"process (\d+)", output)]
         assert any(map(alive, pids))
         process.kill()
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90  # they end after the trial that they train; this machine may be busy
         while any(map(alive, pids)):
             assert time.monotonic() < end, "workers outlive their chief"
             time.sleep(0.1)
