@@ -44,6 +44,20 @@ def test_classification_report_by_hand():
     assert rows["accuracy"] == ["0.6667", "6"]
 
 
+@pytest.mark.parametrize("k", [2, 5, 12])
+def test_classification_report_is_that_of_scikit_learn(k):
+    from sklearn import metrics
+
+    names = [f"class number {i}" if i % 2 else f"c{i}" for i in range(k)]
+    for n in (7, 40, 4000):  # of few images some classes have none, or are never predicted
+        labels, predicted = np.random.default_rng(k + n).integers(0, k, (2, n))
+        predicted[0] = labels[0]  # where nothing is right, scikit-learn shows the counts as 2.0
+        oracle = metrics.classification_report(
+            labels, predicted, labels=range(k), target_names=names, digits=4, zero_division=0
+        )
+        assert report.classification_report(labels, predicted, names) == oracle
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
