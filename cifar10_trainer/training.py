@@ -129,14 +129,9 @@ def train_and_evaluate(
     with alone, runtime.reporting_errors(team), locked, interruptible as training_is_over:
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         # ---- data and model
-        # No other name may hold the data set: its images would stay in memory beside those of the split.
-        found = (
-            preparation.load(config, data_dir, folder if saved else None, folder_options, log)
-            if data is None and dataset is None
-            else datasets.as_dataset(
-                dataset if data is None else data, validation_data, test_data, class_names
-            )
-        )
+        given, resumed = dataset if data is None else data, folder if saved else None
+        beside = validation_data, test_data, class_names
+        found = preparation.load(config, given, beside, data_dir, resumed, folder_options, log)
         config = preparation.adapt(config, found, strategy, log)
         fingerprint = datasets.fingerprint(found)
         preparation.agree_on_data(team, found, fingerprint, model, saved)
