@@ -44,12 +44,21 @@ def check_sources(data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ...
 
 def load(
     config: Config,
+    given: Any,
+    beside: tuple[Any, ...],
     data_dir: str | None,
     resumed: RunFolder | None,
     options: Mapping[str, Any] | None,
     log: Log,
 ) -> Dataset:
-    """The data set of the config. resumed: the folder of the run that goes on, with the files that it began with."""
+    """The data set that the caller has given or, where that is None, the one of the config.
+
+    The caller holds one of the config by no other name than that of the result, or its images stay in memory beside
+    those of the split. beside: what `datasets.as_dataset` takes beside `given`. resumed: the folder of the run that goes
+    on, with the files that it began with.
+    """
+    if given is not None:
+        return datasets.as_dataset(given, *beside)
     own: dict[str, Any] = {"log": log, **(options or {})}
     if config.dataset == "folder":
         own |= {"files": resumed and resumed.read_split(), "copies": datasets.TRAINING_COPIES}

@@ -129,10 +129,9 @@ def train_and_evaluate(
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         policy = runtime.agree_on_precision(config.precision, saved_precision(saved), team, log)
         # ---- data and model
-        given = dataset if data is None else data
-        if given is None:
-            given = preparation.load(config, data_dir, folder if saved else None, folder_options, log)
-        found = datasets.as_dataset(given, validation_data, test_data, class_names)
+        given, resumed = dataset if data is None else data, folder if saved else None
+        beside = validation_data, test_data, class_names
+        found = preparation.load(config, given, beside, data_dir, resumed, folder_options, log)
         config = preparation.adapt(config, found, strategy, log)
         fingerprint = datasets.fingerprint(found)
         preparation.agree_on_data(team, found, fingerprint, model, saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import results.frontier
 import tensorflow as tf
-from bench import baselines, cpu, gpu, scale_out, timing
+from bench import baselines, cpu, gpu, limit, scale_out, timing
 from bench.timing import Options
 
 from cifar10_trainer import RECIPES, models, scoring
+from cifar10_trainer.accelerate import make_training_model
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import RunError
@@ -160,28 +162,98 @@ def test_step_without_pytorch(small, monkeypatch):
     assert baselines.torch_steps(None, None, (False,)) == {}
 
 
-def test_efficiency(small, monkeypatch):
-    monkeypatch.setattr(cpu, "convolution_gflops", lambda side, into, *_: lambda: 1000.0 * into)
-    found = cpu.efficiency(TINY)
-    peak, *recipes = found["rows"].values()
-    # The 3x3 convolutions of the two recipes take 3, 4, 8 and, after the whitening, 24 channels.
-    assert peak["median"] == 24_000
-    for row, share in zip(recipes, found["verdicts"], strict=True):
-        assert share["value"] == pytest.approx(100 * row["median"] / 24_000)
-        assert 0 < row["median"] < 24_000
+def test_limit(small, monkeypatch):
+    monkeypatch.setattr(limit, "GOALS", {"course.baseline": "at most 1.5", "fast.85": ""})
+    times = iter([9e9, 9e9, 9e9, 9e9, *(x for r in (2, 3, 4) for x in (r, 2.0, 2 * r, 2.0))])
+    monkeypatch.setattr(timing, "in_milliseconds", lambda *_: lambda: next(times))
+    found = limit.limit(dataclasses.replace(TINY, quick=False, rounds=3))
+    assert [row["median"] for row in found["rows"].values()] == [3, 2, 6, 2]
+    assert [(v["value"], v["goal"]) for v in found["verdicts"]] == [(1.5, "at most 1.5"), (3, "")]
+    assert [name.partition(":")[0] for name in found["rows"]][::2] == [
+        "course.baseline, batch 32",
+        "fast.85, batch 256",
+    ]
 
 
-def test_convolutions_of_the_networks():
-    # Tutorial 4: pairs of 32, 64 and 128 filters at 32, 16 and 8 pixels. Tutorial 3's are not padded.
-    assert cpu.convolutions("leaky.baseline") == {
-        (32, 3, 32, "same"), (32, 32, 32, "same"), (16, 32, 64, "same"), (16, 64, 64, "same"),
-        (8, 64, 128, "same"), (8, 128, 128, "same"),
-    }  # fmt: skip
-    assert cpu.convolutions("course.baseline") == {
-        (32, 3, 32, "valid"), (15, 32, 64, "valid"), (6, 64, 128, "valid"),
-    }  # fmt: skip
-    # Whitening is a 2x2 convolution of 24 channels, and not among them.
-    assert (31, 24, 64, "same") in cpu.convolutions("fast.default")
+def products_of(recipe):
+    model = models.build(RECIPES[recipe], input_shape=(32, 32, 3), num_classes=10)
+    if RECIPES[recipe].whitening:
+        model.get_layer("whitening").trainable = False
+    return model, limit.products(make_training_model(model, "mixed_bfloat16"))
+
+
+def test_the_products_of_the_networks():
+    _, found = products_of("course.baseline")
+    assert [(p.inputs, p.kernel) for p in found] == [
+        ((32, 32, 3), (3, 3, 3, 32)), ((15, 15, 32), (3, 3, 32, 64)), ((6, 6, 64), (3, 3, 64, 128)),
+        ((512,), (512, 128)), ((128,), (128, 10)),
+    ]  # fmt: skip
+    assert [p.dtype for p in found] == 4 * ["bfloat16"] + ["float32"]
+    assert [p.to_input for p in found] == [False, True, True, True, True]
+    assert all(p.to_kernel for p in found)
+    _, (whitening, first, *others) = products_of("fast.85")
+    assert (whitening.kernel, whitening.to_kernel, whitening.to_input) == ((2, 2, 3, 24), False, False)
+    assert (first.inputs, first.to_kernel, first.to_input) == ((31, 31, 24), True, False)
+    assert len(others) == 6 and all(p.to_kernel and p.to_input for p in others)
+
+
+@pytest.mark.parametrize("recipe", sorted(limit.GOALS))
+def test_the_products_have_the_flops_of_a_step_without_the_passes_that_it_skips(recipe):
+    model, found = products_of(recipe)
+    skipped = sum(
+        2 - p.to_kernel - p.to_input for p in found
+    )  # the whitening's two, and one of the first trained layer
+    assert skipped == (3 if RECIPES[recipe].whitening else 1)
+    whole = sum(dataclasses.replace(p, to_kernel=True, to_input=True).flops(7) for p in found)
+    assert whole == 3 * 7 * models.forward_flops(model)
+    assert sum(p.flops(7) for p in found) < whole
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        limit.Product((6, 6, 4), (3, 3, 4, 5), "float32", (1, 1), "SAME"),
+        limit.Product((7, 7, 4), (3, 3, 4, 5), "float32", (1, 1), "VALID"),
+        limit.Product((9, 9, 4), (3, 3, 4, 5), "float32", (2, 2), "SAME"),
+        limit.Product((6,), (6, 5), "float32"),
+    ],
+    ids=["same", "valid", "strided", "dense"],
+)
+def test_the_passes_are_the_gradients_of_a_layer(product, monkeypatch):
+    drawn, draw = [], tf.random.normal
+    monkeypatch.setattr(tf.random, "normal", lambda shape: drawn.append(draw(shape)) or drawn[-1])
+    forward, to_kernel, to_input = product.passes(3)
+    x, w, dy = drawn
+    with tf.GradientTape() as tape:
+        tape.watch([x, w])
+        y = (
+            tf.matmul(x, w)
+            if product.strides is None
+            else tf.nn.conv2d(x, w, product.strides, product.padding)
+        )
+    dx, dw = tape.gradient(y, [x, w], dy)
+    for ways, expected in ((forward, y), (to_kernel, dw), (to_input, dx)):
+        for way in ways:
+            np.testing.assert_allclose(way(), expected, rtol=1e-4, atol=1e-4)
+    assert len(to_kernel) == (2 if (product.strides, product.padding) == ((1, 1), "SAME") else 1)
+
+
+def test_the_fastest_way_counts_and_every_operation_runs_each_time(monkeypatch):
+    calls = []
+
+    def operation(name):
+        def run():
+            return tf.numpy_function(lambda: calls.append(name) or np.float32(0), [], tf.float32)
+
+        return run
+
+    a, b = operation("a"), operation("b")
+    limit.seconds_of([a, b], 3)()
+    assert sorted(calls) == ["a"] * 3 + ["b"] * 3
+    seconds = {a: iter([0.0, 5.0, 4.0, 5.0]), b: iter([9.0, 9.0, 3.0, 9.0])}  # the first does not count
+    monkeypatch.setattr(limit, "seconds_of", lambda ways, times: lambda: next(seconds[ways[0]]))
+    assert limit.fastest([a, b]) is b
+    assert limit.fastest([a]) is a
 
 
 @pytest.mark.parametrize(("padding", "places"), [("same", 64), ("valid", 36)])

@@ -297,6 +297,20 @@ def test_the_numbers_of_other_peoples_models_are_those_of_the_record():
     assert words.format(*ratios) in library
 
 
+def test_the_limits_of_steps_are_those_of_the_records():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    zen4 = bench_record.read(ROOT / "results" / "benchmark-zen4.json")["sections"]["limit"]
+    assert bench_record.read(bench_record.RECORD)["sections"]["limit"] == zen4
+    missed = text[text.index("## Goals missed") :]
+    for result in zen4["verdicts"]:
+        name, value = result["what"].rpartition(": ")[2], result["value"]
+        shown = bench_record.number_beside(value, result["goal"])
+        assert f"| a step over its limit: `{name}` | | {shown} | |" in text
+        bound = re.fullmatch(r"(?:at most ([\d.]+))?", result["goal"])[1]
+        is_missed = bool(bound) and value > float(bound)
+        assert (f"`{name}` | {shown} | {value - float(bound or 0):.2f} |" in missed) == is_missed
+
+
 def test_highlights_leave_out_what_has_no_record():
     one = [record("fast.85", 3, s, test_accuracy=0.86, total_seconds=40.0) for s in range(2)]
     *_, row = tables.highlights_table(one).splitlines()

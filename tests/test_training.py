@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import gc
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import keras
@@ -1016,6 +1018,25 @@ def test_a_drawer_that_grew_does_not_change_a_run_that_resumes(tmp_path, drawer)
 
 
 # --- faults that were here once -------------------------------------------------------------------------
+
+
+def test_the_images_from_before_the_split_are_gone_when_the_training_begins(tmp_path, digits, monkeypatch):
+    held, alive = [], []
+
+    def load(*args, **options):
+        images = digits.train_images.copy()
+        held.append(weakref.ref(images))
+        return dataclasses.replace(digits, train_images=images)
+
+    class Look(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            gc.collect()
+            alive.append(held[0]() is not None)
+
+    monkeypatch.setattr(datasets, "load", load)
+    options = {"verbose": 0, "full_report": False, "score_test": False, "callbacks": Look()}
+    train_and_evaluate(TINY.override(epochs=1), tmp_path / "run", **options)
+    assert alive == [False]
 
 
 def test_a_full_report_without_a_test_score(tmp_path, digits):

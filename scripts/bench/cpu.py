@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import results.frontier
 from results.records import ROOT
@@ -22,15 +22,12 @@ from cifar10_trainer import RECIPES, RunError
 from results import records
 
 from . import baselines, timing
+from .limit import limit
 from .scale_out import scale_out
 from .timing import Options, Section, against_goal, interleaved, rows_of, synthetic_data
 
-if TYPE_CHECKING:
-    from cifar10_trainer.engine import Engine
-
 TUTORIAL, OURS = "tutorial 4, its own code", "this project"
-# Shares are medians over the rounds, because the speed of a processor changes between rounds.
-SHARE_OF_PEAK = "share of the peak (median over the rounds' shares)"
+# A median over the rounds, because the speed of a processor changes between rounds.
 SHARE_OF_DATA = "share of data in a step (median over the rounds' shares)"
 
 
@@ -101,96 +98,6 @@ def own_model(o: Options) -> dict[str, Any]:
     return {"rows": rows, "verdicts": goals}
 
 
-# ---- efficiency ------------------------------------------------------------------------------------------
-
-EFFICIENCY_QUICK = ("fast.default", "leaky.baseline")
-EFFICIENCY: tuple[str, ...] = (*EFFICIENCY_QUICK, "fast.85", "fast.94", "vgg.3")
-EFFICIENCY += ("practical.baseline", "course.baseline", "wide_head.baseline")
-
-
-def efficiency(o: Options) -> dict[str, Any]:
-    """GFLOP/s of training, 32x32 images, relative to the fastest of the networks' 3x3 convolutions, run alone."""
-    from cifar10_trainer import runtime
-
-    names = EFFICIENCY_QUICK if o.quick else EFFICIENCY
-    images, labels = synthetic_data(max(o.batches * 128, *(RECIPES[n].batch_size for n in names)))
-
-    def recipe(name: str) -> Callable[[], float]:
-        engine = timing.engine_for(name, images, labels, sizes=())
-        return gflops_of(engine, max(1, o.batches * 128 // engine.config.batch_size))
-
-    engines = {f"{name}, batch {RECIPES[name].batch_size}": recipe(name) for name in names}
-    policy, _ = runtime.choose_precision("auto")
-    dtype = "bfloat16" if policy == "mixed_bfloat16" else "float32"
-    alone = {
-        f"convolution alone, {dtype}: {side}x{side}, {into} to {out}, {padding}": convolution_gflops(
-            side, into, out, padding, dtype
-        )
-        for side, into, out, padding in sorted({shape for name in names for shape in convolutions(name)})
-    }
-    samples = interleaved({**alone, **engines}, o.rounds)
-    peak = max(alone, key=lambda n: statistics.median(samples[n]))
-    rows = rows_of({n: samples[n] for n in (peak, *engines)}, "GFLOP/s", peak)
-    shares = {
-        n: 100 * statistics.median(a / b for a, b in zip(samples[n], samples[peak], strict=True))
-        for n in engines
-    }
-    goals = [against_goal(f"{SHARE_OF_PEAK}: {n}", share, "at least 70%", "%") for n, share in shares.items()]
-    return {"rows": rows, "verdicts": goals}
-
-
-def gflops_of(engine: Engine, steps: int) -> Callable[[], float]:
-    """A function that trains `steps` steps and returns GFLOP/s; a step is three forward passes of its batch."""
-    from cifar10_trainer import models
-
-    seconds = timing.seconds_of(engine, steps)
-    gflop = 3 * steps * engine.config.batch_size * models.forward_flops(engine.model) / 1e9
-    return lambda: gflop / seconds()
-
-
-def convolutions(recipe: str) -> set[tuple[int, int, int, str]]:
-    """(side of the input, channels in, channels out, padding) of a recipe's 3x3 convolutions, for 32x32 images."""
-    import keras
-
-    from cifar10_trainer import models
-
-    layers = models.build(RECIPES[recipe], input_shape=(32, 32, 3), num_classes=10).layers
-    return {
-        (layer.input.shape[1], layer.input.shape[-1], layer.filters, layer.padding)
-        for layer in layers
-        if isinstance(layer, keras.layers.Conv2D) and layer.kernel_size == (3, 3)
-    }
-
-
-def convolution_gflops(
-    side: int, into: int, out: int, padding: str, dtype: str, batch: int = 512, times: int = 2
-) -> Callable[[], float]:
-    """A function that runs one convolution and both its gradients `times` times, and returns GFLOP/s."""
-    import tensorflow as tf
-
-    x = tf.cast(tf.random.normal([batch, side, side, into]), dtype)
-    kernel = tf.cast(tf.random.normal([3, 3, into, out]), dtype)
-    shape = tf.nn.conv2d(x, kernel, 1, padding.upper()).shape
-    seeds = tf.cast(tf.random.normal(shape), dtype)
-    gflop = times * 3 * 2 * 9 * into * out * shape[0] * shape[1] * shape[2] / 1e9
-
-    @tf.function
-    def run(x: Any, kernel: Any, seeds: Any) -> Any:
-        with tf.GradientTape() as tape:
-            tape.watch([x, kernel])
-            y = tf.nn.conv2d(x, kernel, 1, padding.upper())
-        return y, *tape.gradient(y, [x, kernel], seeds)
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            done = run(x, kernel, seeds)
-        done[-1].numpy()  # waits for the end
-        return gflop / (time.perf_counter() - start)
-
-    return measure
-
-
 # ---- loader ----------------------------------------------------------------------------------------------
 
 
@@ -251,8 +158,10 @@ def waiting(o: Options) -> dict[str, Any]:
     for name in names:
         steps = o.batches * 256 // RECIPES[name].batch_size
         usual, bare = (timing.engine_for(name, images, labels) for _ in range(2))
-        passes[f"{name}: a step, as in training"] = milliseconds_of(usual, steps)
-        passes[f"{name}: a step, one batch"] = milliseconds_of(with_one_batch(bare), steps)
+        for kind, engine in (("as in training", usual), ("one batch", with_one_batch(bare))):
+            passes[f"{name}: a step, {kind}"] = timing.in_milliseconds(
+                timing.seconds_of(engine, steps), steps
+            )
     samples = interleaved(passes, o.rounds)
     goals = []
     for name in names:
@@ -260,12 +169,6 @@ def waiting(o: Options) -> dict[str, Any]:
         share = 100 * statistics.median(1 - b / u for u, b in zip(usual_ms, bare_ms, strict=True))
         goals.append(against_goal(f"{SHARE_OF_DATA} of {name}", share, "at most 3%", "%"))
     return {"rows": rows_of(samples, "ms"), "verdicts": goals}
-
-
-def milliseconds_of(engine: Engine, steps: int) -> Callable[[], float]:
-    """A function that trains `steps` steps and returns the milliseconds of one."""
-    seconds = timing.seconds_of(engine, steps)
-    return lambda: 1e3 * seconds() / steps
 
 
 def with_one_batch(engine: Any) -> Any:
@@ -434,7 +337,7 @@ SECTIONS: dict[str, Section] = {
     for s in (
         step,
         own_model,
-        efficiency,
+        limit,
         loader,
         waiting,
         memory,

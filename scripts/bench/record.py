@@ -25,10 +25,8 @@ QUIET = 0.05  # the share of the processors that other processes may take
 RENAMED = {
     "with averaged views": "with TTA",
     "averaged views": "with TTA",
-    "share of the peak: ": f"{cpu.SHARE_OF_PEAK}: ",
     "share of data in a step of ": f"{cpu.SHARE_OF_DATA} of ",
 }
-GOALS = {"70%": "at least 70%"}  # the same for goals
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -87,8 +85,7 @@ def table(record: dict[str, Any]) -> str:
             median = f"{number(row['median'])} {row['unit']}"
             lines.append(f"| {present_words(row_name)} | {median} | {min_to_max(row)} | {ratio} | |")
         for result in part["verdicts"]:
-            goal = GOALS.get(result["goal"], result["goal"])
-            goal += " (missed)" if misses(result["value"], goal) else ""
+            goal = result["goal"] + (" (missed)" if misses(result["value"], result["goal"]) else "")
             value = f"{number_beside(result['value'], goal)}{result['unit']}"
             lines.append(f"| *{present_words(result['what'])}* | **{value}** | | | {goal} |")
         made.setdefault(origin(part), []).append(name)

@@ -165,6 +165,11 @@ def seconds_of(engine: Engine, steps: int) -> Callable[[], float]:
     return measure
 
 
+def in_milliseconds(seconds: Callable[[], float], steps: int) -> Callable[[], float]:
+    """A function that returns the milliseconds of one of the `steps` steps that `seconds` measures."""
+    return lambda: 1e3 * seconds() / steps
+
+
 # ---- processes of their own ------------------------------------------------------------------------------
 
 
