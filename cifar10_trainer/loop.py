@@ -270,7 +270,7 @@ class TrainingLoop:
         engine.export()
         reached = logs.get("val_accuracy")
         if reached is not None:
-            if self.best is None or reached > self.best:
+            if self._is_best(self.history[-1]):
                 self.best, self.best_epoch = reached, epoch + 1
                 self._save_model()
             if self.target is None and reached >= self.config.target:
@@ -282,6 +282,16 @@ class TrainingLoop:
             self.folder.write_history(self.history)
             if not (last or self._wants_stop()):
                 self._save_if_due(self._call_cost)
+
+    def _is_best(self, row: dict[str, Any]) -> bool:
+        """Whether an epoch is the best one so far: by validation accuracy, then by validation loss.
+
+        Of few validation images many epochs get all right, and the first of them has often learned least.
+        """
+        if self.best is None:
+            return True
+        (best,) = (r for r in self.history if r["epoch"] == self.best_epoch)
+        return (row["val_accuracy"], -row["val_loss"]) > (best["val_accuracy"], -best["val_loss"])
 
     def _stop(self, by: str) -> None:
         """Saves everything, and raises RunInterrupted."""
