@@ -77,9 +77,9 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains `config` to its end, scores the result on the test images once, and fills the run folder.
 
-    The kept weights are those with the best validation accuracy, or the last where nothing is held out. An
-    unfinished run of the same config in `workdir` is resumed, exactly. SIGINT, SIGTERM and SIGHUP end it after the
-    steps in progress, with everything saved. If stdout breaks, the training continues without it.
+    The kept weights are those with the best validation accuracy, of equal ones those with the lowest validation loss; where
+    nothing is held out, the last. An unfinished run of the same config in `workdir` is resumed, exactly. SIGINT, SIGTERM and
+    SIGHUP end it after the steps in progress, with everything saved. If stdout breaks, the training continues without it.
 
     Args:
         config: what to do.

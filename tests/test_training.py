@@ -583,14 +583,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path, digits):
 
 
 def test_the_seconds_of_training_are_without_the_scoring(tmp_path, digits, monkeypatch):
-    before, scored = training.scoring.predict_probabilities, []
+    before, scored = training.scoring.predict_with_and_without, []
 
     def slow(*args, **options):
         scored.append(time.time())
         time.sleep(2)
         return before(*args, **options)
 
-    monkeypatch.setattr(training.scoring, "predict_probabilities", slow)
+    monkeypatch.setattr(training.scoring, "predict_with_and_without", slow)
     began = time.time()
     metrics = train_quietly(TINY.override(epochs=1), tmp_path, digits)
     (row,) = read_history(tmp_path)
@@ -723,11 +723,38 @@ def test_early_stopping(tmp_path, digits, monkeypatch, step_by_step, late):
     assert_same_weights(saved_weights(tmp_path), recorder.weights[2])
 
 
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "best"),
+    [
+        ([0.9, 0.5, 0.3, 0.4], [0.5, 1.0, 1.0, 1.0], 3),  # of equal accuracies the lowest loss
+        ([0.9, 0.5, 0.3, 0.2], [0.5, 1.0, 0.9, 0.9], 2),
+        ([0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], 1),
+        ([0.5, float("nan"), 0.6, float("nan")], [0.5, 0.5, 0.5, 0.5], 1),
+    ],
+)
+def test_which_epoch_is_the_best(tmp_path, digits, monkeypatch, losses, accuracies, best):
+    recorder = Recorder()
+    config = TINY.override(epochs=4)
+    script_validation(monkeypatch, losses, accuracies)
+    metrics = train_quietly(config, tmp_path / "run", digits, callbacks=[recorder])
+    assert (metrics["best_epoch"], metrics["best_val_accuracy"]) == (best, accuracies[best - 1])
+    assert_same_weights(saved_weights(tmp_path / "run"), recorder.weights[best - 1])
+
+
+def test_the_best_epoch_of_a_run_that_resumes(tmp_path, digits, monkeypatch):
+    """It is stopped after the second of three epochs of equal accuracy, of which that one has the lowest loss."""
+    config = TINY.override(epochs=3)
+    script_validation(monkeypatch, [0.5, 0.3, 0.4], [1.0, 1.0, 1.0])
+    with pytest.raises(RunInterrupted):
+        train_quietly(config, tmp_path, digits, callbacks=[At(2 * PER_EPOCH, send(signal.SIGTERM), "epoch")])
+    assert train_quietly(config, tmp_path, digits)["best_epoch"] == 2
+
+
 def test_a_run_killed_after_early_stopping_does_not_train_on(tmp_path, digits, monkeypatch):
     script_validation(monkeypatch, [0.5, 0.6, 0.1], [0.1, 0.2, 0.9])
     config = TINY.override(early_stopping=1, epochs=3)
     with monkeypatch.context() as patch:
-        patch.setattr(training.scoring, "predict_probabilities", lambda *_, **__: 1 / 0)
+        patch.setattr(training.scoring, "predict_with_and_without", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_quietly(config, tmp_path, digits, save_seconds=0)
     assert train_quietly(config, tmp_path, digits)["epochs"] == 2
@@ -1122,7 +1149,7 @@ def test_early_stopping_needs_validation_images_of_the_run(tmp_path, digits):
 def test_a_run_that_a_callback_stopped_stays_stopped(tmp_path, digits, step_by_step, monkeypatch):
     """Interrupted while it is scored, it resumes with the score and not with the rest of the epochs."""
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(training.scoring, "predict_probabilities", lambda *_, **__: 1 / 0)
+        patch.setattr(training.scoring, "predict_with_and_without", lambda *_, **__: 1 / 0)
         train_quietly(TINY, tmp_path, digits, callbacks=[StopAt(5)])
     weights = saved_weights(tmp_path)
     metrics = train_quietly(TINY, tmp_path, digits)
