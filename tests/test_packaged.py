@@ -193,9 +193,9 @@ def test_transfer_refuses_what_does_not_fit(tmp_path):
     ("count", "size", "recipe"),
     [
         (20, 32, "transfer.cifar"),
-        (1000, 64, "transfer.cifar"),
-        (1001, 32, DEFAULT_RECIPE),
-        (20, 96, DEFAULT_RECIPE),
+        (300, 16, "transfer.cifar"),
+        (301, 32, DEFAULT_RECIPE),
+        (20, 33, DEFAULT_RECIPE),
     ],
 )
 def test_few_pictures_start_from_the_network_in_the_package(count, size, recipe):
