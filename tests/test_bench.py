@@ -256,16 +256,6 @@ def test_the_fastest_way_counts_and_every_operation_runs_each_time(monkeypatch):
     assert limit.fastest([a]) is a
 
 
-@pytest.mark.parametrize(("padding", "places"), [("same", 64), ("valid", 36)])
-def test_flops_of_a_convolution(monkeypatch, padding, places):
-    measure = cpu.convolution_gflops(8, 5, 7, padding, "float32", batch=3, times=2)
-    ticks = iter([10.0, 14.0])
-    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(ticks))
-    # Two operations a multiply-add, 9 x 5 of these for each of 7 outputs at each place of 3 images; forward and
-    # both gradients; twice; in four seconds.
-    assert measure() == pytest.approx(2 * 9 * 5 * 7 * places * 3 * 3 * 2 / 1e9 / 4)
-
-
 # Keras's ImageDataGenerator asks SciPy for it by its old name.
 @pytest.mark.filterwarnings("ignore:Please import `affine_transform`:DeprecationWarning")
 def test_loader():
