@@ -34,23 +34,26 @@ def photos_table(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         groups[run["set"], run["images_per_class"], run["image_size"]][run["method"]].append(run)
     rows = []
-    for (name, count, size), methods in groups.items():
-        for method, found in methods.items():
-            means = [statistics.mean(run[key] for run in found) for key in ("validation", "test")]
+    for (name, count, size), methods in sorted(groups.items()):
+        for method, found in sorted(methods.items(), key=lambda item: -_mean(item[1], "test")):
             seconds = statistics.median(run["seconds"] for run in found)
             rows.append(
                 [
                     name,
                     str(count),
                     method if size == 32 else f"{method}, {size} pixels",
-                    _percent(means[0]),
-                    _percent(means[1]),
+                    _percent(_mean(found, "validation")),
+                    _percent(_mean(found, "test")),
                     f"{seconds:.0f} s",
                     str(len(found)),
                 ]
             )
     head = ["pictures", "a class", "method", "validation", "test", "time", "seeds"]
     return tables.markdown(head, ["pictures", "method"], rows)
+
+
+def _mean(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
 
 
 def publish() -> None:
