@@ -55,6 +55,14 @@ _UNUSED = {  # optimizer -> settings that it ignores, so that setting one is an 
 }
 
 
+def check_views(views: int, views_share: float) -> None:
+    """Raises ConfigError where there is no such TTA."""
+    if views not in (1, 2, 6):
+        raise ConfigError(f"views is {shown(views)}; allowed: 1, 2, 6")
+    if not 0 < views_share <= 1:
+        raise ConfigError(f"views_share is {shown(views_share)}; allowed: above 0, up to 1")
+
+
 class _Section:
     """Checks the fields of a dataclass against their annotations, then their ranges (`_check`)."""
 
@@ -341,10 +349,7 @@ class Config(_Section):
         self._between("target", 0, 1)
         self._between("seed", 0, 2**31 - 1)
         self._check_fold()
-        if self.views not in (1, 2, 6):
-            raise ConfigError(f"views is {shown(self.views)}; allowed: 1, 2, 6")
-        if not 0 < self.views_share <= 1:
-            raise ConfigError(f"views_share is {shown(self.views_share)}; allowed: above 0, up to 1")
+        check_views(self.views, self.views_share)
         if self.early_stopping is not None:
             self._between("early_stopping", 1, 100_000)
         if any(not 8 <= s <= 512 for s in self.sizes):

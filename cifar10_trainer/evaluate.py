@@ -18,14 +18,14 @@ import numpy as np
 from absl import flags
 
 from . import cli, datasets, measures, report
-from .config import DATASETS, RESIZES
+from .config import DATASETS, RESIZES, check_views
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError, cut, shown
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder
-from .scoring import check_views, predict_probabilities, score
+from .scoring import predict_probabilities, score
 
 if TYPE_CHECKING:
     import keras

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConfigError, RunError
+from .config import check_views
+from .errors import RunError
 from .keras_state import keras_defaults
 
 if TYPE_CHECKING:
@@ -128,14 +129,6 @@ def predict_with_and_without(
             " its training diverged, or it has no softmax at its end"
         )
     return without, with_views
-
-
-def check_views(views: int, views_share: float) -> None:
-    """Raises ConfigError where there is no such TTA."""
-    if views not in (1, 2, 6):
-        raise ConfigError(f"views is {views}; allowed: 1, 2, 6")
-    if not 0 < views_share <= 1:
-        raise ConfigError(f"views_share is {views_share}; allowed: above 0, up to 1")
 
 
 def least_sure(logits: np.ndarray, share: float) -> np.ndarray:
