@@ -250,7 +250,10 @@ class TrainingLoop:
             self.folder.check_there()
         engine, logs = self.engine, self.engine.running.logs()
         rate = float(np.asarray(engine.optimizer.learning_rate))
-        if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
+        validates = len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0)
+        if last or validates:
+            engine.compute_norm_statistics()
+        if validates:
             self.hooks.call("on_test_begin")
             began = time.monotonic()
             images, labels = validation
