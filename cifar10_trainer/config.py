@@ -44,7 +44,6 @@ YOUNGER = (
     "class_weights",
     "adapt",
     "views_share",
-    "precise_norm",
 )  # settings that `Config.to_dict` leaves out at their defaults
 FLOAT32_TINY, FLOAT32_HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 OPTION_DEPTH = 5  # of the lists in an option
@@ -302,9 +301,6 @@ class Config(_Section):
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     averaging: Averaging = field(default_factory=Averaging)
-    # Precise batch norm (Wu & Johnson 2021, arXiv:2105.07576): before each validation and at the end, the statistics of batch
-    # norm are computed anew, over so many training images. 0: they stay the running averages of the training.
-    precise_norm: int = 0
     early_stopping: int | None = None  # stop after so many epochs without a better val_loss
     validation_interval: int = 1  # epochs between validations; the last epoch always has one
     views: int = 1  # test-time augmentation (TTA), the mean over views: 2 adds the mirror image, 6 also diagonal shifts

@@ -482,58 +482,6 @@ class Engine:
             step = end
         return total / 1e15
 
-    # -- precise batch norm --------------------------------------------------------------------------------------
-
-    @keras_defaults()
-    def compute_norm_statistics(self) -> None:
-        """Sets batch norm's statistics to those of `precise_norm` training images, in one pass; does nothing if it is 0.
-
-        The images are evenly spaced in the training set, in their full size and without augmentation, as in an evaluation.
-        """
-        if not (self.config.precise_norm and self._running_norms()):
-            return
-        table = self.strategy.experimental_local_results(self.table)[0]
-        n = self.sampler.n
-        each = -(-min(self.config.precise_norm, n) // self.replicas)
-        places = np.arange(each * self.replicas) * n // (each * self.replicas)
-        self._norm_pass(
-            self.strategy.experimental_distribute_values_from_function(
-                lambda context: tf.gather(table, places[context.replica_id_in_sync_group :: self.replicas])
-            )
-        )
-
-    def _running_norms(self) -> dict[str, float]:
-        """Returns the statistics that training moves: path of the variable -> momentum."""
-        return {
-            v.path: layer.momentum
-            for layer in self.training_model._flatten_layers()
-            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable and layer.momentum < 1
-            for v in (layer.moving_mean, layer.moving_variance)
-        }
-
-    @functools.cached_property
-    def _norm_pass(self) -> Callable[[PerReplica], None]:
-        """The pass of `compute_norm_statistics` over the images of each replica, uint8 [n, height, width, channels]."""
-        moved, variables = self._running_norms(), self.training_model.non_trainable_variables
-
-        @no_autograph
-        def replica_pass(images: tf.Tensor) -> list[tf.Tensor]:
-            # Where a statistic was zero, it becomes (1 - momentum) times that of the images.
-            old = [tf.convert_to_tensor(v.value) for v in variables]
-            zeroed = [tf.zeros_like(x) if v.path in moved else x for v, x in zip(variables, old, strict=True)]
-            weights = [tf.convert_to_tensor(v.value) for v in self.training_model.trainable_variables]
-            _, new = self.training_model.stateless_call(weights, zeroed, images, training=True)
-            return [
-                after / (1 - moved[v.path]) if v.path in moved else before
-                for v, before, after in zip(variables, old, new, strict=True)
-            ]
-
-        @tf.function
-        def norm_pass(images: PerReplica) -> None:
-            self._apply_non_trainable(self.strategy.run(replica_pass, args=(images,)))
-
-        return norm_pass
-
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     @keras_defaults()

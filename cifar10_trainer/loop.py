@@ -250,10 +250,7 @@ class TrainingLoop:
             self.folder.check_there()
         engine, logs = self.engine, self.engine.running.logs()
         rate = float(np.asarray(engine.optimizer.learning_rate))
-        validates = len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0)
-        if last or validates:
-            engine.compute_norm_statistics()
-        if validates:
+        if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
             self.hooks.call("on_test_begin")
             began = time.monotonic()
             images, labels = validation

@@ -143,7 +143,6 @@ _define(
     validation_fraction=0.1,
     validation_interval=1000,  # only at the end, because a validation takes seconds
     optimizer__learning_rate=0.12,
-    precise_norm=1024,
     views=1,
 )
 

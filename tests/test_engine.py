@@ -560,54 +560,6 @@ def test_lookahead_averaging():
         np.testing.assert_allclose(w, v, rtol=1e-4, atol=1e-6)  # the factor in float32 and in float64
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-def test_precise_norm(on_device):
-    """The statistics are those of Keras's own layers, with momentum 0, over 24 images of 64; nothing else changes."""
-    config = FAST.override(precise_norm=24, sizes=(16, 32), options__dropout=0.3)
-    engine = make_engine(config, on_device=on_device)
-    engine.train(2)
-    before = engine.state()
-    engine.compute_norm_statistics()
-    after = engine.state()
-
-    twin = keras.models.clone_model(engine.model, clone_function=without_memory)
-    twin.set_weights(engine.training_model.get_weights())
-    images, _ = pictures()
-    twin(images[[int(64 * i / 24) for i in range(24)]], training=True)
-    moved = 0
-    for v, w in zip(twin.weights, engine.training_model.weights, strict=True):
-        if "moving" in v.path:
-            np.testing.assert_allclose(w.numpy(), v.numpy(), rtol=1e-4, atol=1e-6)
-            moved += 1
-    assert moved == 8
-    changed = {name for name in before if (before[name] != after[name]).any()}
-    assert len(changed) == 8 and {name.split("/")[0] for name in changed} == {"others"}
-
-
-def without_memory(layer):
-    """A copy of a layer. Its statistics of batch norm are those of the last batch, and dropout drops nothing."""
-    settings = layer.get_config()
-    if isinstance(layer, keras.layers.BatchNormalization):
-        settings["momentum"] = 0.0
-    if isinstance(layer, keras.layers.Dropout):
-        settings["rate"] = 0.0
-    return type(layer).from_config(settings)
-
-
-def test_precise_norm_leaves_a_frozen_layer_and_a_model_without_batch_norm():
-    config = FAST.override(precise_norm=24)
-    engine = make_engine(config)
-    norm = next(x for x in engine.training_model.layers if isinstance(x, keras.layers.BatchNormalization))
-    norm.trainable = False
-    before = norm.moving_mean.numpy(), norm.moving_variance.numpy()
-    engine.compute_norm_statistics()
-    np.testing.assert_array_equal((norm.moving_mean, norm.moving_variance), before)
-    engine = make_engine(VGG.override(precise_norm=24, options__batch_norm=False))
-    before = engine.state()
-    engine.compute_norm_statistics()
-    assert_same(engine.state(), before)
-
-
 def test_the_clip_acts_on_the_whole_gradient():
     config = VGG.override(batch_size=32, epochs=1, optimizer__momentum=0.0, optimizer__clip_norm=0.01)
     engine = make_engine(config, 32)
