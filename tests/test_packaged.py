@@ -195,7 +195,8 @@ def test_transfer_refuses_what_does_not_fit(tmp_path):
         (20, 32, "transfer.cifar"),
         (300, 16, "transfer.cifar"),
         (301, 32, DEFAULT_RECIPE),
-        (20, 33, DEFAULT_RECIPE),
+        (20, 64, "transfer.cifar"),
+        (20, 65, DEFAULT_RECIPE),
     ],
 )
 def test_few_pictures_start_from_the_network_in_the_package(count, size, recipe):
