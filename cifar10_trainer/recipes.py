@@ -20,8 +20,8 @@ RECIPES: dict[str, Config] = {}
 DEFAULT_RECIPE = "fast.default"
 DEFAULT_FOR = {"digits": "fast.digits"}  # data sets with another default recipe
 # A folder's default recipe is transfer.cifar up to so many images a class and so many pixels a side. So far it was measured
-# (results/photos.json; at 64 pixels with 20 images a class): far ahead of a new network where it knows the classes, as good
-# where it does not.
+# (results/photos.json; at 64 pixels with 20 images a class): far ahead of a new network where it knows the classes, about
+# as good where it does not.
 TRANSFER_IMAGES = 300
 TRANSFER_SIDE = 64
 
