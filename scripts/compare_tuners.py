@@ -1,27 +1,35 @@
-"""Compares what the tuners spend until a trial passes a target: the same space and images for each, several seeds.
+"""Compares the tuners: how good is the best trial, by the compute that a search has spent?
 
-    python scripts/compare_tuners.py --target=0.86 --out=results/tuners-86
+    python scripts/compare_tuners.py             # trains what the record lacks (hours), replays the searches, prints the table
+    python scripts/compare_tuners.py --replay    # only from the record (seconds)
 
-Writes the JSON record of each search into --out when the search ends, and then prints the table of all records there.
-Started again, it resumes. The searches do not begin with the recipe itself, because that trial would be the same for
-every tuner.
+A space of a few values of filters, dropout and learning rate is trained completely, once: each trial at its full length and
+at a third of it. Every trial has the same arithmetic, so a wide network trains for fewer epochs than a narrow one. Then each
+tuner searches the space, for many seeds, and a trial costs only a look at the record. The record is
+results/tuners/trials.json; started again, the command trains only what is missing.
+
+KerasTuner's own Hyperband on `Model.fit` is compared as well. Its trials have the same network, optimizer, images and
+augmentation, at a constant learning rate, and a promoted trial continues from its own weights.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from cifar10_trainer import cli
-from cifar10_trainer.config import DATASETS
+from cifar10_trainer.config import DATASETS, Config, Schedule
 from cifar10_trainer.errors import ConfigError, unknown
 from cifar10_trainer.recipes import RECIPES
-from results import tuners
-from tuning import TUNERS
-from tuning.space import DEFAULT_SPACE, Space, parse
+from results import records, tuners
 
 if TYPE_CHECKING:
     from cifar10_trainer.datasets import Dataset
@@ -33,92 +41,155 @@ cli.define_common(FLAGS)
 
 _define = cli.definer(FLAGS, "compare_tuners.py")
 
-_define(flags.DEFINE_list, "tuners", "the tuners to compare", list(TUNERS))
-_define(flags.DEFINE_list, "seeds", "seeds of the searches", ["0", "1", "2"])
-_define(flags.DEFINE_integer, "max_trials", "trials of a search", 12)
-_define(flags.DEFINE_float, "target", "validation accuracy to pass, 0-1", 0.85)
-_define(
-    flags.DEFINE_boolean,
-    "stop_at_target",
-    "end a search at the target; otherwise it spends its whole budget",
-    True,
-)
-_define(flags.DEFINE_list, "space", "hyperparameters, as for python -m tuning.search", list(DEFAULT_SPACE))
 _define(flags.DEFINE_string, "recipe", "the recipe around which the tuners search", "fast.85")
-_define(flags.DEFINE_float, "epochs", "epochs of a full trial; default: the recipe's", None)
+_define(flags.DEFINE_float, "epochs", "epochs of a full trial of the recipe itself", 1.0)
 _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's", None)
 _define(flags.DEFINE_string, "data_dir", "where the images are", None)
-_define(flags.DEFINE_string, "out", "folder of the records", "results/tuners")
-_define(flags.DEFINE_string, "workdir", "folder of the searches themselves", "searches/compare")
+_define(flags.DEFINE_string, "record", "file of the trials", "results/tuners/trials.json")
+_define(flags.DEFINE_boolean, "replay", "train nothing", False)
+
+# The values of the space, as multiples of the recipe's; those of dropout as they are.
+FILTERS, DROPOUT, LEARNING_RATE = (0.5, 0.75, 1, 1.25, 1.5), (0.0, 0.2, 0.4), (0.25, 0.5, 1, 2, 4)
 
 
-def search(settings: dict[str, Any], space: Space, data: Dataset) -> dict[str, Any]:
-    """Runs one search, and returns its record."""
-    from cifar10_trainer import runtime
-    from tuning import tune
+def cells(base: Config) -> list[dict[str, float]]:
+    """The points of the space, in an order that has nothing to do with their values."""
+    width, rate = base.options["filters"][0], base.optimizer.learning_rate
+    points = [
+        {"filters": round(f * width), "dropout": d, "learning_rate": float(f"{r * rate:.5g}")}
+        for f, d, r in itertools.product(FILTERS, DROPOUT, LEARNING_RATE)
+    ]
+    random.Random(0).shuffle(points)
+    return points
 
-    found = tune(
-        space,
-        data,
-        workdir=str(Path(FLAGS.workdir) / name_of(settings)),
-        tuner=settings["tuner"],
-        seed=settings["seed"],
-        baseline=False,
-        **{n: settings[n] for n in ("target", "max_trials", "stop_at_target")},
+
+def configure(base: Config, cell: dict[str, float]) -> Config:
+    """The Config of a full trial: as many epochs as make its FLOPs those of the base."""
+    filters = tuple(round(f * cell["filters"] / base.options["filters"][0]) for f in base.options["filters"])
+    config = base.override(
+        options__filters=filters,
+        options__dropout=cell["dropout"],
+        optimizer__learning_rate=cell["learning_rate"],
     )
-    assert found  # only a worker's search finds nothing
-    return {**tuners.make_record(settings, found.rows), "environment": runtime.describe()}
+    return config.override(epochs=float(f"{base.epochs * flops(base) / flops(config):.4g}"))
 
 
-def name_of(settings: dict[str, Any]) -> str:
-    """The name of a search's folder and of its record."""
-    return f"{settings['tuner']}-{settings['seed']}"
+def flops(config: Config) -> float:
+    """The FLOPs of a forward pass on one image, the mean over the image sizes of a run."""
+    from cifar10_trainer import models
+
+    model = models.build(config, input_shape=(32, 32, 3), num_classes=10)
+    sizes = config.sizes or (config.image_size,)
+    return sum(models.forward_flops(model, side) for side in sizes) / len(sizes)
+
+
+def train(config: Config, share: float, data: Dataset) -> dict[str, Any]:
+    """Trains one trial of this project for a share of its epochs, annealed to the end."""
+    from cifar10_trainer.training import train_and_evaluate
+
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = train_and_evaluate(
+            config.override(epochs=float(f"{config.epochs * share:.6g}")),
+            folder,
+            dataset=data,
+            verbose=0,
+            full_report=False,
+            score_test=False,
+        )
+    return {"val_accuracy": metrics["best_val_accuracy"], "pflop": metrics["pflop"]}
+
+
+def fit(config: Config, data: Dataset) -> dict[str, Any]:
+    """Trains one trial by `Model.fit` at a constant rate. Returns the validation accuracy after each third of it."""
+    import keras
+
+    from cifar10_trainer import datasets, make_dataset, make_training_model, runtime
+    from cifar10_trainer.keras_state import seeded
+    from cifar10_trainer.models import forward_flops
+    from cifar10_trainer.models.initial import initial_model
+    from cifar10_trainer.optim import make_optimizer
+
+    images, labels, *validation = datasets.split(data, config.validation_fraction, seed=config.seed)
+    with seeded(config.seed):
+        model = initial_model(config, images, data.num_classes)
+        twin = make_training_model(model, runtime.choose_precision("auto")[0])
+    # All steps see images of full size, so as many FLOPs are fewer steps.
+    per_image = forward_flops(model)
+    steps = max(1, round(config.epochs * len(labels) / config.batch_size * flops(config) / per_image / 3))
+    dataset = make_dataset(
+        images,
+        labels,
+        config.batch_size,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        epochs=1 + 3 * steps * config.batch_size // len(labels),
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = make_optimizer(config.optimizer, Schedule(name="constant"), 3 * steps)
+    twin.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    history = twin.fit(
+        dataset,
+        epochs=3,
+        steps_per_epoch=steps,
+        validation_data=validation,
+        validation_batch_size=1000,
+        verbose=0,
+    ).history
+    accuracies = [round(a, 6) for a in history["val_accuracy"]]
+    return {"val_accuracy": accuracies, "pflop": 3 * steps * config.batch_size * 3 * per_image / 1e15}
+
+
+def missing(base: Config, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The trials that the record lacks, without their results."""
+    have = {tuners.key(trial) for trial in done}
+    for way, shares in tuners.WAYS.items():
+        for cell, share in itertools.product(cells(base), shares):
+            trial = {"way": way, **cell, "share": share}
+            if tuners.key(trial) not in have:
+                yield trial
+
+
+def complete(base: Config, path: Path, record: dict[str, Any]) -> None:
+    """Trains the missing trials, and writes the record after each."""
+    import keras
+
+    from cifar10_trainer import datasets, files, runtime
+
+    data = None
+    for trial in missing(base, record["trials"]):
+        data = data or datasets.load(base.dataset, FLAGS.data_dir)
+        keras.utils.clear_session()
+        config, start = configure(base, trial), time.monotonic()
+        result = train(config, trial["share"], data) if trial["way"] == tuners.ANNEALED else fit(config, data)
+        trial |= {**result, "epochs": config.epochs, "seconds": round(time.monotonic() - start, 2)}
+        record["trials"].append(trial)
+        record |= {
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": records.commit(),
+            "environment": runtime.describe(),
+        }
+        files.write_json(path, record, indent=None)
+        print(f"{len(record['trials'])}: {trial}", flush=True)
 
 
 def main(argv: list[str]) -> None:
-    # ---- the flags
     if argv:
         raise ConfigError(
             f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)"
         )
-    for tuner in FLAGS.tuners:
-        if tuner not in TUNERS:
-            raise unknown("tuner", tuner, TUNERS)
-    if not all(s.isdecimal() for s in FLAGS.seeds):
-        raise ConfigError(f"seeds is {','.join(FLAGS.seeds)}; allowed: whole numbers, as 0,1,2")
     if FLAGS.recipe not in RECIPES:
         raise unknown("recipe", FLAGS.recipe, RECIPES)
-    ranges = parse(FLAGS.space)
-    names = ("dataset", "epochs")
-    base = RECIPES[FLAGS.recipe].override(**{n: FLAGS[n].value for n in names if FLAGS[n].value is not None})
-    common = {"recipe": FLAGS.recipe, "dataset": base.dataset, "epochs": base.epochs, "space": FLAGS.space}
-    common |= {n: FLAGS[n].value for n in ("target", "max_trials", "stop_at_target")}
-    out = Path(FLAGS.out)
-    for record in tuners.read(out):  # a table compares searches of one kind
-        for key, value in common.items():
-            if record.get(key) != value:
-                raise ConfigError(
-                    f"{out} has a record of {key} {record.get(key)!r}, not {value!r}; choose another --out"
-                )
-
-    # ---- the searches
+    names = [name for name in ("dataset", "epochs") if FLAGS[name].value is not None]
+    base = RECIPES[FLAGS.recipe].override(**{name: FLAGS[name].value for name in names})
+    path = Path(FLAGS.record)
+    settings = {"recipe": FLAGS.recipe, "dataset": base.dataset, "epochs": base.epochs}
+    record = tuners.read(path) or {"command": "python scripts/compare_tuners.py", **settings, "trials": []}
+    for key, value in settings.items():
+        if record[key] != value:
+            raise ConfigError(f"{path} is of {key} {record[key]!r}, not {value!r}; choose another --record")
     cli.import_tensorflow()
-    from cifar10_trainer import datasets, files
-
-    data = None
-    for seed in map(int, FLAGS.seeds):
-        for tuner in FLAGS.tuners:
-            settings = {"tuner": tuner, "seed": seed, **common}
-            path = out / f"{name_of(settings)}.json"
-            if path.exists():
-                continue
-            data = data or datasets.load(base.dataset, FLAGS.data_dir)
-            print(f"\n== {tuner}, seed {seed}")
-            record = search(settings, Space(base.override(seed=seed), ranges), data)
-            files.write_json(path, record, indent=1)
-
-    # ---- the table
-    print(f"\n{tuners.table(tuners.read(out))}")
+    if not FLAGS.replay:
+        complete(base, path, record)
 
 
 if __name__ == "__main__":
