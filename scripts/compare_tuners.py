@@ -1,12 +1,12 @@
 """Compares the tuners: how good is the best trial, by the compute that a search has spent?
 
-    python scripts/compare_tuners.py             # trains what the record lacks (hours), replays the searches, prints the table
-    python scripts/compare_tuners.py --replay    # only from the record (seconds)
+    python scripts/compare_tuners.py
 
 A space of a few values of filters, dropout and learning rate is trained completely, once: each trial at its full length and
-at a third of it. Every trial has the same arithmetic, so a wide network trains for fewer epochs than a narrow one. Then each
-tuner searches the space, for many seeds, and a trial costs only a look at the record. The record is
-results/tuners/trials.json; started again, the command trains only what is missing.
+at a third of it. All full trials have the same FLOPs, so a wide network trains for fewer epochs than a narrow one. Then each
+tuner searches the space with many seeds, and looks up what its trials would give. This writes results/tuners/trials.json and
+searches.json, and with these files the table and the figure of docs/search.md. Training takes hours; started again, the
+command trains what is missing.
 
 KerasTuner's own Hyperband on `Model.fit` is compared as well. Its trials have the same network, optimizer, images and
 augmentation, at a constant learning rate, and a promoted trial continues from its own weights.
@@ -45,8 +45,8 @@ _define(flags.DEFINE_string, "recipe", "the recipe around which the tuners searc
 _define(flags.DEFINE_float, "epochs", "epochs of a full trial of the recipe itself", 1.0)
 _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's", None)
 _define(flags.DEFINE_string, "data_dir", "where the images are", None)
-_define(flags.DEFINE_string, "record", "file of the trials", "results/tuners/trials.json")
-_define(flags.DEFINE_boolean, "replay", "train nothing", False)
+_define(flags.DEFINE_string, "out", "folder of trials.json and searches.json", str(tuners.FOLDER))
+_define(flags.DEFINE_integer, "seeds", "searches of each tuner, seeds 0 to n - 1", 50)
 
 # The values of the space, as multiples of the recipe's; those of dropout as they are.
 FILTERS, DROPOUT, LEARNING_RATE = (0.5, 0.75, 1, 1.25, 1.5), (0.0, 0.2, 0.4), (0.25, 0.5, 1, 2, 4)
@@ -133,6 +133,7 @@ def fit(config: Config, data: Dataset) -> dict[str, Any]:
         steps_per_epoch=steps,
         validation_data=validation,
         validation_batch_size=1000,
+        shuffle=False,  # the data set does it
         verbose=0,
     ).history
     accuracies = [round(a, 6) for a in history["val_accuracy"]]
@@ -153,43 +154,63 @@ def complete(base: Config, path: Path, record: dict[str, Any]) -> None:
     """Trains the missing trials, and writes the record after each."""
     import keras
 
-    from cifar10_trainer import datasets, files, runtime
+    from cifar10_trainer import datasets, files
 
     data = None
     for trial in missing(base, record["trials"]):
         data = data or datasets.load(base.dataset, FLAGS.data_dir)
         keras.utils.clear_session()
         config, start = configure(base, trial), time.monotonic()
-        result = train(config, trial["share"], data) if trial["way"] == tuners.ANNEALED else fit(config, data)
-        trial |= {**result, "epochs": config.epochs, "seconds": round(time.monotonic() - start, 2)}
+        annealed = trial["way"] == tuners.ANNEALED
+        trial |= train(config, trial["share"], data) if annealed else fit(config, data)
+        trial |= {"epochs": config.epochs, "seconds": round(time.monotonic() - start, 2)}
         record["trials"].append(trial)
-        record |= {
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": records.commit(),
-            "environment": runtime.describe(),
-        }
-        files.write_json(path, record, indent=None)
+        files.write_json(path, record | origin(), indent=1)
         print(f"{len(record['trials'])}: {trial}", flush=True)
 
 
+def origin() -> dict[str, Any]:
+    """Where a record comes from."""
+    from cifar10_trainer import runtime
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": records.commit(),
+        "command": "python scripts/compare_tuners.py",
+        "environment": runtime.describe(),
+    }
+
+
 def main(argv: list[str]) -> None:
+    # ---- the flags
     if argv:
         raise ConfigError(
             f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)"
         )
     if FLAGS.recipe not in RECIPES:
         raise unknown("recipe", FLAGS.recipe, RECIPES)
+    if FLAGS.seeds < 2:
+        raise ConfigError(f"seeds is {FLAGS.seeds}; allowed: 2 or more")
     names = [name for name in ("dataset", "epochs") if FLAGS[name].value is not None]
     base = RECIPES[FLAGS.recipe].override(**{name: FLAGS[name].value for name in names})
-    path = Path(FLAGS.record)
+    path = Path(FLAGS.out) / tuners.TRIALS
     settings = {"recipe": FLAGS.recipe, "dataset": base.dataset, "epochs": base.epochs}
-    record = tuners.read(path) or {"command": "python scripts/compare_tuners.py", **settings, "trials": []}
-    for key, value in settings.items():
+    record = tuners.read(path) or {**settings, "trials": []}
+    for key, value in settings.items():  # a space is trained in one way
         if record[key] != value:
-            raise ConfigError(f"{path} is of {key} {record[key]!r}, not {value!r}; choose another --record")
+            raise ConfigError(f"{path} is of {key} {record[key]!r}, not {value!r}; choose another --out")
     cli.import_tensorflow()
-    if not FLAGS.replay:
-        complete(base, path, record)
+
+    # ---- the trials, the searches, the table
+    complete(base, path, record)
+    curves = tuners.replay_all(record["trials"], FLAGS.seeds)
+    from cifar10_trainer import files
+
+    files.write_json(path.with_name(tuners.SEARCHES), {**origin(), "curves": curves}, indent=0)
+    target = tuners.hard_target(record["trials"])
+    print(f"\n{tuners.table(curves, target)}")
+    if path.parent.resolve() == tuners.FOLDER:
+        tuners.publish_comparison(curves, target)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import keras_tuner as kt
@@ -95,6 +96,18 @@ def test_bayesian_finds_the_hill(tmp_path):
     trials = run(new(tmp_path, "bayesian", hp=hp, max_trials=13), lambda v: 0.9 - (v["x"] - 0.7) ** 2)
     late = [v["x"] for v in values(trials)[-6:]]
     assert sum(abs(x - 0.7) < 0.1 for x in late) >= 5  # at random 1 in 5 is
+
+
+def test_bayesian_is_silent_about_hyperparameters_that_few_trials_do_not_determine(tmp_path):
+    hp = kt.HyperParameters()
+    for name in "abc":
+        hp.Choice(name, [1, 2, 3])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(
+            new(tmp_path, "bayesian", hp=hp, max_trials=9), lambda v: 0.5 + 0.01 * ((v["a"] * 7 + v["b"]) % 3)
+        )
+    assert not [w for w in caught if "length_scale" in str(w.message)]
 
 
 def test_bayesian_proposes_nothing_twice(tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import keras_tuner as kt
 from keras_tuner import oracles
 from keras_tuner.engine.trial import Trial, TrialStatus
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
 from cifar10_trainer.files import read_json, write_atomic
@@ -220,7 +222,10 @@ class Bayesian(SearchOracle, oracles.BayesianOptimizationOracle):
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """The values that the process proposes, or random values if it proposes a trial a second time."""
-        with threadpool_limits(1):  # its matrices have a dozen rows, for which threads take longer
+        # Its matrices have a dozen rows, for which threads take longer. So few trials often leave a length scale of the
+        # process undetermined, of which scikit-learn warns; it then proposes values as for a hyperparameter without effect.
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
             response = super().populate_space(trial_id)
         if response.get("values") and self._duplicate(response["values"]):
             # This happens on a grid, and if all trials have failed.
