@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from cifar10_trainer import cluster
-from cifar10_trainer.cluster import Place, Team, place_in_tf_config
+from cifar10_trainer import __version__, cluster
+from cifar10_trainer.cluster import Place, Team, meeting, place_in_tf_config
+from cifar10_trainer.cluster.connection import LONGEST, connect
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 
 
@@ -223,7 +225,7 @@ def test_versions_are_compared_when_workers_meet(monkeypatch, places):
     mine, theirs = together(lambda: cluster.join_workers("auto"), older)
     try:
         assert str(mine) == str(theirs)
-        assert f"the workers differ in cifar10-trainer: {cluster.__version__} on worker 0" in str(mine)
+        assert f"the workers differ in cifar10-trainer: {__version__} on worker 0" in str(mine)
         assert "0.9 on worker 1" in str(mine)
     finally:
         for team in (*others, cluster._team):
@@ -254,7 +256,7 @@ def test_an_address_of_another_machine(meet):
 def test_two_workers_with_one_index(meet, places, monkeypatch):
     """On two machines; on one machine the port is in use. Here the second one listens nowhere."""
     where = places(3)
-    real = cluster._listen
+    real = meeting.listen
     taken = []
 
     def listen(place):
@@ -263,7 +265,7 @@ def test_two_workers_with_one_index(meet, places, monkeypatch):
         taken.append(place.index) if place.index == 1 else None
         return real(place)
 
-    monkeypatch.setattr(cluster, "_listen", listen)
+    monkeypatch.setattr(meeting, "listen", listen)
     found = meet(where[0], where[1], where[1], first_timeout=3.0)
     errors = [str(error) for error in found]
     assert (
@@ -274,7 +276,7 @@ def test_two_workers_with_one_index(meet, places, monkeypatch):
 
 
 def test_waiting_is_printed_with_names_and_ends(meet, places, monkeypatch):
-    monkeypatch.setattr(cluster, "SPEAK", 0.5)
+    monkeypatch.setattr(meeting, "SPEAK", 0.5)
     where, lines = places(3), [[], []]
     found = meet(where[0], where[1], first_timeout=3.0, logs=[x.append for x in lines])
     assert all(isinstance(error, RunError) for error in found)
@@ -289,7 +291,7 @@ def test_a_worker_that_begins_again_meets_the_others(meet, places):
     first, second = places(2)
 
     def late():
-        connection = cluster._connect(second, 0, 5)
+        connection = connect(second, 0, 5)
         connection.sendall(json.dumps({"worker": 1, "addresses": list(second.addresses)}).encode() + b"\n")
         time.sleep(0.3)
         connection.close()  # before a third worker would have come
@@ -317,7 +319,7 @@ STRANGERS = {
     "JSON of no worker": b'[1, 2]\n"x"\n',
     "another worker's index": b'{"worker": "1", "addresses": []}\n',
     "a deep nest": b"[" * 200_000 + b"\n",
-    "an endless line": b"x" * (cluster.LONGEST + 2**17),
+    "an endless line": b"x" * (LONGEST + 2**17),
     "nothing": b"",
 }
 
@@ -347,7 +349,7 @@ def test_a_stranger_at_the_port_disturbs_nobody(what, meet, places):
 
 
 def test_many_silent_strangers_do_not_fill_the_place(meet, places, monkeypatch):
-    monkeypatch.setattr(cluster, "STRANGERS", 3)
+    monkeypatch.setattr(meeting, "STRANGERS", 3)
     first, second = places(2)
     host, port = first.addresses[0].split(":")
     waiting = ThreadPoolExecutor(1)
@@ -375,9 +377,9 @@ def test_a_worker_that_leaves_is_named_by_all_others(meet, places):
 
 
 def test_a_silent_worker_is_named_by_all_others(meet, places, monkeypatch):
-    monkeypatch.setattr(cluster, "SILENCE", 3.0)
+    monkeypatch.setattr(meeting, "SILENCE", 3.0)
     where = places(3)
-    monkeypatch.setattr(cluster, "HEARTBEAT", 0.3)
+    monkeypatch.setattr(meeting, "HEARTBEAT", 0.3)
     teams = meet(*where)
     monkeypatch.setattr(teams[1], "_send_to_all", lambda **message: None)
     eventually(lambda: teams[0].lost and teams[2].lost)
@@ -404,7 +406,7 @@ def test_an_interruption_is_no_loss(meet, places):
 
 # ---- for real: processes
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(cluster.__file__)))
+ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 def start(*argv, **environment):
@@ -472,7 +474,8 @@ def test_local_workers_end_in_the_error_of_one(tmp_path):
 STUCK = """
 import sys, threading
 from cifar10_trainer import cluster
-cluster.SILENCE, cluster.HEARTBEAT, cluster.GRACE = 4.0, 0.5, 1.0
+from cifar10_trainer.cluster import meeting
+meeting.SILENCE, meeting.HEARTBEAT, meeting.GRACE = 4.0, 0.5, 1.0
 team = cluster.Team(cluster.Place(tuple(sys.argv[2:]), int(sys.argv[1])), 60, lambda text: None)
 team.agree(seed=0)
 print("at work", flush=True)

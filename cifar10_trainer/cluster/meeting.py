@@ -1,261 +1,33 @@
-"""The workers of one run: who they are, how they meet, what must agree among them, and whether they live.
-
-TensorFlow's strategy waits for the other workers in C++, where no signal handler, and no other thread of Python, can run.
-So the workers meet here first, in Python. Worker 0 listens on its own address and the others connect to it. They keep these
-connections, compare what must be equal, and send a heartbeat, so that nobody waits for a worker that is frozen or gone.
-
-Messages are lines of JSON of limited length; nothing that arrives is executed. There is no password, as TensorFlow's server
-has none: workers belong in a private network. Imports no TensorFlow.
-"""
+"""The workers together: how they meet, agree, and notice that one of them is lost."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import importlib.metadata
 import json
 import os
-import platform
-import re
-import select
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from . import __version__
-from .errors import ConfigError, RunError, RunInterrupted, reason_of
-from .files import parse_json
+from ..errors import ConfigError, RunError, RunInterrupted, reason_of
+from .connection import Closed, Connection, connect, listen, readable
+from .place import Place, is_list_of_texts
 
-TIMEOUT = 600.0  # seconds that workers wait for one another before the run gives up
 HEARTBEAT = 2.0  # seconds between two signs of life
 SILENCE = 45.0  # seconds without one, after which a worker counts as lost
 GRACE = 5.0  # seconds in which the main thread may end by itself after a worker was lost
 SPEAK, REPEAT = 2.0, 30.0  # seconds of waiting until it is printed, and until it is printed again
-CONNECT = 40.0  # seconds that TensorFlow's servers get to find one another
 HELLO = 10.0  # seconds in which a new connection must name its worker
-LONGEST = 2**20  # bytes of a message
 STRANGERS = 64  # connections that have not named their worker yet
-EXAMPLE = '{"cluster": {"worker": ["HOST:PORT", "HOST:PORT"]}, "task": {"type": "worker", "index": 0}}'
 
 Log = Callable[[str], None]
 
 
-# ---- who the workers are ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process's place among the workers.
-
-    Attributes:
-        addresses: HOST:PORT of all workers; the first is the chief's, who writes the run's files.
-        index: this worker's, from 0.
-    """
-
-    addresses: tuple[str, ...]
-    index: int
-
-    def name(self, index: int | None = None) -> str:
-        """A worker for people, as in "worker 1 (10.0.0.2:5000)"; None: this one."""
-        index = self.index if index is None else index
-        return f"worker {index} ({self.addresses[index]})"
-
-
-def place_of(addresses: Sequence[str], index: int, where: str) -> Place:
-    """Checks a list of workers. `where` names it in errors. Raises ConfigError."""
-    for address in addresses:
-        _host_and_port(address, where)
-    for i, address in enumerate(addresses):
-        if address in addresses[:i]:
-            raise ConfigError(
-                f"{where} names {address} twice; allowed: an address of its own for each worker"
-            )
-    if not 0 <= index < len(addresses):
-        raise ConfigError(
-            f"the worker index is {index}, but {where} names {len(addresses)} worker(s); allowed: from 0 to"
-            f" {len(addresses) - 1}"
-        )
-    return Place(tuple(addresses), index)
-
-
-def place_in_tf_config() -> Place | None:
-    """The place that TF_CONFIG gives to this process; None where it is not set, empty or {}. Raises ConfigError."""
-    text = os.environ.get("TF_CONFIG") or "{}"
-
-    def wrong(what: str) -> ConfigError:
-        return ConfigError(
-            f"TF_CONFIG is {text[:200]!r}: {what}; allowed: JSON with 'cluster' and 'task', as {EXAMPLE}, or nothing"
-        )
-
-    try:
-        config = parse_json(text)
-    except ValueError as error:
-        raise wrong("it is not JSON") from error
-    if config == {}:
-        return None
-    if not isinstance(config, dict) or not isinstance(config.get("cluster"), dict) or not config["cluster"]:
-        raise wrong("it has no 'cluster' with lists of addresses")
-    cluster, task = config["cluster"], config.get("task")
-    if not isinstance(task, dict) or not {"type", "index"} <= set(task):
-        raise wrong(
-            "it has no 'task' with 'type' and 'index', which say which of the workers this process is"
-        )
-    for job in (*cluster, task["type"]):
-        if job not in ("chief", "worker"):
-            raise wrong(
-                f"it has the task type {job!r}; 'chief' and 'worker' work here (parameter servers do not work with Keras 3,"
-                " and a run evaluates by itself)"
-            )
-    if not all(_is_list_of_texts(addresses) for addresses in cluster.values()):
-        raise wrong("each task type of 'cluster' needs a list of HOST:PORT")
-    if len(cluster.get("chief", [""])) != 1:
-        raise wrong("a cluster has one chief, or none")
-    if type(task["index"]) is not int:
-        raise wrong(f"the index is {task['index']!r}, not an integer")
-    own = cluster.get(task["type"], [])
-    if not 0 <= task["index"] < len(own):
-        raise wrong(f"the index is {task['index']}, but 'cluster' lists {len(own)} of type {task['type']!r}")
-    first = len(cluster.get("chief", ())) if task["type"] == "worker" else 0
-    addresses = [*cluster.get("chief", ()), *cluster.get("worker", ())]
-    return place_of(addresses, first + task["index"], "TF_CONFIG")
-
-
-def set_tf_config(addresses: Sequence[str], index: int, where: str) -> str:
-    """TF_CONFIG for a worker, as JSON. Raises ConfigError on a wrong list; `where` names it."""
-    place = place_of(addresses, index, where)
-    cluster = {"worker": list(place.addresses)}
-    return json.dumps({"cluster": cluster, "task": {"type": "worker", "index": place.index}})
-
-
-def _is_list_of_texts(value: Any) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-
-
-def _host_and_port(address: str, where: str) -> tuple[str, int]:
-    """The two parts of HOST:PORT, where HOST may be an IPv6 address in brackets. Raises ConfigError."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]+)):(\d{1,5})", address)
-    if match is None or not 1 <= int(match[3]) <= 65535:
-        raise ConfigError(
-            f"{where} names the address {address!r}; allowed: HOST:PORT with a port from 1 to 65535, as 10.0.0.1:5000"
-        )
-    return match[1] or match[2], int(match[3])
-
-
-# ---- messages ---------------------------------------------------------------------------------------------
-
-
 class LostWorkerError(RunError):
     """Another worker of the cluster has ended, or is frozen."""
-
-
-class _Closed(Exception):
-    """The other side has ended, or sends what no worker sends."""
-
-
-class _Connection:
-    """Lines of JSON over a socket."""
-
-    def __init__(self, own: socket.socket):
-        own.settimeout(
-            5
-        )  # to send; the messages are short, so it blocks only if the other side has stopped reading
-        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket, self.index = own, -1
-        self.heard = self.opened = time.monotonic()
-        self._rest = b""
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def send(self, **message: Any) -> None:
-        """Raises _Closed where nobody takes it."""
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError as error:
-            raise _Closed from error
-
-    def read(self) -> list[dict[str, Any]]:
-        """The messages that have arrived. Raises _Closed."""
-        if not _ready([self], 0):
-            return []
-        try:
-            part = self.socket.recv(2**16)
-        except OSError as error:
-            raise _Closed from error
-        *lines, self._rest = (self._rest + part).split(b"\n")
-        if not part or len(self._rest) > LONGEST:
-            raise _Closed
-        self.heard = time.monotonic()
-        try:
-            messages = [parse_json(line) for line in lines]
-        except ValueError as error:
-            raise _Closed from error
-        if not all(isinstance(message, dict) for message in messages):
-            raise _Closed
-        return messages
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.close()
-
-
-def _listen(place: Place) -> socket.socket:
-    """A socket that listens on this worker's own address, until TensorFlow needs the port.
-
-    Raises ConfigError, or gaierror where its name has no address.
-    """
-    host, port = _host_and_port(place.addresses[place.index], "the cluster")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        others = {_host_and_port(other, "the cluster")[0] for other in place.addresses} - {host}
-        if others and str(address[0]).startswith("127.") and not host.startswith("127."):
-            address = ("", port)  # some systems give their own name to loopback only
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(1024)
-        except BaseException:
-            listener.close()
-            raise
-        return listener
-    except socket.gaierror:
-        raise
-    except OSError as error:
-        how = {
-            errno.EADDRINUSE: "another process uses the port, perhaps another worker with the same index",
-            errno.EADDRNOTAVAIL: "it is no address of this machine; is the worker's index right?",
-        }.get(error.errno or 0, reason_of(error))
-        raise ConfigError(
-            f"{place.name()} cannot listen on its address: {how}; allowed: each worker on the machine and port of its own"
-            " entry"
-        ) from error
-
-
-def _connect(place: Place, index: int, timeout: float) -> socket.socket:
-    """A connection to another worker's address. Raises OSError."""
-    host, port = _host_and_port(place.addresses[index], "the cluster")
-    found = socket.create_connection((host, port), timeout)
-    if found.getsockname() == found.getpeername():  # where nobody listens, a socket may meet itself
-        found.close()
-        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    return found
-
-
-def _ready(connections: Sequence[Any], seconds: float) -> list[Any]:
-    """Those of `connections` and sockets that have something to read, within so many seconds."""
-    poll, by_number = select.poll(), {c.fileno(): c for c in connections}  # `select` fails above 1,023 files
-    for number in by_number:
-        poll.register(number, select.POLLIN)
-    return [by_number[number] for number, _ in poll.poll(1000 * seconds)]
 
 
 class _Waiting:
@@ -274,9 +46,6 @@ class _Waiting:
         return time.monotonic() - self._began
 
 
-# ---- the team ---------------------------------------------------------------------------------------------
-
-
 class Team:
     """This process among the workers of its cluster, connected to them.
 
@@ -291,7 +60,7 @@ class Team:
 
     def __init__(self, place: Place, timeout: float, log: Log):
         self.place, self.lost, self._log, self._timeout = place, "", log, timeout
-        self._members: dict[int, _Connection] = {}  # of the chief: all others; of another worker: the chief
+        self._members: dict[int, Connection] = {}  # of the chief: all others; of another worker: the chief
         self._changed = threading.Condition()
         self._terms: dict[tuple[int, int], dict[str, Any]] = {}  # by round and worker
         self._verdicts: dict[int, str] = {}  # by round; empty: all agree
@@ -300,7 +69,7 @@ class Team:
         self._round = self._at_work = 0
         self._since = 0.0  # when a worker was lost, or work began after that
         self._listener: socket.socket | None = None
-        self._strangers: list[_Connection] = []  # that have not named their worker, or not met the others
+        self._strangers: list[Connection] = []  # that have not named their worker, or not met the others
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self._open = True
@@ -352,7 +121,7 @@ class Team:
         waiting = _Waiting(self._log)
         while True:
             try:
-                return _listen(self.place)
+                return listen(self.place)
             except socket.gaierror as error:
                 text = f"an address of {self.place.name()}, which is this one: {reason_of(error)}"
                 if waiting.seconds() > self._timeout:
@@ -370,15 +139,15 @@ class Team:
                 raise self._too_late(names)
             waiting(names)
             sockets = [self._listener, *strangers, *self._members.values()]
-            ready = _ready(sockets, 0.5)
+            ready = readable(sockets, 0.5)
             if self._listener in ready:
                 with contextlib.suppress(OSError):  # it has gone again
-                    strangers.append(_Connection(self._listener.accept()[0]))
+                    strangers.append(Connection(self._listener.accept()[0]))
             for connection in [c for c in strangers if c in ready]:
                 if self._greet(connection):
                     strangers.remove(connection)
             for connection in [c for c in self._members.values() if c in ready]:
-                with contextlib.suppress(_Closed):
+                with contextlib.suppress(Closed):
                     connection.read()
                     continue
                 connection.close()
@@ -392,7 +161,7 @@ class Team:
                 told = now
         self._send_to_all(all_here=True)
 
-    def _greet(self, connection: _Connection) -> bool:
+    def _greet(self, connection: Connection) -> bool:
         """Reads a new connection's first message. Returns whether it is settled: a worker, or gone.
 
         Raises ConfigError, here and there, where the worker has another list of workers.
@@ -402,8 +171,8 @@ class Team:
             if not messages:
                 return False
             index, addresses = messages[0].get("worker"), messages[0].get("addresses")
-            if type(index) is not int or not _is_list_of_texts(addresses):
-                raise _Closed
+            if type(index) is not int or not is_list_of_texts(addresses):
+                raise Closed
             ours = list(self.place.addresses)
             if addresses != ours:
                 here, there = (", ".join(x)[:300] for x in (ours, addresses))
@@ -412,25 +181,25 @@ class Team:
                     " workers the same list, in one order"
                 )
                 self._send_to_all(error=str(error))
-                with contextlib.suppress(_Closed):
+                with contextlib.suppress(Closed):
                     connection.send(error=str(error))
                 raise error
             if not 0 < index < len(ours):
-                raise _Closed
+                raise Closed
             if index in self._members:
                 text = f"there is another {self.place.name(index)} already; give each process an index of its own"
                 connection.send(error=text)
-                raise _Closed
+                raise Closed
             connection.index = index
             self._members[index] = connection
-        except _Closed:
+        except Closed:
             connection.close()
         return True
 
     def _find_chief(self) -> None:
         """The other workers' part of the meeting: connects to the chief, and waits until all have."""
         waiting, chief = _Waiting(self._log), self.place.name(0)
-        connection: _Connection | None = None
+        connection: Connection | None = None
         whom = chief
         while True:
             if waiting.seconds() > self._timeout:
@@ -438,11 +207,11 @@ class Team:
             waiting(whom)
             try:
                 if connection is None:
-                    connection = _Connection(_connect(self.place, 0, 2))
+                    connection = Connection(connect(self.place, 0, 2))
                     connection.index = 0
                     self._strangers[:] = [connection]
                     connection.send(worker=self.place.index, addresses=list(self.place.addresses))
-                for message in connection.read() if _ready([connection], 0.5) else ():
+                for message in connection.read() if readable([connection], 0.5) else ():
                     if "error" in message:
                         raise ConfigError(str(message["error"]))
                     if "failed" in message:
@@ -452,8 +221,8 @@ class Team:
                         return
                     whom = str(message.get("waiting", whom))
                 if time.monotonic() - connection.heard > SILENCE:
-                    raise _Closed
-            except (_Closed, OSError) as error:
+                    raise Closed
+            except (Closed, OSError) as error:
                 if connection is not None:
                     connection.close()
                 connection = None
@@ -466,7 +235,7 @@ class Team:
             if index in (self.place.index, 0):  # all are connected to the chief
                 continue
             try:
-                _connect(self.place, index, 10).close()
+                connect(self.place, index, 10).close()
             except OSError as error:
                 raise RunError(
                     f"{self.place.name()} cannot reach {self.place.name(index)}: {reason_of(error)}; every worker must"
@@ -617,7 +386,7 @@ class Team:
 
     def _send_to_all(self, **message: Any) -> None:
         for connection in list(self._members.values()):
-            with contextlib.suppress(_Closed):  # reading finds it closed
+            with contextlib.suppress(Closed):  # reading finds it closed
                 connection.send(**message)
 
     def _watch(self) -> None:
@@ -625,7 +394,7 @@ class Team:
         sent = 0.0
         while self._open:
             sockets = [c for c in self._members.values() if c.fileno() >= 0]
-            ready = _ready([self._ear, *sockets], 0.5)
+            ready = readable([self._ear, *sockets], 0.5)
             if self._ear in ready:
                 self._ear.recv(4096)
             with self._changed:
@@ -648,12 +417,12 @@ class Team:
                 print(f"error: {self.loss()}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread waits in C++ for ever
 
-    def _hear(self, connection: _Connection, ready: bool) -> None:
+    def _hear(self, connection: Connection, ready: bool) -> None:
         name = self.place.name(connection.index)
         try:
             for message in connection.read() if ready else ():
                 self._take(message, connection.index)
-        except _Closed:
+        except Closed:
             connection.close()
             self._lose(f"{name} has ended")
         if time.monotonic() - connection.heard > SILENCE:
@@ -704,78 +473,3 @@ def _one_line(error: BaseException) -> str:
 
 def _short(value: Any) -> str:
     return "nothing" if value is None else str(value)[:100]
-
-
-_team: Team | None = None  # a process belongs to one cluster, as TensorFlow allows one server a process
-
-
-def join_workers(requested: str, timeout: float = TIMEOUT, log: Log = print) -> Team | None:
-    """Meets the other workers of the cluster in TF_CONFIG, once in a process, and compares versions with theirs.
-
-    Args:
-        requested: the strategy: "multi_worker", or "auto", which is that where there is a cluster.
-        timeout: seconds to wait for the others.
-        log: prints whom this worker waits for.
-
-    Returns:
-        The team; None where there is no cluster, or the strategy is one of a single process.
-    Raises:
-        ConfigError: if multi_worker finds no cluster, TF_CONFIG is wrong, or the workers differ.
-        RunError: if the others do not come, or have ended.
-    """
-    global _team
-    if requested not in ("auto", "multi_worker"):
-        return None
-    if _team is None:
-        place = place_in_tf_config()
-        if place is None and requested == "multi_worker":
-            raise ConfigError(
-                "strategy multi_worker found no cluster; set TF_CONFIG to JSON with 'cluster' (worker addresses) and"
-                " 'task' (type and index) in every process, or use --workers and --worker_index, or --strategy=mirrored"
-                " for the GPUs of one machine"
-            )
-        if place is None:
-            return None
-        _team = Team(place, timeout, log)
-        packages = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")}
-        python = ".".join(platform.python_version_tuple()[:2])
-        _team.agree(**{"cifar10-trainer": __version__, "Python": python, **packages})
-    return _team
-
-
-def team() -> Team | None:
-    """What `join_workers` has found in this process."""
-    return _team
-
-
-# ---- TensorFlow's own meeting -----------------------------------------------------------------------------
-
-_GUARD = """
-import os, select, signal, sys
-if not select.select([0], [], [], float(sys.argv[2]))[0]:
-    print("error:", sys.argv[3], file=sys.stderr, flush=True)
-    os.kill(int(sys.argv[1]), signal.SIGKILL)
-"""
-
-
-@contextlib.contextmanager
-def connecting_servers(place: Place) -> Iterator[None]:
-    """Bounds the time in which TensorFlow's servers find one another. Python stands still meanwhile.
-
-    All workers have just met, so this takes a moment; unless one of them dies in it. A process beside this one ends it after
-    CONNECT seconds then. Ctrl-C ends it at once. TensorFlow replaces the handler of SIGTERM; at the end it is put back.
-    """
-    text = f"{place.name()}: TensorFlow's servers have not found one another in {CONNECT:g} s; start all workers again"
-    words = [sys.executable, "-S", "-c", _GUARD, str(os.getpid()), str(CONNECT), text]
-    before: dict[signal.Signals, Any] = {}
-    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as guard:
-        try:
-            with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    before[number] = signal.signal(number, signal.SIG_DFL)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-            assert guard.stdin is not None
-            guard.stdin.close()  # it ends
