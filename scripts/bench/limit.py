@@ -8,7 +8,6 @@ processor's peak does not.
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -130,19 +129,6 @@ class Product:
             [onednn, *([lambda dy: kernel_gradient(x, dy)] if as_products else [])],
             lambda dy: tf.raw_ops.Conv2DBackpropInput(input_sizes=x.shape, filter=w, out_backprop=dy, **how),
         )
-
-    def flops(self, batch: int) -> int:
-        """Of all its passes, two for each multiply-add."""
-        positions = math.prod(self._output()[:-1])
-        return 2 * batch * positions * math.prod(self.kernel) * (1 + self.to_kernel + self.to_input)
-
-    def _output(self) -> tuple[int, ...]:
-        """The shape of its output, without the batch."""
-        if self.strides is None:
-            return *self.inputs[:-1], self.kernel[-1]
-        lost = (0, 0) if self.padding == "SAME" else (n - 1 for n in self.kernel[:2])
-        sides = (-(-(n - k) // s) for n, k, s in zip(self.inputs, lost, self.strides, strict=False))
-        return *sides, self.kernel[-1]
 
 
 def products(model: keras.Model) -> list[Product]:
