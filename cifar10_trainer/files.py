@@ -186,7 +186,7 @@ def _make_folders(folder: Path) -> list[Path]:
 def write_json(
     path: str | os.PathLike[str],
     values: Any,
-    indent: int = 2,
+    indent: int | None = 2,
     *,
     durable: bool = False,
     parents: bool = True,

@@ -2,24 +2,22 @@
 
     python scripts/compare_tuners.py
 
-A space of a few values of filters, dropout and learning rate is trained completely, once: each trial at its full length and
-at a third of it. All full trials have the same FLOPs, so a wide network trains for fewer epochs than a narrow one. Then each
-tuner searches the space with many seeds, and looks up what its trials would give. This writes results/tuners/trials.json and
-searches.json, and with these files the table and the figure of docs/search.md. Training takes hours; started again, the
-command trains what is missing.
+Each tuner searches a space of a few values of filters, dropout and learning rate, with many seeds. Each trial trains once, when
+the first search asks for it; later searches look it up. So a comparison trains the whole space at most once: each trial at its
+full length and at a third of it. All full trials have the same FLOPs: a wide network trains for fewer epochs than a narrow one.
 
 KerasTuner's own Hyperband on `Model.fit` is compared as well. Its trials have the same network, optimizer, images and
 augmentation, at a constant learning rate, and a promoted trial continues from its own weights.
+
+This writes results/tuners/trials.json and searches.json, and with these files the table and the figure of docs/search.md. It
+takes hours; started again, it goes on.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,29 +45,29 @@ _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default:
 _define(flags.DEFINE_string, "data_dir", "where the images are", None)
 _define(flags.DEFINE_string, "out", "folder of trials.json and searches.json", str(tuners.FOLDER))
 _define(flags.DEFINE_integer, "seeds", "searches of each tuner, seeds 0 to n - 1", 50)
+_define(flags.DEFINE_integer, "fit_seeds", "the same for the searches on Model.fit", 5)
 
 # The values of the space, as multiples of the recipe's; those of dropout as they are.
 FILTERS, DROPOUT, LEARNING_RATE = (0.5, 0.75, 1, 1.25, 1.5), (0.0, 0.2, 0.4), (0.25, 0.5, 1, 2, 4)
 
 
-def cells(base: Config) -> list[dict[str, float]]:
-    """The points of the space, in an order that has nothing to do with their values."""
+def space(base: Config) -> dict[str, list[float]]:
+    """The values of each hyperparameter."""
     width, rate = base.options["filters"][0], base.optimizer.learning_rate
-    points = [
-        {"filters": round(f * width), "dropout": d, "learning_rate": float(f"{r * rate:.5g}")}
-        for f, d, r in itertools.product(FILTERS, DROPOUT, LEARNING_RATE)
-    ]
-    random.Random(0).shuffle(points)
-    return points
+    return {
+        "filters": [round(f * width) for f in FILTERS],
+        "dropout": list(DROPOUT),
+        "learning_rate": [float(f"{r * rate:.5g}") for r in LEARNING_RATE],
+    }
 
 
-def configure(base: Config, cell: dict[str, float]) -> Config:
+def configure(base: Config, trial: tuners.Trial) -> Config:
     """The Config of a full trial: as many epochs as make its FLOPs those of the base."""
-    filters = tuple(round(f * cell["filters"] / base.options["filters"][0]) for f in base.options["filters"])
+    filters = tuple(round(f * trial["filters"] / base.options["filters"][0]) for f in base.options["filters"])
     config = base.override(
         options__filters=filters,
-        options__dropout=cell["dropout"],
-        optimizer__learning_rate=cell["learning_rate"],
+        options__dropout=trial["dropout"],
+        optimizer__learning_rate=trial["learning_rate"],
     )
     return config.override(epochs=float(f"{base.epochs * flops(base) / flops(config):.4g}"))
 
@@ -83,13 +81,13 @@ def flops(config: Config) -> float:
     return sum(models.forward_flops(model, side) for side in sizes) / len(sizes)
 
 
-def train(config: Config, share: float, data: Dataset) -> dict[str, Any]:
-    """Trains one trial of this project for a share of its epochs, annealed to the end."""
+def train(config: Config, thirds: int, data: Dataset) -> dict[str, Any]:
+    """Trains one trial of this project for so many thirds of its epochs, annealed to the end."""
     from cifar10_trainer.training import train_and_evaluate
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = train_and_evaluate(
-            config.override(epochs=float(f"{config.epochs * share:.6g}")),
+            config.override(epochs=float(f"{config.epochs * thirds / tuners.THIRDS:.6g}")),
             folder,
             dataset=data,
             verbose=0,
@@ -99,8 +97,8 @@ def train(config: Config, share: float, data: Dataset) -> dict[str, Any]:
     return {"val_accuracy": metrics["best_val_accuracy"], "pflop": metrics["pflop"]}
 
 
-def fit(config: Config, data: Dataset) -> dict[str, Any]:
-    """Trains one trial by `Model.fit` at a constant rate. Returns the validation accuracy after each third of it."""
+def fit(config: Config, thirds: int, data: Dataset) -> dict[str, Any]:
+    """Trains so many thirds of a trial by `Model.fit` at a constant rate, and validates after each."""
     import keras
 
     from cifar10_trainer import datasets, make_dataset, make_training_model, runtime
@@ -115,21 +113,22 @@ def fit(config: Config, data: Dataset) -> dict[str, Any]:
         twin = make_training_model(model, runtime.choose_precision("auto")[0])
     # All steps see images of full size, so as many FLOPs are fewer steps.
     per_image = forward_flops(model)
-    steps = max(1, round(config.epochs * len(labels) / config.batch_size * flops(config) / per_image / 3))
+    images_of_third = config.epochs * len(labels) * flops(config) / per_image / tuners.THIRDS
+    steps = max(1, round(images_of_third / config.batch_size))
     dataset = make_dataset(
         images,
         labels,
         config.batch_size,
         augmentation=config.augmentation,
         seed=config.seed,
-        epochs=1 + 3 * steps * config.batch_size // len(labels),
+        epochs=1 + thirds * steps * config.batch_size // len(labels),
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    optimizer = make_optimizer(config.optimizer, Schedule(name="constant"), 3 * steps)
+    optimizer = make_optimizer(config.optimizer, Schedule(name="constant"), thirds * steps)
     twin.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     history = twin.fit(
         dataset,
-        epochs=3,
+        epochs=thirds,
         steps_per_epoch=steps,
         validation_data=validation,
         validation_batch_size=1000,
@@ -137,36 +136,45 @@ def fit(config: Config, data: Dataset) -> dict[str, Any]:
         verbose=0,
     ).history
     accuracies = [round(a, 6) for a in history["val_accuracy"]]
-    return {"val_accuracy": accuracies, "pflop": 3 * steps * config.batch_size * 3 * per_image / 1e15}
+    return {"val_accuracy": accuracies, "pflop": 3 * per_image * thirds * steps * config.batch_size / 1e15}
 
 
-def missing(base: Config, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The trials that the record lacks, without their results."""
-    have = {tuners.key(trial) for trial in done}
-    for way, shares in tuners.WAYS.items():
-        for cell, share in itertools.product(cells(base), shares):
-            trial = {"way": way, **cell, "share": share}
-            if tuners.key(trial) not in have:
-                yield trial
+class Trials:
+    """The trials of a record, and those that it lacks: they train when they are asked for.
 
+    Args:
+        base: the recipe at the length of a full trial.
+        path: the file of the record.
+        record: what it holds so far.
+    """
 
-def complete(base: Config, path: Path, record: dict[str, Any]) -> None:
-    """Trains the missing trials, and writes the record after each."""
-    import keras
+    def __init__(self, base: Config, path: Path, record: dict[str, Any]):
+        self.base, self.path, self.record = base, path, record
+        self._data: Dataset | None = None
+        self._found = {tuners.key(trial): trial for trial in record["trials"]}
 
-    from cifar10_trainer import datasets, files
+    def __call__(self, trial: tuners.Trial) -> tuners.Trial:
+        """The trial with its result."""
+        if tuners.key(trial) not in self._found:
+            self._found[tuners.key(trial)] = self._train(trial)
+        return self._found[tuners.key(trial)]
 
-    data = None
-    for trial in missing(base, record["trials"]):
-        data = data or datasets.load(base.dataset, FLAGS.data_dir)
+    def _train(self, trial: tuners.Trial) -> dict[str, Any]:
+        """Trains a trial, and writes the record."""
+        import keras
+
+        from cifar10_trainer import datasets, files
+
+        self._data = self._data or datasets.load(self.base.dataset, FLAGS.data_dir)
         keras.utils.clear_session()
-        config, start = configure(base, trial), time.monotonic()
-        annealed = trial["way"] == tuners.ANNEALED
-        trial |= train(config, trial["share"], data) if annealed else fit(config, data)
-        trial |= {"epochs": config.epochs, "seconds": round(time.monotonic() - start, 2)}
-        record["trials"].append(trial)
-        files.write_json(path, record | origin(), indent=1)
-        print(f"{len(record['trials'])}: {trial}", flush=True)
+        config, start = configure(self.base, trial), time.monotonic()
+        do = train if trial["way"] == tuners.ANNEALED else fit
+        found = {**trial, **do(config, trial["thirds"], self._data), "epochs": config.epochs}
+        found["seconds"] = round(time.monotonic() - start, 2)
+        self.record["trials"].append(found)
+        files.write_json(self.path, self.record | origin(), indent=1)
+        print(f"{len(self.record['trials'])}: {found}", flush=True)
+        return found
 
 
 def origin() -> dict[str, Any]:
@@ -189,8 +197,9 @@ def main(argv: list[str]) -> None:
         )
     if FLAGS.recipe not in RECIPES:
         raise unknown("recipe", FLAGS.recipe, RECIPES)
-    if FLAGS.seeds < 2:
-        raise ConfigError(f"seeds is {FLAGS.seeds}; allowed: 2 or more")
+    for name in ("seeds", "fit_seeds"):
+        if (FLAGS[name].value or 0) < 2:
+            raise ConfigError(f"{name} is {FLAGS[name].value}; allowed: 2 or more")
     names = [name for name in ("dataset", "epochs") if FLAGS[name].value is not None]
     base = RECIPES[FLAGS.recipe].override(**{name: FLAGS[name].value for name in names})
     path = Path(FLAGS.out) / tuners.TRIALS
@@ -201,12 +210,14 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"{path} is of {key} {record[key]!r}, not {value!r}; choose another --out")
     cli.import_tensorflow()
 
-    # ---- the trials, the searches, the table
-    complete(base, path, record)
-    curves = tuners.replay_all(record["trials"], FLAGS.seeds)
+    # ---- the searches and their table
     from cifar10_trainer import files
 
-    files.write_json(path.with_name(tuners.SEARCHES), {**origin(), "curves": curves}, indent=0)
+    trials, curves = Trials(base, path, record), {}
+    for contender in tuners.CONTENDERS:
+        seeds = range(FLAGS.fit_seeds if contender.way == tuners.FIT else FLAGS.seeds)
+        curves[contender.name] = [tuners.search(contender, s, space(base), trials) for s in seeds]
+    files.write_json(path.with_name(tuners.SEARCHES), {**origin(), "curves": curves}, indent=None)
     target = tuners.hard_target(record["trials"])
     print(f"\n{tuners.table(curves, target)}")
     if path.parent.resolve() == tuners.FOLDER:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -22,75 +23,62 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 ROOT = Path(__file__).resolve().parent.parent
-RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+SPACE = {"filters": [8], "dropout": [0.0], "learning_rate": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}
 
 
-def space(accuracy):
-    """The trials of a space of six learning rates: `accuracy(rate, share)` of the annealed ones, 0.2 more with `fit`."""
-    trials = []
-    for rate in RATES:
-        cell = {"filters": 8, "dropout": 0.0, "learning_rate": rate}
-        for share in (1.0, 1 / 3):
-            trials.append(
-                {
-                    "way": "annealed",
-                    **cell,
-                    "share": share,
-                    "val_accuracy": accuracy(rate, share),
-                    "pflop": 6 * share,
-                }
-            )
-        after = [accuracy(rate, n / 3) + 0.2 for n in (1, 2, 3)]
-        trials.append({"way": "fit", **cell, "share": 1.0, "val_accuracy": after, "pflop": 6.0})
-    return trials
+def search(tuner, budget, way="annealed"):
+    """A search in which a trial has the accuracy learning rate x share of a full trial; with `fit`, one for each third."""
+    asked = []
+
+    def result_of(trial):
+        asked.append(trial)
+        after = [trial["learning_rate"] * n / 3 for n in range(1, trial["thirds"] + 1)]
+        return {**trial, "val_accuracy": after if way == "fit" else after[-1]}
+
+    curve = tuners.search(tuners.Contender(tuner, tuner, way), 0, SPACE, result_of, budget)
+    return curve, asked
 
 
-def contender(tuner, way="annealed"):
-    return tuners.Contender(tuner, tuner, way)
+def costs(curve):
+    spent = [0, *(s for s, _ in curve)]
+    return [round(b - a, 2) for a, b in itertools.pairwise(spent)]
 
 
 def test_random_search_spends_a_full_trial_on_each_point():
-    curve = tuners.replay(contender("random"), 0, space(lambda rate, share: rate * share), 4)
-    assert [spent for spent, _ in curve] == [1, 2, 3, 4]
-    best = [accuracy for _, accuracy in curve]
-    assert best == sorted(best) and set(best) <= set(RATES)
-    whole = tuners.replay(contender("random"), 0, space(lambda rate, share: rate * share), 20)
-    assert len(whole) == 6 and whole[-1][1] == 0.6  # it proposes nothing twice, and ends with the space
+    curve, asked = search("random", 4)
+    assert costs(curve) == [1, 1, 1, 1]
+    rates = [trial["learning_rate"] for trial in asked[:4]]
+    assert [accuracy for _, accuracy in curve] == pytest.approx(list(itertools.accumulate(rates, max)))
+    whole, asked = search("random", 20)
+    assert len(whole) == 6 and whole[-1][1] == pytest.approx(0.6)  # nothing twice, and it ends with the space
 
 
 def test_halving_spends_a_third_on_a_short_trial_and_trains_the_best_of_three_anew():
-    curve = tuners.replay(contender("halving"), 0, space(lambda rate, share: rate * share), 2)
-    costs = [b - a for a, b in zip([0, *(s for s, _ in curve)], [s for s, _ in curve], strict=False)]
-    assert costs == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1], abs=2e-3)
-    best_short = curve[2][1]
-    assert curve[3][1] == pytest.approx(3 * best_short)  # the same point, at full length
+    curve, asked = search("halving", 2)
+    assert costs(curve)[:4] == [0.33, 0.33, 0.33, 1]
+    assert [trial["thirds"] for trial in asked[:4]] == [1, 1, 1, 3]
+    assert asked[3]["learning_rate"] == max(trial["learning_rate"] for trial in asked[:3])
 
 
 def test_hyperband_with_fit_continues_a_promoted_trial():
-    trials = space(lambda rate, share: rate * share)
-    curve = tuners.replay(contender("hyperband", "fit"), 0, trials, 2)
-    costs = [b - a for a, b in zip([0, *(s for s, _ in curve)], [s for s, _ in curve], strict=False)]
+    curve, asked = search("hyperband", 2, "fit")
     # a bracket of three short trials, of which the best goes on for the other two thirds
-    assert costs[:4] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3], abs=2e-3)
-    assert curve[3][1] == pytest.approx(3 * (curve[2][1] - 0.2) + 0.2)
+    assert costs(curve)[:4] == [0.33, 0.33, 0.33, 0.67]
+    assert [trial["thirds"] for trial in asked[:4]] == [1, 1, 1, 3]
+    assert curve[3][1] == pytest.approx(max(trial["learning_rate"] for trial in asked[:3]))
 
 
-def test_a_trial_of_fit_has_the_best_accuracy_of_the_epochs_that_it_trains():
-    trial = {"way": "fit", "filters": 8, "dropout": 0.0, "learning_rate": 0.1, "share": 1.0}
-    trial |= {"val_accuracy": [0.7, 0.5, 0.6], "pflop": 6.0}
-    values = {"filters": 8, "dropout": 0.0, "learning_rate": 0.1}
-    found = {tuners.key(trial): trial}
-    for first, last, expected in ((0, 1, (0.7, 2.0)), (1, 3, (0.6, 4.0)), (0, 3, (0.7, 6.0))):
-        assert (
-            tuners.look_up("fit", values | {"tuner/initial_epoch": first, "tuner/epochs": last}, found)
-            == expected
-        )
+def test_a_continued_trial_has_the_accuracies_of_its_own_part_only():
+    values = {"tuner/initial_epoch": 1, "tuner/epochs": 3}
+    assert tuners.stretch("fit", values) == (1, 3)
+    assert tuners.stretch("annealed", values | {"tuner/share": 1 / 3}) == (0, 1)  # begins anew
+    assert tuners.stretch("annealed", {}) == (0, 3)
 
 
 def test_numbers_of_a_curve():
-    curve = [(1.0, 0.5), (2.0, 0.5), (3.01, 0.8)]
+    curve = [(1.0, 0.5), (2.0, 0.5), (3.0, 0.8)]
     assert [tuners.best_after(curve, spent) for spent in (0.5, 1, 2.5, 3, 9)] == [0.0, 0.5, 0.5, 0.8, 0.8]
-    assert tuners.spent_until(curve, 0.8) == 3.01 and tuners.spent_until(curve, 0.9) == math.inf
+    assert tuners.spent_until(curve, 0.8) == 3.0 and tuners.spent_until(curve, 0.9) == math.inf
     assert tuners.share_ahead([1, 2], [1, 3]) == pytest.approx((0.5 + 0 + 1 + 0) / 4)
 
 
@@ -101,12 +89,12 @@ def test_the_target_is_what_the_best_twentieth_of_the_space_reaches():
             "filters": n,
             "dropout": 0,
             "learning_rate": 1,
-            "share": 1.0,
+            "thirds": 3,
             "val_accuracy": n / 100,
         }
         for n in range(1, 41)
     ]
-    short = {**trials[-1], "share": 1 / 3, "val_accuracy": 0.99}
+    short = {**trials[-1], "thirds": 1, "val_accuracy": 0.99}
     assert tuners.hard_target([*trials, short]) == 0.39  # the second best of 40
 
 
@@ -160,20 +148,25 @@ def test_in_miniature(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare_tuners, "FILTERS", (0.5,))
     monkeypatch.setattr(compare_tuners, "DROPOUT", (0.0,))
     monkeypatch.setattr(compare_tuners, "LEARNING_RATE", (1,))
-    monkeypatch.setattr(tuners, "BUDGET", 2)
-    command = ["compare", "--recipe=fast.digits", "--epochs=1", "--seeds=2", f"--out={tmp_path}"]
+    command = [
+        "compare",
+        "--recipe=fast.digits",
+        "--epochs=1",
+        "--seeds=2",
+        "--fit_seeds=2",
+        f"--out={tmp_path}",
+    ]
     assert cli.run(compare_tuners.main, compare_tuners.FLAGS, compare_tuners.USAGE, command) == 0
     out = capsys.readouterr().out
     assert all(f"| {c.name} |" in out for c in tuners.CONTENDERS)
     record = json.loads((tmp_path / "trials.json").read_text())
-    ways = [(t["way"], round(t["share"], 2)) for t in record["trials"]]
-    assert ways == [("annealed", 1.0), ("annealed", 0.33), ("fit", 1.0)]
+    ways = [(t["way"], t["thirds"]) for t in record["trials"]]
+    assert ways == [("annealed", 3), ("annealed", 1), ("fit", 1)]  # a space of one point: nothing is promoted
     assert record["environment"]["tensorflow"] and record["dataset"] == "digits"
-    full, short, fit = (t["pflop"] for t in record["trials"])
-    assert [short, fit] == pytest.approx([full / 3, full], rel=0.1)  # of some 20 steps, so half of one is 3%
-    for trial in record["trials"]:
-        accuracies = trial["val_accuracy"] if trial["way"] == "fit" else [trial["val_accuracy"]]
-        assert len(accuracies) in (1, 3) and all(0 < a < 1 for a in accuracies)
+    full, *short = (t["pflop"] for t in record["trials"])
+    assert short == pytest.approx([full / 3, full / 3], rel=0.1)  # of some 7 steps, so half of one is 7%
+    accuracies = [t["val_accuracy"] for t in record["trials"]]
+    assert all(0 < a < 1 for a in (*accuracies[:2], *accuracies[2])) and len(accuracies[2]) == 1
 
     # again: nothing is left to train, and another length does not mix with the record
     monkeypatch.setattr(compare_tuners, "train", None)

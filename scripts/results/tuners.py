@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ BEST_SHARE = 0.05  # of the full trials of the space: who finds one of these has
 
 @dataclass(frozen=True)
 class Contender:
-    """A tuner, and how its trials train."""
+    """A tuner, and how its trials train: ANNEALED or FIT."""
 
     name: str
     tuner: str
@@ -44,35 +44,44 @@ CONTENDERS = [
     Contender("KerasTuner's Hyperband on `Model.fit`", "hyperband", FIT),
 ]
 
-Curve = list[
-    tuple[float, float]
-]  # after each trial of a search: (full trials' worth of PFLOP spent, best accuracy so far)
+# What to train: {"way", the hyperparameters, "thirds"}; with its result "val_accuracy": one number if ANNEALED, one for each
+# third if FIT.
+Trial = Mapping[str, Any]
+# After each trial of a search: the FLOPs spent, in those of a full trial, and the best accuracy so far.
+Curve = list[tuple[float, float]]
 
 
-# ---- the record ------------------------------------------------------------------------------------------
+# ---- the records -----------------------------------------------------------------------------------------
 
 
-def key(trial: Mapping[str, Any]) -> tuple[Any, ...]:
+def key(trial: Trial) -> tuple[Any, ...]:
     """What distinguishes a trial from the others."""
-    return (trial["way"], *(trial[name] for name in HYPERPARAMETERS), round(trial["share"], 4))
+    return (trial["way"], *(trial[name] for name in HYPERPARAMETERS), trial["thirds"])
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The record, or None where there is none."""
+    """A record, or None where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-# ---- replayed searches -----------------------------------------------------------------------------------
+# ---- searches --------------------------------------------------------------------------------------------
 
 
-def replay(contender: Contender, seed: int, trials: Sequence[Mapping[str, Any]], budget: float) -> Curve:
-    """Runs one search whose trials are looked up.
+def search(
+    contender: Contender,
+    seed: int,
+    space: Mapping[str, Sequence[float]],
+    result_of: Callable[[Trial], Trial],
+    budget: float = BUDGET,
+) -> Curve:
+    """Runs one search.
 
     Args:
         contender: the tuner.
         seed: of the tuner.
-        trials: those of the record.
-        budget: full trials' worth of FLOPs; the search ends before the trial that would spend more.
+        space: hyperparameter -> its values.
+        result_of: trains a trial, or looks it up, and returns it with its result.
+        budget: the FLOPs of so many full trials; the search ends before the trial that would spend more.
 
     Returns:
         The curve.
@@ -81,12 +90,10 @@ def replay(contender: Contender, seed: int, trials: Sequence[Mapping[str, Any]],
 
     from tuning.oracle import make_oracle
 
-    found = {key(trial): trial for trial in trials}
-    unit = statistics.mean(t["pflop"] for t in trials if t["way"] == contender.way and t["share"] == 1)
     hp = kt.HyperParameters()
     for name in HYPERPARAMETERS:
-        hp.Choice(name, sorted({t[name] for t in trials}), ordered=True)
-    spent, best, curve = 0.0, 0.0, []
+        hp.Choice(name, list(space[name]), ordered=True)
+    spent, best, curve = 0, 0.0, []  # spent: in thirds
     with tempfile.TemporaryDirectory() as folder:
         oracle = make_oracle(
             contender.tuner,
@@ -100,44 +107,31 @@ def replay(contender: Contender, seed: int, trials: Sequence[Mapping[str, Any]],
         )
         oracle._set_project_dir(folder, "trials")
         oracle.save = lambda: None  # type: ignore[method-assign]  # nothing resumes
-        while (trial := oracle.create_trial("replay")).status == "RUNNING":
-            accuracy, cost = look_up(contender.way, trial.hyperparameters.values, found)
-            spent += cost / unit
-            if spent > budget + 0.1:  # the trials' FLOPs are equal to within a percent or two
+        while (proposed := oracle.create_trial("worker")).status == "RUNNING":
+            values = proposed.hyperparameters.values
+            trial = {"way": contender.way, **{name: values[name] for name in HYPERPARAMETERS}}
+            first, last = stretch(contender.way, values)
+            spent += last - first
+            if spent > THIRDS * budget:
                 break
+            found = result_of({**trial, "thirds": last})["val_accuracy"]
+            accuracy = max(found[first:last]) if contender.way == FIT else found
             best = max(best, accuracy)
-            curve.append((round(spent, 3), best))
-            oracle.update_trial(trial.trial_id, {"val_accuracy": accuracy})
-            trial.status = "COMPLETED"
-            oracle.end_trial(trial)
+            curve.append((round(spent / THIRDS, 3), best))
+            oracle.update_trial(proposed.trial_id, {"val_accuracy": accuracy})
+            proposed.status = "COMPLETED"
+            oracle.end_trial(proposed)
     return curve
 
 
-def look_up(
-    way: str, values: Mapping[str, Any], found: Mapping[tuple[Any, ...], Mapping[str, Any]]
-) -> tuple[float, float]:
-    """The validation accuracy of a trial, and the PFLOP that it spends.
+def stretch(way: str, values: Mapping[str, Any]) -> tuple[int, int]:
+    """The thirds of a full trial that a trial trains, first and last, from what an oracle adds to its values.
 
-    Args:
-        way: a key of WAYS. With FIT, a trial continues the shorter one that it comes from.
-        values: its hyperparameters and what the oracle adds to them.
-        found: `key` of a trial -> the trial.
+    An annealed trial begins anew. One of `Model.fit` continues the shorter one that it comes from.
     """
-    cell = {"way": way, **{name: values[name] for name in HYPERPARAMETERS}}
-    if way == ANNEALED:
-        trial = found[key({**cell, "share": values.get("tuner/share", 1.0)})]
-        return trial["val_accuracy"], trial["pflop"]
-    trial, first, last = (
-        found[key({**cell, "share": 1.0})],
-        values["tuner/initial_epoch"],
-        values["tuner/epochs"],
-    )
-    return max(trial["val_accuracy"][first:last]), trial["pflop"] * (last - first) / THIRDS
-
-
-def replay_all(trials: Sequence[Mapping[str, Any]], seeds: int) -> dict[str, list[Curve]]:
-    """The name of each contender -> the curves of its searches, one for each seed."""
-    return {c.name: [replay(c, seed, trials, BUDGET) for seed in range(seeds)] for c in CONTENDERS}
+    if way == FIT:
+        return values["tuner/initial_epoch"], values["tuner/epochs"]
+    return 0, round(THIRDS * values.get("tuner/share", 1.0))
 
 
 # ---- what they found -------------------------------------------------------------------------------------
@@ -145,7 +139,7 @@ def replay_all(trials: Sequence[Mapping[str, Any]], seeds: int) -> dict[str, lis
 
 def best_after(curve: Curve, spent: float) -> float:
     """The best accuracy after so many full trials' worth of PFLOP; 0 before the end of the first trial."""
-    return max((accuracy for cost, accuracy in curve if cost <= spent + 0.1), default=0.0)
+    return max((accuracy for cost, accuracy in curve if cost <= spent), default=0.0)
 
 
 def spent_until(curve: Curve, target: float) -> float:
@@ -159,12 +153,10 @@ def share_ahead(own: Sequence[float], others: Sequence[float]) -> float:
     return wins / len(own) / len(others)
 
 
-def hard_target(trials: Sequence[Mapping[str, Any]]) -> float:
+def hard_target(trials: Sequence[Trial]) -> float:
     """The accuracy that the best 5% of the space's full trials reach."""
-    full = sorted(
-        (t["val_accuracy"] for t in trials if t["way"] == ANNEALED and t["share"] == 1), reverse=True
-    )
-    return full[math.ceil(BEST_SHARE * len(full)) - 1]
+    full = [t["val_accuracy"] for t in trials if (t["way"], t["thirds"]) == (ANNEALED, THIRDS)]
+    return sorted(full, reverse=True)[math.ceil(BEST_SHARE * len(full)) - 1]
 
 
 def table(curves: Mapping[str, Sequence[Curve]], target: float) -> str:
