@@ -90,6 +90,14 @@ def test_without_baseline_the_first_trial_is_drawn_too(tmp_path):
     assert values(run(new(tmp_path, baseline=False), lambda v: 0.5))[0] != {"x": 0.25, "n": 32}
 
 
+def test_searches_with_different_seeds_have_no_trial_in_common(tmp_path):
+    drawn = []
+    for seed in (*range(8), 2**32 - 2, 2**40):  # the last two: KerasTuner's seed stays within NumPy's
+        trials = run(new(tmp_path / str(seed), seed=seed, baseline=False, max_trials=6), lambda v: 0.5)
+        drawn += [v["x"] for v in values(trials)]
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_bayesian_finds_the_hill(tmp_path):
     hp = kt.HyperParameters()
     hp.Float("x", 0.0, 1.0)

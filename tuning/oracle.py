@@ -28,6 +28,9 @@ from cifar10_trainer.files import read_json, write_atomic
 
 SHARE, FAILURE, SEARCH = "tuner/share", "tuner/failure", "tuner/search"  # values that are not hyperparameters
 MAX_RETRIES = 2  # of a trial whose report to the chief failed
+# KerasTuner takes 0 for no seed, and counts its seed up by one for each value that it draws: with seeds 1 and 4, a search of
+# three hyperparameters would have the same trials, one later. So its seeds are far apart.
+SEED_STEP, SEEDS = 1_000_003, 2**32 - 1  # NumPy's seeds have 32 bits
 
 
 def _ignore(trial: Trial) -> None: ...
@@ -46,7 +49,7 @@ class SearchOracle(kt.Oracle):
         baseline: whether the first trial has the default values of the space.
         stop_at: the validation accuracy, 0-1, at which the search ends; None: it does not end early.
         lease: seconds without a heartbeat after which another worker gets a worker's trial.
-        seed: of the random numbers, 0 or more. (KerasTuner takes 0 for no seed, so it gets `seed + 1`.)
+        seed: of the random numbers, 0 or more.
         options: those of the KerasTuner oracle: objective, max_trials, hyperparameters and so on.
     """
 
@@ -62,7 +65,7 @@ class SearchOracle(kt.Oracle):
         **options: Any,
     ):
         super().__init__(
-            seed=seed + 1,
+            seed=1 + seed * SEED_STEP % SEEDS,
             max_retries_per_trial=MAX_RETRIES,
             max_consecutive_failed_trials=10**9,  # failed trials are recorded, and the search continues
             **options,
