@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 
 import compare_tuners
@@ -15,6 +16,7 @@ import pytest
 from cifar10_trainer import RECIPES, cli
 from cifar10_trainer.__main__ import read_config
 from results import tuners
+from tuning.options import DEFAULT_TUNER
 
 pytestmark = pytest.mark.filterwarnings(
     # KerasTuner 1.4.8 asks the threading module by its old names.
@@ -106,8 +108,8 @@ def test_the_table():
     _, _, random, other = (
         re.split(r"\s*\|\s*", line)[1:-1] for line in tuners.table(curves, 0.9).splitlines()
     )
-    assert random == ["`random`", "50.00% (45.00-55.00)", "0.50", "70.00% (65.00-75.00)", "0.50", "-"]
-    assert other == ["other", "60.00% (60.00-60.00)", "0.83", "90.00% (90.00-92.50)", "1.00", "12.0"]
+    assert random == ["`random`", "3", "50.00% (45.00-55.00)", "0.50", "70.00% (65.00-75.00)", "0.50", "-"]
+    assert other == ["other", "3", "60.00% (60.00-60.00)", "0.83", "90.00% (90.00-92.50)", "1.00", "12.0"]
 
 
 @pytest.mark.parametrize("filters", [16, 32, 48])
@@ -125,6 +127,37 @@ def test_full_trials_have_equal_flops(filters):
         return c.epochs * sum(models.forward_flops(model, side) for side in (20, 24, 32))
 
     assert work(config) == pytest.approx(work(base), rel=1e-3)
+
+
+def test_the_document_shows_the_record():
+    record = tuners.read(tuners.FOLDER / tuners.TRIALS)
+    curves = tuners.read(tuners.FOLDER / tuners.SEARCHES)["curves"]
+    table = tuners.table(curves, tuners.hard_target(record["trials"]))
+    assert table in (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    found = {tuners.key(trial): trial for trial in record["trials"]}
+    space = compare_tuners.space(RECIPES["fast.85"])
+    for contender in tuners.CONTENDERS:
+        if contender.name in curves and contender.tuner != "bayesian":  # its process takes half a minute
+            curve = tuners.search(contender, 1, space, lambda trial: found[tuners.key(trial)])
+            assert [list(point) for point in curve] == curves[contender.name][1]
+
+
+def test_the_default_tuner_is_the_one_ahead():
+    curves = tuners.read(tuners.FOLDER / tuners.SEARCHES)["curves"]
+    target = tuners.hard_target(tuners.read(tuners.FOLDER / tuners.TRIALS)["trials"])
+    reached = {
+        n: sum(tuners.spent_until(c, target) <= tuners.BUDGET for c in own) for n, own in curves.items()
+    }
+    share = 100 * reached["`random`"] / len(curves["`random`"])
+    assert reached[f"`{DEFAULT_TUNER}`"] == len(curves[f"`{DEFAULT_TUNER}`"])
+    text = " ".join((ROOT / "docs" / "search.md").read_text(encoding="utf-8").split())
+    assert f"after 20, all of its searches have one, and {share:.0f}% of `random`'s" in text
+    for spent in (tuners.BUDGET / 2, tuners.BUDGET):
+        medians = {
+            name: statistics.median(tuners.best_after(curve, spent) for curve in own)
+            for name, own in curves.items()
+        }
+        assert medians[f"`{DEFAULT_TUNER}`"] == max(medians.values())
 
 
 def test_the_document_describes_the_search_of_the_record():

@@ -16,6 +16,7 @@ DOCUMENTS = {
     "README.md": ("highlights", "speed"),
     "results/README.md": ("results", "versus"),
     "docs/benchmarks.md": ("benchmark", "frontier"),
+    "docs/search.md": ("tuners",),
 }
 TUTORIALS = (1, 2, 3, 4, 5)
 HIGHLIGHTS = (  # recipe and epochs: the project's own, and each tutorial's own network

@@ -163,7 +163,7 @@ def table(curves: Mapping[str, Sequence[Curve]], target: float) -> str:
     """A row for each contender: medians and quartiles of the best accuracy after half and after all of the budget."""
     rows = []
     for name, own in curves.items():
-        row = [name]
+        row = [name, str(len(own))]
         for spent in (BUDGET / 2, BUDGET):
             best, random = ([best_after(c, spent) for c in some] for some in (own, curves["`random`"]))
             low, median, high = (100 * q for q in statistics.quantiles(best, n=4, method="inclusive"))
@@ -172,6 +172,7 @@ def table(curves: Mapping[str, Sequence[Curve]], target: float) -> str:
         rows.append([*row, f"{until:.1f}" if math.isfinite(until) else "-"])
     head = [
         "tuner",
+        "searches",
         f"best after {BUDGET // 2} trials",
         "ahead of `random`",
         f"best after {BUDGET} trials",
@@ -183,39 +184,32 @@ def table(curves: Mapping[str, Sequence[Curve]], target: float) -> str:
 
 def publish_comparison(curves: Mapping[str, Sequence[Curve]], target: float) -> None:
     """Draws the figure, and replaces the table in its document."""
-    draw(curves, FIGURE)
+    draw(curves, target, FIGURE)
     publish("tuners", table(curves, target))
 
 
-def draw(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Draws the median of each contender's best accuracy, and its quartiles, to the PNG file `path`."""
-    from cifar10_trainer.figures import (
-        BLUE,
-        FAINT,
-        GREEN,
-        INK,
-        VERMILION,
-        new_figure,
-        save_figure,
-        style_axes,
-    )
+def draw(curves: Mapping[str, Sequence[Curve]], target: float, path: Path) -> None:
+    """Draws, for this project's tuners, the share of searches at the target over the FLOPs spent, to the PNG file `path`."""
+    from cifar10_trainer import figures
 
-    figure = new_figure(7.5, 4.2)
+    figure = figures.new_figure(7.5, 4.2)
     axes = figure.subplots()
-    count = len(next(iter(curves.values())))
-    style_axes(
-        axes, f"Best validation accuracy so far: median and quartiles of {count} searches", grid="both"
+    title = (
+        f"Searches with a trial past {100 * target:.2f}%, which the best {BEST_SHARE:.0%} of the space reach"
     )
-    spent = [0.5 * i for i in range(2, 2 * BUDGET + 1)]
-    for (name, own), colour in zip(curves.items(), (FAINT, BLUE, GREEN, VERMILION, INK), strict=True):
-        quartiles = [
-            statistics.quantiles([100 * best_after(c, s) for c in own], n=4, method="inclusive")
-            for s in spent
-        ]
-        low, median, high = zip(*quartiles, strict=True)
-        axes.plot(spent, median, color=colour, linewidth=1.6, label=name.replace("`", ""))
-        axes.fill_between(spent, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set_xlabel("compute spent, in full trials", fontsize=9, color=INK)
+    figures.style_axes(axes, title, grid="both")
+    own = [c.name for c in CONTENDERS if c.way == ANNEALED]
+    colours = (figures.INK, figures.BLUE, figures.GREEN, figures.VERMILION)
+    for name, colour in zip(own, colours, strict=True):
+        until = sorted(spent_until(curve, target) for curve in curves[name])
+        reached = [x for x in until if math.isfinite(x)]
+        shares = [100 * n / len(until) for n in range(len(reached) + 1)]
+        axes.step(
+            [0, *reached, BUDGET], [*shares, shares[-1]], where="post", color=colour, label=name.strip("`")
+        )
+    axes.set_xlabel("FLOPs spent, in those of a full trial", fontsize=9, color=figures.INK)
+    axes.set_xticks(range(0, BUDGET + 1, BUDGET // 4))
+    axes.set_ylim(0, 100)
     axes.yaxis.set_major_formatter("{x:g}%")
-    axes.legend(fontsize=8, labelcolor=INK, frameon=False, loc="lower right")
-    save_figure(figure, path)
+    axes.legend(fontsize=8, labelcolor=figures.INK, frameon=False, loc="upper left")
+    figures.save_figure(figure, path)
