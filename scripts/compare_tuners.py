@@ -45,7 +45,7 @@ _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default:
 _define(flags.DEFINE_string, "data_dir", "where the images are", None)
 _define(flags.DEFINE_string, "out", "folder of trials.json and searches.json", str(tuners.FOLDER))
 _define(flags.DEFINE_integer, "seeds", "searches of each tuner, seeds 0 to n - 1", 30)
-_define(flags.DEFINE_integer, "fit_seeds", "the same for the searches on Model.fit", 3)
+_define(flags.DEFINE_integer, "fit_seeds", "the same for the searches on Model.fit", 2)
 
 # The values of the space, as multiples of the recipe's; those of dropout as they are.
 FILTERS, DROPOUT, LEARNING_RATE = (0.5, 0.75, 1, 1.25, 1.5), (0.0, 0.2, 0.4), (0.25, 0.5, 1, 2, 4)
