@@ -28,11 +28,13 @@ from cifar10_trainer.config import DATASETS, Config, Schedule
 from cifar10_trainer.errors import ConfigError, unknown
 from cifar10_trainer.recipes import RECIPES
 from results import records, tuners
+from tuning.space import Space
 
 if TYPE_CHECKING:
     from cifar10_trainer.datasets import Dataset
 
 USAGE = __doc__ or ""
+COMMAND = "python scripts/compare_tuners.py"
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
 
@@ -63,12 +65,8 @@ def space(base: Config) -> dict[str, list[float]]:
 
 def configure(base: Config, trial: tuners.Trial) -> Config:
     """The Config of a full trial: as many epochs as make its FLOPs those of the base."""
-    filters = tuple(round(f * trial["filters"] / base.options["filters"][0]) for f in base.options["filters"])
-    config = base.override(
-        options__filters=filters,
-        options__dropout=trial["dropout"],
-        optimizer__learning_rate=trial["learning_rate"],
-    )
+    around = Space(base, dict.fromkeys(tuners.HYPERPARAMETERS))
+    config = around.config({name: trial[name] for name in tuners.HYPERPARAMETERS})
     return config.override(epochs=float(f"{base.epochs * flops(base) / flops(config):.4g}"))
 
 
@@ -172,21 +170,9 @@ class Trials:
         found = {**trial, **do(config, trial["thirds"], self._data), "epochs": config.epochs}
         found["seconds"] = round(time.monotonic() - start, 2)
         self.record["trials"].append(found)
-        files.write_json(self.path, self.record | origin(), indent=1)
+        files.write_json(self.path, self.record | records.made_by(COMMAND), indent=1)
         print(f"{len(self.record['trials'])}: {found}", flush=True)
         return found
-
-
-def origin() -> dict[str, Any]:
-    """Where a record comes from."""
-    from cifar10_trainer import runtime
-
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": records.commit(),
-        "command": "python scripts/compare_tuners.py",
-        "environment": runtime.describe(),
-    }
 
 
 def main(argv: list[str]) -> None:
@@ -217,7 +203,9 @@ def main(argv: list[str]) -> None:
     for contender in tuners.CONTENDERS:
         seeds = range(FLAGS.fit_seeds if contender.way == tuners.FIT else FLAGS.seeds)
         curves[contender.name] = [tuners.search(contender, s, space(base), trials) for s in seeds]
-    files.write_json(path.with_name(tuners.SEARCHES), {**origin(), "curves": curves}, indent=None)
+    files.write_json(
+        path.with_name(tuners.SEARCHES), {**records.made_by(COMMAND), "curves": curves}, indent=None
+    )
     target = tuners.hard_target(record["trials"])
     print(f"\n{tuners.table(curves, target)}")
     if path.parent.resolve() == tuners.FOLDER:

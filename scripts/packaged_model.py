@@ -19,7 +19,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +153,7 @@ def main(argv: list[str]) -> None:
     cli.import_tensorflow()
     import keras
 
-    from cifar10_trainer import evaluate, predict, runtime, scoring
+    from cifar10_trainer import evaluate, predict, scoring
 
     settings, metrics = run.read_config(), run.read_metrics()
     dataset = datasets.load("cifar10", FLAGS.data_dir or settings["data_dir"])
@@ -181,16 +180,13 @@ def main(argv: list[str]) -> None:
     test = scoring.score(dataset.test_labels, probabilities)
     alarms = _share(np.array([predict.entropy(p) for p in probabilities]) > above)
     record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": records.commit(),
-        "command": "python scripts/packaged_model.py",
+        **records.made_by("python scripts/packaged_model.py"),
         "training": {
             "command": records.without_data_dir(settings["command"]).partition(" --workdir")[0],
             "environment": settings["environment"],
             "metrics": metrics,
             "config": {k: v for k, v in settings.items() if k not in (*records.PRIVATE, "environment")},
         },
-        "environment": runtime.describe(),
         "file": {
             "bytes": out.stat().st_size,
             "bytes_in_wheel": wheel_bytes(out),

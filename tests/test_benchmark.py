@@ -83,11 +83,11 @@ def section_of(name, value):
 def test_a_section_does_not_relabel_the_others(documents, monkeypatch):
     monkeypatch.setitem(cpu.SECTIONS, "step", section_of("step", 2.5))
     monkeypatch.setitem(cpu.SECTIONS, "loader", section_of("loader", 7.0))
-    monkeypatch.setattr(record.time, "strftime", lambda _: "2030-01-01")
+    monkeypatch.setattr(records.time, "strftime", lambda _: "2030-01-01")
     monkeypatch.setattr(records, "commit", lambda: "aaaaaaa")
     assert command("--quick", "step", "loader") == 0
     first = json.loads(record.RECORD.read_text())["sections"]
-    monkeypatch.setattr(record.time, "strftime", lambda _: "2031-02-02")
+    monkeypatch.setattr(records.time, "strftime", lambda _: "2031-02-02")
     monkeypatch.setattr(records, "commit", lambda: "bbbbbbb")
     monkeypatch.setattr(timing, "others_share", lambda: 0.5)
     assert command("--noquick", "loader", "--data_dir=/of/one/machine") == 0

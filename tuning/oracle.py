@@ -226,7 +226,7 @@ class Bayesian(SearchOracle, oracles.BayesianOptimizationOracle):
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """The values that the process proposes, or random values if it proposes a trial a second time."""
         # Its matrices have a dozen rows, for which threads take longer. So few trials often leave a length scale of the
-        # process undetermined, of which scikit-learn warns; it then proposes values as for a hyperparameter without effect.
+        # process at its limit, of which scikit-learn warns: that is no fault of the search.
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             response = super().populate_space(trial_id)

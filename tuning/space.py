@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ class Space:
                     f"the range of {name} begins at {low:g}, but its scale is logarithmic;"
                     f" allowed: low greater than 0, as in --space={name}=0.0001:0.01"
                 )
-            if self._config({name: low}) == self._config({name: high}):
+            if self.config({name: low}) == self.config({name: high}):
                 raise ConfigError(
                     f"{name} changes nothing in {self.base.recipe}; allowed: a space without it"
                 )
@@ -139,7 +139,7 @@ class Space:
             default = float(f"{min(max(own, low), high):.5g}")
             value = draw(name, low, high, step=step, sampling=sampling, default=type(own)(default))
             values[name] = type(own)(f"{value:.5g}")
-        return self._config(values)
+        return self.config(values)
 
     def _setting(self, name: str) -> str:
         """The name that `Config.override` takes."""
@@ -170,8 +170,8 @@ class Space:
             return round(low), round(high), max(1, round(step or 1))
         return low, high, step
 
-    def _config(self, values: dict[str, Any]) -> Config:
-        """The recipe with these values of hyperparameters."""
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """The recipe with these values of hyperparameters, by their names in SPACE."""
         changes = {self._setting(n): _scaled(self._recipe_value(n), value) for n, value in values.items()}
         return self.base.override(**changes)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,12 @@ def keep(path: Path, name: str, found: dict[str, Any], *, command: str, quick: b
     Returns:
         The record.
     """
-    from cifar10_trainer import files, runtime
+    from cifar10_trainer import files
 
     record = read(path)
     record["sections"][name] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": records.commit(),
-        "command": command,
+        **records.made_by(command),
         "quick": quick,
-        "environment": runtime.describe(),
         **found,
     }
     files.write_json(path, record, indent=1)

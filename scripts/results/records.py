@@ -136,6 +136,18 @@ def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, metrics
 
 
+def made_by(command: str) -> dict[str, Any]:
+    """Where a record comes from that `command` writes now: date, commit, command and environment."""
+    from cifar10_trainer import runtime
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "command": command,
+        "environment": runtime.describe(),
+    }
+
+
 def commit() -> str:
     """The short hash of the checkout's commit, with "-modified" where the code differs from it; empty without git."""
 

@@ -1,8 +1,7 @@
-"""The records in results/tuners: the trials of a whole space, searches that are replayed from them, table and figure."""
+"""The records in results/tuners: the trials of a small space, searches that look them up, table and figure."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import tempfile
@@ -10,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cifar10_trainer.files import read_json
+from tuning.options import Options
 
 from .records import ROOT
 from .tables import markdown, publish
@@ -20,13 +22,9 @@ FIGURE = ROOT / "docs" / "tuners.png"
 
 ANNEALED, FIT = "annealed", "fit"
 THIRDS = 3  # a short trial is one third of a full one, as in the default search: one of three epochs
-WAYS = {
-    ANNEALED: (1.0, 1 / THIRDS),
-    FIT: (1.0,),
-}  # how a trial trains -> the shares of a full trial in the record
 HYPERPARAMETERS = ("filters", "dropout", "learning_rate")
 
-BUDGET = 20  # full trials, the default of `--max_trials`
+BUDGET = Options.max_trials  # full trials
 BEST_SHARE = 0.05  # of the full trials of the space: who finds one of these has searched well
 
 
@@ -61,7 +59,7 @@ def key(trial: Trial) -> tuple[Any, ...]:
 
 def read(path: Path) -> dict[str, Any] | None:
     """A record, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 # ---- searches --------------------------------------------------------------------------------------------
@@ -129,9 +127,11 @@ def stretch(way: str, values: Mapping[str, Any]) -> tuple[int, int]:
 
     An annealed trial begins anew. One of `Model.fit` continues the shorter one that it comes from.
     """
+    from tuning.oracle import SHARE
+
     if way == FIT:
         return values["tuner/initial_epoch"], values["tuner/epochs"]
-    return 0, round(THIRDS * values.get("tuner/share", 1.0))
+    return 0, round(THIRDS * values.get(SHARE, 1.0))
 
 
 # ---- what they found -------------------------------------------------------------------------------------
