@@ -151,8 +151,6 @@ def main(argv: list[str]) -> None:
         if not set(chosen) <= set(allowed):
             raise ConfigError(f"{name} is {','.join(chosen)}; allowed: some of {', '.join(allowed)}")
     cli.import_tensorflow()
-    from cifar10_trainer import runtime
-
     path = Path(FLAGS.out)
     runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
     wanted = [(s, int(n), k) for n in FLAGS.images for s in FLAGS.sets for k in range(FLAGS.seeds)]
@@ -180,8 +178,9 @@ def main(argv: list[str]) -> None:
                 }
                 runs.append({**about, **found})
                 print(json.dumps(runs[-1]), flush=True)
-                head = {"command": "python scripts/measure_photos.py", "commit": records.commit()}
-                write_json(path, {**head, "environment": runtime.describe(), "runs": runs}, indent=1)
+                write_json(
+                    path, {**records.made_by("python scripts/measure_photos.py"), "runs": runs}, indent=1
+                )
     if FLAGS.publish:
         photos.publish()
 
