@@ -81,7 +81,9 @@ def run(name: str, seed: int, epochs: float | None) -> None:
         config = config.override(epochs=epochs)
     record = records.path_of(name, config.epochs, seed)
     if record.exists():
-        print(f"{name}, seed {seed}: has its record")
+        print(
+            f"{name}, seed {seed}: has its record; to run it again, delete {record.relative_to(records.ROOT)}"
+        )
         return
     from cifar10_trainer.run_folder import RunFolder
 
