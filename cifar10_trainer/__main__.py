@@ -337,11 +337,7 @@ def import_tensorflow() -> None:
         runtime.split_cpu(FLAGS.cpu_replicas)
 
 
-def main(argv: list[str]) -> None:
-    if argv:
-        raise ConfigError(
-            f"unexpected argument {shown(argv[0])}; allowed: flags, as --name=value (--help shows them)"
-        )
+def main() -> None:
     if FLAGS.list_recipes:
         list_recipes()
         return

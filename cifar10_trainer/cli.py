@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import math
 import os
 import platform
@@ -92,7 +93,7 @@ def versions() -> str:
 
 
 def run(
-    main: Callable[[list[str]], None],
+    main: Callable[..., None],
     flag_values: flags.FlagValues,
     usage: str,
     argv: Sequence[str] | None = None,
@@ -102,7 +103,7 @@ def run(
     SIGTERM and SIGHUP interrupt as Ctrl-C does. --debug prints the traceback of an error as well.
 
     Args:
-        main: the command; it receives the positional arguments.
+        main: the command; a function of the list of positional arguments, or of nothing where none is allowed.
         flag_values: the command's own flags.
         usage: what --help prints before the flags.
         argv: the command line, its first element the program; None: `sys.argv`.
@@ -125,9 +126,7 @@ def run(
             signal.signal(number, handler)
 
 
-def _run(
-    main: Callable[[list[str]], None], flag_values: flags.FlagValues, usage: str, argv: list[str]
-) -> int:
+def _run(main: Callable[..., None], flag_values: flags.FlagValues, usage: str, argv: list[str]) -> int:
     """`run` without its surroundings."""
     try:
         try:
@@ -146,7 +145,7 @@ def _run(
             print(versions())
         else:
             _check_texts(flag_values)
-            main(positional)
+            _call(main, positional)
         if sys.stdout is not None:  # None where the shell closed it
             sys.stdout.flush()  # here, so that an error of it is handled as any other
         return 0
@@ -161,6 +160,18 @@ def _run(
         return 130
     except Exception as error:
         return _failed(error, flag_values)
+
+
+def _call(main: Callable[..., None], positional: list[str]) -> None:
+    """Calls `main` with the positional arguments that it takes. Raises ConfigError where it takes none."""
+    if inspect.signature(main).parameters:
+        main(positional)
+    elif positional:
+        raise ConfigError(
+            f"unexpected argument {shown(positional[0])}; allowed: flags, as --name=value (--help shows them)"
+        )
+    else:
+        main()
 
 
 def _check_texts(flag_values: flags.FlagValues) -> None:

@@ -78,7 +78,6 @@ def cross_validate(
     strategy, _ = runtime.choose_strategy(config.strategy)
     data = _without_test_images(dataset or _load(config, data_dir, folder_options, log), folds)
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
-    (workdir / FOLDS_FILE).unlink(missing_ok=True)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
     more |= {"overwrite": overwrite, "verbose": verbose, "policy": None}
     runs = []
@@ -87,8 +86,10 @@ def cross_validate(
             if signals.caught:  # after the last step of the fold before
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             log(f"-- fold {i + 1} of {folds}")
-            more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
-            metrics = _run(_fold(config, folds, i), workdir / f"fold-{i + 1}-of-{folds}", since=since, **more)
+            more["callbacks"] = (
+                [_remove_the_others(workdir, _folder(folds, 0))] if overwrite and i == 0 else []
+            )
+            metrics = _run(_fold(config, folds, i), workdir / _folder(folds, i), since=since, **more)
             more["policy"] = metrics["precision"]
             accuracy = metrics["best_val_accuracy"]
             log(f"   {100 * accuracy:.2f}%\n")
@@ -132,17 +133,22 @@ def _fold(config: Config, folds: int, i: int) -> Config:
     return config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
 
 
-def _remove_the_others(workdir: Path, folds: int) -> keras.callbacks.Callback:
-    """A callback of the first fold that removes the other folds' runs of before, as soon as the first one trains.
+def _folder(folds: int, i: int) -> str:
+    return f"fold-{i + 1}-of-{folds}"
+
+
+def _remove_the_others(workdir: Path, first: str) -> keras.callbacks.Callback:
+    """A callback of the first fold that removes what is left of a cross-validation before, as soon as this fold trains.
 
     Not sooner, so that a failure until there costs nothing. And not when their turn comes, since an interrupted
     cross-validation is resumed without --overwrite.
     """
 
     def remove(logs: Any = None) -> None:
-        for i in range(1, folds):
-            run = RunFolder(workdir / f"fold-{i + 1}-of-{folds}")
-            if run.has_run():
+        (workdir / FOLDS_FILE).unlink(missing_ok=True)
+        for folder in sorted(workdir.glob("fold-*-of-*")):
+            run = RunFolder(folder)
+            if folder.name != first and run.has_run():
                 with run.lock():
                     run.remove_run()
 

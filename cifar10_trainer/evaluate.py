@@ -21,7 +21,7 @@ from . import cli, datasets, measures, report
 from .config import DATASETS, RESIZES, check_views
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
-from .errors import ConfigError, RunError, cut, shown
+from .errors import ConfigError, RunError, cut
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder
@@ -240,9 +240,7 @@ def first_predictions(
     ]
 
 
-def main(argv: list[str]) -> None:
-    if argv:
-        raise ConfigError(f"unexpected argument {shown(argv[0])}; allowed: flags only (--help shows them)")
+def main() -> None:
     if (FLAGS.workdir is None) == (FLAGS.model is None):
         raise ConfigError("name the model; allowed: exactly one of --workdir RUN and --model FILE")
 

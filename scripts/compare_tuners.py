@@ -175,14 +175,14 @@ class Trials:
         return found
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     # ---- the flags
-    if argv:
-        raise ConfigError(
-            f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value (--help shows them)"
-        )
     if FLAGS.recipe not in RECIPES:
         raise unknown("recipe", FLAGS.recipe, RECIPES)
+    if "filters" not in RECIPES[FLAGS.recipe].options:
+        raise ConfigError(
+            f"recipe is {FLAGS.recipe}, which sets no filters; allowed: one that does, as fast.85"
+        )
     for name in ("seeds", "fit_seeds"):
         if (FLAGS[name].value or 0) < 2:
             raise ConfigError(f"{name} is {FLAGS[name].value}; allowed: 2 or more")

@@ -92,11 +92,13 @@ def images_of(name: str, count: int, seed: int) -> tuple[dict[str, np.ndarray], 
             count = min(count, MOST)
         rng = np.random.default_rng(seed)
         order = [rng.permutation(np.flatnonzero(labels == k)) for k in range(len(names))]
-        last = SCORED // len(names)
+        last, fewest = SCORED // len(names), min(map(len, order))
+        if count >= fewest:
+            raise ConfigError(f"images is {count}; allowed with {name}: fewer than the {fewest} of a class")
         # What scores comes from the end of each class, so it is never trained on.
         training = {n: images[o[:count]] for n, o in zip(names, order, strict=True)}
         return training, {
-            n: images[o[-min(last, len(o) - count) :]] for n, o in zip(names, order, strict=True)
+            n: images[o[max(count, len(o) - last) :]] for n, o in zip(names, order, strict=True)
         }
     kinds: dict[str, pictures.Draw] = {
         c: lambda rng, side, c=c: pictures.letter(rng, side, c)  # type: ignore[misc]
@@ -145,7 +147,7 @@ def run(method: str, folder: Path, seed: int, scratch: Path) -> dict[str, float]
     return {"validation": round(validation, 4), "test": round(test, 4), "seconds": seconds}
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     for name, allowed in (("sets", SETS), ("methods", METHODS)):
         chosen: list[str] = getattr(FLAGS, name)
         if not set(chosen) <= set(allowed):

@@ -50,9 +50,7 @@ def execute(path: Path, output: Path) -> None:
     files.write_atomic(output, nbformat.writes(notebook) + "\n")
 
 
-def main(argv: list[str]) -> None:
-    if argv:
-        raise ConfigError(f"unexpected argument {argv[0]!r}; allowed: flags, as --name=value")
+def main() -> None:
     notebooks = sorted(EXAMPLES.glob("*.ipynb"))
     if FLAGS.output and len(notebooks) != 1:
         raise ConfigError(

@@ -146,7 +146,7 @@ def wheel_bytes(path: Path) -> int:
     return len(archive.getvalue())
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     run, out = RunFolder(FLAGS.run), Path(FLAGS.out)
     if not run.is_finished():
         train(run)

@@ -108,6 +108,10 @@ def run(name: str, seed: int, epochs: float | None) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if argv and (FLAGS.record or FLAGS.table):
+        raise ConfigError(
+            f"--record or --table with {argv[0]!r}; allowed: one of the two, or names of recipes"
+        )
     if FLAGS.record:
         print(f"record: {records.keep(Path(FLAGS.record)).relative_to(records.ROOT)}")
     elif not FLAGS.table:

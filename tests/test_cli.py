@@ -211,6 +211,10 @@ def test_cpu_replicas_split_the_cpu(trained, monkeypatch):
             "the worker index is 1, but --workers names 1 worker(s); allowed: from 0 to 0",
         ),
         (
+            ["--workers=", "--worker_index=0"],
+            "--workers names no worker; allowed: HOST:PORT of each, separated by commas",
+        ),
+        (
             ["--workers=a:1,a:1", "--worker_index=0"],
             "--workers names a:1 twice; allowed: an address of its own for each worker",
         ),

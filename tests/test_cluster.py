@@ -136,6 +136,8 @@ WRONG = {
     changed(cluster={"worker": ["a:1", "a:1"]}): "names a:1 twice",
     changed(cluster={"worker": ["a:1", "b"]}): "names the address 'b'; allowed: HOST:PORT",
     changed(cluster={"worker": ["a:1", "b:70000"]}): "names the address 'b:70000'",
+    changed(cluster={"worker": ["a:1", "10.0.0..1:1"]}): "names the address '10.0.0..1:1'",  # IDNA refuses it
+    changed(cluster={"worker": ["a:1", f"{'b' * 64}:1"]}): f"names the address '{'b' * 64}:1'",
     changed(cluster={"worker": ["a:1", "http://b:1"]}): "names the address 'http://b:1'",
     changed(cluster={"worker": ["a:1", ":5"]}): "names the address ':5'",
 }

@@ -230,3 +230,26 @@ def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
     with pytest.raises(ConfigError, match="folds is set on a cluster of workers; allowed: one machine"):
         quietly(2, tmp_path, digits)
     assert not scripted
+
+
+def test_overwrite_removes_the_other_folds_when_training_begins_and_not_sooner(tmp_path, digits):
+    tiny = TINY.override(epochs=0.2)
+    quietly(3, tmp_path, digits, tiny)
+    before = (tmp_path / "folds.json").read_bytes()
+    with pytest.raises(ConfigError, match="batch_size is 4096"):
+        quietly(2, tmp_path, digits, tiny.override(batch_size=4096), overwrite=True)
+    assert (tmp_path / "folds.json").read_bytes() == before
+    assert all((tmp_path / f"fold-{i}-of-3" / "metrics.json").exists() for i in (1, 2, 3))
+    quietly(2, tmp_path, digits, tiny, overwrite=True)
+    assert json.loads((tmp_path / "folds.json").read_text())["folds"] == 2
+    assert sorted(path.parent.name for path in tmp_path.glob("*/metrics.json")) == [
+        "fold-1-of-2",
+        "fold-2-of-2",
+    ]
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, digits):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="file") as error:
+        quietly(2, tmp_path / "file", digits)
+    assert "\n" not in str(error.value) and (tmp_path / "file").read_text() == "mine"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import http.client
 import http.server
 import io
 import os
 import pickle
 import re
 import shutil
+import ssl
 import struct
 import subprocess
 import sys
@@ -627,6 +629,26 @@ def test_full_disk_is_not_mistaken_for_the_network(server, monkeypatch):
     with pytest.raises(RunError, match=r"cannot write .*: No space left on device"):
         datasets.load()
     assert server.asked == [None]
+
+
+@pytest.mark.parametrize(
+    "reason", [OSError(errno.EHOSTUNREACH, "No route to host"), ssl.SSLError(1, "[SSL] record layer failure")]
+)
+def test_an_error_of_the_network_is_not_mistaken_for_the_disk(
+    server, tiny, manual, monkeypatch, capsys, reason
+):
+    read1, calls = http.client.HTTPResponse.read1, []
+
+    def breaking(response, n=-1):
+        calls.append(n)
+        if len(calls) == 2:
+            raise reason
+        return read1(response, 1000 if len(calls) == 1 else n)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", breaking)
+    assert_is(datasets.load(), tiny, manual / "cifar-10-binary.tar.gz")
+    assert server.asked == [None, "bytes=1000-"]
+    assert f"{reason.strerror}; trying again" in capsys.readouterr().err
 
 
 def test_two_processes_download_once(server, tiny, manual):

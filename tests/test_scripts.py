@@ -9,12 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_tuners
+import measure_photos
 import notebook
+import numpy as np
+import packaged_model
 import pytest
 import reproduce
 from test_house import COMMANDS
 
-from cifar10_trainer import cli
+from cifar10_trainer import cli, datasets
 from cifar10_trainer.errors import ConfigError
 from results import records
 
@@ -95,6 +99,37 @@ def test_choice_of_recipes():
     flags(["reproduce", "--source=9"])
     with pytest.raises(ConfigError, match="source is 9; allowed: 1 to 5"):
         reproduce.chosen([])
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "says"),
+    [
+        (reproduce, ["--table", "vgg.1"], "--record or --table with 'vgg.1'"),
+        (measure_photos, ["letters"], "unexpected argument 'letters'; allowed: flags"),
+        (packaged_model, ["mine"], "unexpected argument 'mine'"),
+        (compare_tuners, ["--recipe=leaky.baseline"], "leaky.baseline, which sets no filters"),
+    ],
+)
+def test_what_the_commands_refuse(script, argv, says, capsys):
+    assert cli.run(script.main, script.FLAGS, "usage", ["command", *argv]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_pictures_that_score_are_not_trained_on(monkeypatch):
+    digits = datasets.load("digits")
+    monkeypatch.setattr(measure_photos.datasets, "load", lambda *arguments: digits)
+    measure_photos.FLAGS(["measure_photos"])
+    fewest = int(np.bincount(digits.test_labels).min())
+    training, scored = measure_photos.images_of("cifar10", fewest - 1, 0)
+    for name, images in training.items():
+        of_class = digits.test_images[digits.test_labels == digits.class_names.index(name)]
+        assert len(images) == fewest - 1 and len(scored[name]) == min(100, len(of_class) - fewest + 1)
+        together = np.concatenate([images, scored[name]])
+        assert len(np.unique(together, axis=0)) == len(together)
+    with pytest.raises(
+        ConfigError, match=f"images is {fewest}; allowed with cifar10: fewer than the {fewest}"
+    ):
+        measure_photos.images_of("cifar10", fewest, 0)
 
 
 def outputs(found):

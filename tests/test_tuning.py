@@ -296,6 +296,23 @@ def test_it_says_when_nothing_beats_the_starting_point(digits, tmp_path, monkeyp
     assert "target 85.00%: not reached" in out
 
 
+def test_the_best_loss_may_have_a_lower_accuracy(digits, tmp_path, monkeypatch, capsys):
+    train = fake_training([0.9, 0.8], [])
+
+    def overconfident(config, folder, **options):
+        metrics = train(config, folder, **options)
+        if metrics["best_val_accuracy"] == 0.9:
+            history = (folder / "history.csv").read_text()
+            (folder / "history.csv").write_text(history.replace(f",{1 - 0.9},", ",5.0,"))
+        return metrics
+
+    monkeypatch.setattr(trial, "train_and_evaluate", overconfident)
+    tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2, objective="val_loss")
+    out = capsys.readouterr().out
+    assert "best 80.00% (trial 2), past the target 85.00%" in out  # trial 1 is
+    assert "trial 1 with 90.00%; 10.00 points more than the best, whose val_loss is better" in out
+
+
 def test_stop_at_target(digits, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.86, 0.9], calls))
@@ -524,8 +541,12 @@ def test_a_folder_that_cannot_be_written(digits, tmp_path):
         ({"max_trials": 0}, "max_trials is 0"),
         ({"workers": 0}, "workers is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"lease": 0.5}, "lease is 0.5; allowed: 1 or more"),
-        ({"chief_timeout": 0}, "chief_timeout is 0; allowed: 1 or more"),
+        ({"lease": 0.5}, "lease is 0.5; allowed: 1 to 86400 seconds"),
+        ({"lease": float("nan")}, "lease is nan; allowed: 1 to 86400 seconds"),
+        ({"lease": float("inf")}, "lease is inf"),
+        ({"chief_timeout": 0}, "chief_timeout is 0; allowed: 1 to 86400 seconds"),
+        ({"chief_timeout": 1e12}, "chief_timeout is 1e.12"),
+        ({"role": "worker", "chief": "10.0.0..1:5000"}, "--chief names the address '10.0.0..1:5000'"),
         ({"role": "worker"}, "--chief=HOST:PORT"),
         ({"chief": "localhost:80"}, "--role=chief"),
         ({"role": "worker", "chief": "localhost"}, "HOST:PORT"),

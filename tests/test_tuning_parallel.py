@@ -15,14 +15,17 @@ import time
 from pathlib import Path
 
 import grpc
+import keras_tuner as kt
 import numpy as np
 import pytest
+from keras_tuner.src import protos
 from PIL import Image
 
 import tuning
 from cifar10_trainer.errors import RunError
-from tuning.chief import MAX_DEATHS, WorkerPool, listening_address
+from tuning.chief import MAX_DEATHS, WorkerPool, listening_address, serving
 from tuning.options import LOOPBACK, Options
+from tuning.oracle import make_oracle
 from tuning.worker import project_errors
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +208,34 @@ def test_an_error_of_the_chief_is_reported_as_its_own():
     failure = pytest.raises(RunError, match=r"the chief at 127\.0\.0\.1:5000 failed: .*disk full")
     with failure, project_errors(options):
         raise Answer
+
+
+@pytest.mark.filterwarnings(
+    # KerasTuner 1.4.8 asks the threading module by its old names.
+    "ignore:(currentThread|getName)\\(\\) is deprecated:DeprecationWarning"
+)
+def test_the_server_of_trials_ends_with_the_search(tmp_path):
+    """Afterwards the port is free, and nobody reaches the oracle of a search that has returned."""
+    hp = kt.HyperParameters()
+    hp.Float("x", 0.0, 1.0)
+    options = {"epochs": 1, "hyperparameters": hp, "max_trials": 3, "file": tmp_path / "state.json"}
+    oracle = make_oracle("random", objective=kt.Objective("val_accuracy", "max"), **options)
+    oracle._set_project_dir(str(tmp_path), "trials")
+    address = listening_address(None)
+    request = protos.get_service().CreateTrialRequest(tuner_id="late")
+    with grpc.insecure_channel(address) as channel:
+        stub = protos.get_service_grpc().OracleStub(channel)
+        with serving(oracle, address):
+            assert stub.CreateTrial(request, wait_for_ready=True, timeout=20).trial.trial_id
+            with pytest.raises(RunError, match="cannot listen on"), serving(oracle, address):
+                pass
+        with pytest.raises(grpc.RpcError) as error:
+            stub.CreateTrial(request, timeout=20)
+    assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert len(oracle.trials) == 1
+    assert listening_address(address) == address
+    with serving(oracle, address):  # as a search that resumes in the same process does
+        pass
 
 
 def test_a_port_that_is_taken_is_not_shared():

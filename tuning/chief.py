@@ -10,24 +10,23 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer.errors import RunError
 
 from .options import LOOPBACK, Options
-from .worker import distributed, worker_main
+from .worker import worker_main
 
 if TYPE_CHECKING:
     from .oracle import SearchOracle
-    from .trial import ConfigTuner
 
 MAX_DEATHS = 15  # times the number of workers: deaths while no trial begins or ends
 SAVE_SECONDS = 120.0  # that workers may take to finish their step and save
-CHIEF = "chief"  # KerasTuner takes a process for the chief if its id contains this word
 
 
 def listening_address(wanted: str | None) -> str:
@@ -122,27 +121,54 @@ class WorkerPool:
             process.join()
 
 
-def run_chief(tuner: ConfigTuner, oracle: SearchOracle, pool: WorkerPool, address: str) -> None:
+@contextmanager
+def serving(oracle: SearchOracle, address: str) -> Iterator[None]:
+    """A context in which workers reach the oracle over gRPC.
+
+    At its end the port is free, and no late report of a worker reaches the oracle. KerasTuner's own `start_server` has no
+    such end.
+
+    Args:
+        oracle: answers the workers.
+        address: the HOST:PORT to listen on.
+
+    Raises:
+        RunError: if the address is in use.
+    """
+    import grpc  # late, as KerasTuner does
+    from keras_tuner.src import protos
+    from keras_tuner.src.distribute.oracle_chief import OracleServicer
+
+    server = grpc.server(ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)])
+    protos.get_service_grpc().add_OracleServicer_to_server(OracleServicer(oracle), server)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise RunError(f"cannot listen on {address}; choose another --chief=HOST:PORT") from error
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(grace=1).wait()
+
+
+def run_chief(oracle: SearchOracle, pool: WorkerPool, address: str) -> None:
     """Hands out trials until the search is over, and every worker on another machine knows that.
 
     Args:
-        tuner: its `search` is KerasTuner's server of trials.
         oracle: chooses the hyperparameters.
         pool: the local workers; it may be empty.
         address: the HOST:PORT to listen on.
 
     Raises:
-        RunError: if the server ends early, or the workers of the pool fail.
+        RunError: if the address is in use, or the workers of the pool fail.
     """
-    with distributed(CHIEF, address):
-        server = threading.Thread(target=tuner.search, name="chief", daemon=True)
-        server.start()
+    oracle.save()
+    with serving(oracle, address):
         try:
             while not oracle.stopped:
                 pool.ensure_running((len(oracle.trials), len(oracle.end_order)))
                 time.sleep(0.2)
-                if not server.is_alive() and not oracle.stopped:
-                    raise RunError("KerasTuner's server of trials ended early; --debug may show more")
             local = {f"worker{number}" for number in range(pool.count)}
             while oracle.live_workers() - local:
                 time.sleep(0.2)

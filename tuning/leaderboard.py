@@ -188,7 +188,12 @@ class Leaderboard:
             parts[0] += f" in {duration(row.metrics['seconds'])}"
         best = rows[0]
         if best.status == "completed":
-            side = "past" if best.accuracy >= self.target else "short of"
+            # With another objective, the best trial need not have the highest accuracy.
+            side = (
+                "past"
+                if max(r.accuracy for r in rows if r.status == "completed") >= self.target
+                else "short of"
+            )
             parts.append(
                 f"best {percent(best.accuracy)} (trial {best.trial}), {side} the target {percent(self.target)}"
             )
@@ -283,7 +288,12 @@ class Leaderboard:
         start = next((r for r in rows if r.trial == 1 and r.status == "completed"), None)
         if self.oracle.baseline and start:
             gain = best.accuracy - start.accuracy
-            how = f"beaten by {100 * gain:.2f} points" if gain > 0 else "no trial beats it"
+            if gain > 0:
+                how = f"beaten by {100 * gain:.2f} points"
+            elif best.trial == 1 or self.oracle.objective.name == "val_accuracy":
+                how = "no trial beats it"
+            else:
+                how = f"{-100 * gain:.2f} points more than the best, whose {self.oracle.objective.name} is better"
             epochs = f"{in_epochs(start.metrics['epochs'])}, the best in {in_epochs(best.metrics['epochs'])}"
             lines.append(f"starting point: trial 1 with {percent(start.accuracy)}; {how} ({epochs})")
         failed = sum(r.status == "failed" for r in rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cifar10_trainer.errors import ConfigError, shown, unknown
+from cifar10_trainer.cluster.place import host_and_port
+from cifar10_trainer.errors import ConfigError, unknown
 
 TUNERS = {
     "random": "random values",
@@ -16,6 +17,7 @@ DEFAULT_TUNER = "bayesian"
 OBJECTIVES = {"val_accuracy": "max", "val_loss": "min"}
 ROLES = ("alone", "chief", "worker")
 LOOPBACK = "127.0.0.1"
+MAX_SECONDS = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Options:
         role: "alone": this process runs the search. "chief": it hands out trials at the address `chief`. "worker": it
             trains trials of the chief at that address.
         chief: the chief's address, HOST:PORT; None for the role "alone".
-        lease: seconds, at least 1, without a heartbeat of a worker after which another worker gets its trial.
-        chief_timeout: seconds, at least 1, that a worker waits for an answer of its chief.
+        lease: seconds, 1 to MAX_SECONDS, without a heartbeat of a worker after which another worker gets its trial.
+        chief_timeout: seconds, 1 to MAX_SECONDS, that a worker waits for an answer of its chief.
         overwrite: whether to replace the search that is in `workdir`.
         verbose: 1: print progress; 0: print nothing.
 
@@ -70,9 +72,12 @@ class Options:
             raise ConfigError(
                 f"target is {self.target}; allowed: an accuracy greater than 0 and at most 1 (85% is 0.85)"
             )
-        for name, low in (("max_trials", 1), ("seed", 0), ("lease", 1), ("chief_timeout", 1)):
+        for name, low in (("max_trials", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: {low} or more")
+        for name in ("lease", "chief_timeout"):
+            if not 1 <= getattr(self, name) <= MAX_SECONDS:
+                raise ConfigError(f"{name} is {getattr(self, name):g}; allowed: 1 to {MAX_SECONDS} seconds")
         if self.workers is not None and (self.workers < 1 or self.role == "worker"):
             text = "none with --role=worker" if self.role == "worker" else "1 or more"
             raise ConfigError(f"workers is {self.workers}; allowed: {text}")
@@ -82,9 +87,7 @@ class Options:
                 " allowed: --role=chief or --role=worker together with --chief=HOST:PORT, or neither"
             )
         if self.chief is not None:
-            host, _, port = self.chief.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ConfigError(f"chief is {shown(self.chief)}; allowed: HOST:PORT, as in {LOOPBACK}:5000")
+            host_and_port(self.chief, "--chief")
 
     @property
     def local_workers(self) -> int:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import keras_tuner as kt
+import numpy as np
 from keras_tuner import oracles
+from keras_tuner.engine import hyperparameters
 from keras_tuner.engine.trial import Trial, TrialStatus
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
@@ -31,9 +33,28 @@ MAX_RETRIES = 2  # of a trial whose report to the chief failed
 # KerasTuner takes 0 for no seed, and counts its seed up by one for each value that it draws: with seeds 1 and 4, a search of
 # three hyperparameters would have the same trials, one later. So its seeds are far apart.
 SEED_STEP, SEEDS = 1_000_003, 2**32 - 1  # NumPy's seeds have 32 bits
+# Draws of known trials before the space counts as exhausted. KerasTuner's 20 would end a search of 50 points after some 45.
+MAX_COLLISIONS = 10_000
 
 
 def _ignore(trial: Trial) -> None: ...
+
+
+class Float(hyperparameters.Float):
+    """KerasTuner's, but with its upper limit: there, 0 to 0.5 in steps of 0.05 are 10 values, because 0.5 // 0.05 is 9.
+
+    The name is KerasTuner's, too, because a saved state contains it.
+    """
+
+    def _get_n_values(self) -> int:
+        if self.sampling != "linear":
+            return super()._get_n_values()
+        return 1 + math.floor((self.max_value - self.min_value) / self.step + 1e-6)
+
+    def _to_prob_with_step(self, value: float) -> float:
+        if self.sampling != "linear":
+            return super()._to_prob_with_step(value)
+        return (round((value - self.min_value) / self.step) + 0.5) / self._get_n_values()
 
 
 class SearchOracle(kt.Oracle):
@@ -70,6 +91,8 @@ class SearchOracle(kt.Oracle):
             max_consecutive_failed_trials=10**9,  # failed trials are recorded, and the search continues
             **options,
         )
+        self._max_collisions = MAX_COLLISIONS
+        self._count_steps_exactly()
         self.verbose = 0
         self.file, self.search, self.baseline = file, search, baseline
         self.stop_at, self.lease = stop_at, lease
@@ -81,6 +104,11 @@ class SearchOracle(kt.Oracle):
         self._last_heartbeat: dict[str, float] = {}  # worker id -> time of its last heartbeat
         self._former_heartbeat = -math.inf  # the same for workers without one since this process started
         self._started, self._elapsed_before = time.monotonic(), 0.0
+
+    def _count_steps_exactly(self) -> None:
+        for parameter in self.hyperparameters.space:
+            if type(parameter) is hyperparameters.Float:
+                parameter.__class__ = Float
 
     # ---- queries
 
@@ -190,6 +218,7 @@ class SearchOracle(kt.Oracle):
         """Restores a state from `get_state`."""
         self.trials = {t["trial_id"]: Trial.from_state(t) for t in state["trials"]}
         super().set_state(state)
+        self._count_steps_exactly()
         self._elapsed_before, self._started, self.ended = state["elapsed"], time.monotonic(), state["ended"]
         # A running trial stays with its worker, which may still be training. Otherwise another worker gets it later.
         ended = [w for w, t in self.ongoing_trials.items() if t.status != TrialStatus.RUNNING]
@@ -225,6 +254,8 @@ class Bayesian(SearchOracle, oracles.BayesianOptimizationOracle):
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """The values that the process proposes, or random values if it proposes a trial a second time."""
+        # KerasTuner does not save this generator, and a resumed search is to propose what an uninterrupted one does.
+        self._random_state = np.random.RandomState((self.seed + len(self.trials)) % SEEDS)
         # Its matrices have a dozen rows, for which threads take longer. So few trials often leave a length scale of the
         # process at its limit, of which scikit-learn warns: that is no fault of the search.
         with threadpool_limits(1), warnings.catch_warnings():

@@ -12,7 +12,7 @@ from absl import flags
 
 from cifar10_trainer import adaptation, cli, datasets
 from cifar10_trainer.config import ADAPTABLE, DATASETS, Config
-from cifar10_trainer.errors import ConfigError, shown, unknown
+from cifar10_trainer.errors import unknown
 from cifar10_trainer.files import read_json
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
@@ -162,12 +162,8 @@ def options_from_flags(recipe: str) -> Options:
     return Options(**values)
 
 
-def main(argv: list[str]) -> None:
-    """Runs a search, or a worker of one. `argv`: positional arguments, of which none is allowed."""
-    if argv:
-        raise ConfigError(
-            f"unexpected argument {shown(argv[0])}; allowed: flags, as --name=value (--help shows them)"
-        )
+def main() -> None:
+    """Runs a search, or a worker of one."""
     ranges = parse(FLAGS.space)
     base = base_from_flags()
     options = options_from_flags(base.recipe)

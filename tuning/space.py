@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,9 +79,9 @@ def parse(texts: Sequence[str]) -> dict[str, tuple[float, float] | None]:
             raise ConfigError(
                 f"the range of {name} is {shown(rest)}; allowed: low:high, two numbers"
             ) from None
-        if not low < high:
+        if not (low < high and math.isfinite(high - low)):
             raise ConfigError(
-                f"the range of {name} is {shown(rest)}, which is empty; allowed: low:high with low < high"
+                f"the range of {name} is {shown(rest)}; allowed: low:high, two finite numbers with low < high"
             )
         ranges[name] = (low, high) if equals else None
     if not ranges:
@@ -111,6 +112,12 @@ class Space:
             if option[0] == "options":
                 check_options(self.base.architecture, {option[2]: None})
             low, high, _ = self._range(name)
+            if isinstance(low, int) and low < 1:
+                raise ConfigError(f"the range of {name} begins at {low}; allowed: whole numbers from 1")
+            if name == "dropout" and not (low >= 0 and high < 1):
+                raise ConfigError(
+                    f"the range of {name} is {low:g}:{high:g}; allowed: rates from 0 to less than 1"
+                )
             if SPACE[name].log and low <= 0:
                 raise ConfigError(
                     f"the range of {name} begins at {low:g}, but its scale is logarithmic;"

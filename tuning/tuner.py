@@ -149,7 +149,7 @@ def _search(
             f"chief: listening at {address}, without a password; to start a worker, add --role=worker --chief={address}"
         )
     pool = chief.WorkerPool(space, dataset, options, address, log)
-    chief.run_chief(tuner, oracle, pool, address)
+    chief.run_chief(oracle, pool, address)
 
 
 def _conclude(leaderboard: Leaderboard, hp: kt.HyperParameters, options: Options) -> SearchResult:

@@ -47,10 +47,10 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def distributed(tuner_id: str, address: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which KerasTuner acts as the chief or as one of its workers.
+    """A context in which KerasTuner acts as a worker of a chief.
 
     Args:
-        tuner_id: `chief.CHIEF`, or any id of a worker that does not contain that word.
+        tuner_id: of the worker; KerasTuner takes an id with the word "chief" in it for the chief's.
         address: the chief's HOST:PORT.
     """
     host, _, port = address.rpartition(":")

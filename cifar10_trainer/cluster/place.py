@@ -35,6 +35,8 @@ class Place:
 
 def place_of(addresses: Sequence[str], index: int, where: str) -> Place:
     """Checks a list of workers. `where` names it in errors. Raises ConfigError."""
+    if not addresses:
+        raise ConfigError(f"{where} names no worker; allowed: HOST:PORT of each, separated by commas")
     for address in addresses:
         host_and_port(address, where)
     for i, address in enumerate(addresses):
@@ -106,7 +108,8 @@ def is_list_of_texts(value: Any) -> TypeGuard[list[str]]:
 def host_and_port(address: str, where: str) -> tuple[str, int]:
     """The two parts of HOST:PORT, where HOST may be an IPv6 address in brackets. Raises ConfigError."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]+)):(\d{1,5})", address)
-    if match is None or not 1 <= int(match[3]) <= 65535:
+    labels = (match[2] or "x").removesuffix(".").split(".") if match else []
+    if match is None or not 1 <= int(match[3]) <= 65535 or not all(0 < len(x) < 64 for x in labels):
         raise ConfigError(
             f"{where} names the address {address!r}; allowed: HOST:PORT with a port from 1 to 65535, as 10.0.0.1:5000"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -9,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import RunError, reason_of
@@ -88,7 +89,7 @@ def _fetch(part: Path) -> None:
             reason = f"the server answered {error.code} {error.reason}"
             if 400 <= error.code < 500 and error.code not in (408, 429):
                 failures = _ATTEMPTS  # a client error stays one
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        except (urllib.error.URLError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)  # urllib wraps what the socket raised
             reason = reason_of(cause) if isinstance(cause, Exception) else str(cause)
         after = _size_of(part)
@@ -113,7 +114,9 @@ def _size_of(part: Path) -> int:
 def _receive(part: Path, offset: int) -> None:
     """Requests the bytes from `offset` on, and appends them to `part`; replaces it if the server sends all bytes."""
     request = urllib.request.Request(BINARY_URL, headers={"Range": f"bytes={offset}-"} if offset else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+    with _of_the_network():
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    with response:
         start = offset if response.status == 206 else 0  # 206: partial content, as requested
         length = response.headers.get("Content-Length")
         if length is not None and start + int(length) != BINARY_SIZE:
@@ -123,9 +126,25 @@ def _receive(part: Path, offset: int) -> None:
             )
         progress = _progress(start)
         with open(part, "ab" if start else "wb") as file:
-            while file.tell() < BINARY_SIZE and (chunk := response.read1(1 << 16)):
+            while file.tell() < BINARY_SIZE and (chunk := _read(response)):
                 file.write(chunk)
                 progress(file.tell())
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    with _of_the_network():
+        return response.read1(1 << 16)
+
+
+@contextlib.contextmanager
+def _of_the_network() -> Iterator[None]:
+    """Makes each error of the system in this context a URLError. The others in `_receive` are the disk's."""
+    try:
+        yield
+    except urllib.error.URLError:
+        raise
+    except OSError as error:
+        raise urllib.error.URLError(error) from error
 
 
 def _progress(start: int) -> Callable[[int], None]:

@@ -309,7 +309,7 @@ def _airbench_images(folder: Path, data: Dataset) -> None:
         torch.save(content, folder / f"{name}.pt")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains the fourth tutorial's code as a process of its own."""
     cli.import_tensorflow()
     from cifar10_trainer import datasets

@@ -84,7 +84,11 @@ def run_processes(what: str, o: Options, count: int) -> list[dict[str, Any]]:
         )
         for e in environments
     ]
-    outputs = [process.communicate() for process in processes]
+    try:
+        outputs = [process.communicate() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # those that are left where something interrupts the benchmark
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
             last = (errors.strip().splitlines() or ["it printed no error"])[-1]
