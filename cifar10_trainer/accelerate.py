@@ -62,6 +62,7 @@ def make_training_model(
     *,
     any_size: bool = False,
     synchronize: bool = False,
+    replicas: int = 1,
     compiled: bool = False,
 ) -> keras.Model:
     """Makes the training model of `model`: up to the logits, with equal variables in the same order.
@@ -70,7 +71,9 @@ def make_training_model(
         model: functional; it ends in a softmax.
         policy: a Keras dtype policy's name. Preprocessing, and everything from the head on, stays in float32.
         any_size: whether the training model accepts images of any height and width.
-        synchronize: whether batch norm computes its statistics over all replicas, by Keras's own, unfused kernels.
+        synchronize: whether all batch norms compute their statistics over all replicas, by Keras's own, unfused kernels, and
+            not only those that ask for it themselves.
+        replicas: how many share a batch.
         compiled: whether XLA compiles the gradients.
 
     Returns:
@@ -96,7 +99,9 @@ def make_training_model(
             return type(layer).from_config(layer.get_config())
         if layer is last:
             return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
-        return _training_layer(layer, policy, any_size=any_size, synchronize=synchronize, compiled=compiled)
+        return _training_layer(
+            layer, policy, any_size=any_size, synchronize=synchronize, replicas=replicas, compiled=compiled
+        )
 
     shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
     nested = any(isinstance(layer, keras.Model) for layer in body.layers)
@@ -109,6 +114,12 @@ def make_training_model(
     result.set_weights(body.get_weights())
     _finish_layers(body, result)
     return result
+
+
+def synchronizes(model: keras.Model) -> bool:
+    """Whether a batch norm of the model asks for statistics over all replicas."""
+    layers = model._flatten_layers()
+    return any(isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized for layer in layers)
 
 
 def _without_softmax(operation: Any) -> keras.Layer:
@@ -137,7 +148,7 @@ def _output_shape(layer: keras.Layer) -> tuple[int | None, ...] | None:
 
 
 def _training_layer(
-    layer: keras.Layer, policy: str, *, any_size: bool, synchronize: bool, compiled: bool
+    layer: keras.Layer, policy: str, *, any_size: bool, synchronize: bool, replicas: int, compiled: bool
 ) -> keras.Layer:
     """Returns a new layer, without weights, that stands for `layer` in the training model."""
     config, shape = layer.get_config(), _output_shape(layer)
@@ -148,7 +159,7 @@ def _training_layer(
     if not is_float32 and layer.dtype_policy.name in REPLACED_POLICIES:
         config["dtype"] = policy
     if kind is keras.layers.BatchNormalization:
-        if synchronize:
+        if replicas > 1 and (synchronize or layer.synchronized):
             return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
         if shape and len(shape) in (2, 4) and config["axis"] in (-1, len(shape) - 1):
             return FusedBatchNormalization.from_config(config)

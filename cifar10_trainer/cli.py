@@ -145,6 +145,7 @@ def _run(main: Callable[..., None], flag_values: flags.FlagValues, usage: str, a
             print(versions())
         else:
             _check_texts(flag_values)
+            _expand_homes(flag_values)
             _call(main, positional)
         if sys.stdout is not None:  # None where the shell closed it
             sys.stdout.flush()  # here, so that an error of it is handled as any other
@@ -185,6 +186,14 @@ def _check_texts(flag_values: flags.FlagValues) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
                 raise ConfigError(f"--{name} is {shown(text)}; allowed: names in UTF-8; rename the file")
+
+
+def _expand_homes(flag_values: flags.FlagValues) -> None:
+    """Replaces the ~ of --flag=~/file, which bash leaves as it is, by the home folder."""
+    for name in flag_values:
+        value = flag_values[name].value
+        if isinstance(value, str) and value.startswith("~"):
+            flag_values[name].value = os.path.expanduser(value)
 
 
 def _reader_has_gone() -> bool:

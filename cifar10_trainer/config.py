@@ -32,6 +32,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
 RECORDED = (  # what config.json holds besides the Config
     "class_names",
     "data_dir",
+    "data_name",
     "data_source",
     "fingerprint",
     "parameters",
@@ -89,6 +90,7 @@ class _Section:
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` with the type `hint`: a list becomes a tuple and a whole number a float. Any other type raises ConfigError."""
+    value = _without_numpy(value)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None:
             return None
@@ -124,6 +126,7 @@ def _float(name: str, value: float) -> float:
 
 def _option(name: str, value: Any, depth: int = 0) -> Any:
     """The value of an option: lists as tuples, numbers within their ranges. Raises ConfigError."""
+    value = _without_numpy(value)
     if isinstance(value, list | tuple):
         if depth >= OPTION_DEPTH:
             raise ConfigError(f"{name} is {shown(value)}; allowed: lists that are nested {OPTION_DEPTH} deep")
@@ -132,7 +135,16 @@ def _option(name: str, value: Any, depth: int = 0) -> Any:
         return _float(name, value)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ConfigError(f"{name} is {shown(value)}; allowed: an integer of 64 bits")
+    if not (value is None or isinstance(value, str | int)):
+        raise ConfigError(
+            f"{name} is {shown(value)}; allowed: a number, a text, true, false, null, or a list of these"
+        )
     return value
+
+
+def _without_numpy(value: Any) -> Any:
+    """A scalar or array of NumPy as Python's number or lists, without an import of NumPy."""
+    return value.tolist() if type(value).__module__ == "numpy" else value
 
 
 def _section_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -179,7 +191,7 @@ class Optimizer(_Section):
 
     name: str = "sgd"
     learning_rate: float = 0.1  # the peak; the schedule scales it
-    momentum: float = 0.0  # sgd and muon
+    momentum: float = 0.0  # sgd, and what muon leaves to sgd: muon's own is 0.6
     nesterov: bool = False  # sgd
     weight_decay: float = 0.0  # sgd, and what muon leaves to sgd: L2, in the gradient; adamw: decoupled
     bias_multiplier: float = 1.0  # sgd, muon: times the learning rate, for batch-norm offsets (beta)

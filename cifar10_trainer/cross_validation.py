@@ -71,12 +71,14 @@ def cross_validate(
         as `train_and_evaluate`.
     """
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
-    workdir = Path(workdir or Path("runs") / f"{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
+    workdir = workdir or f"runs/{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = Path(os.path.expanduser(workdir))
     _check_not_finished(workdir, overwrite)
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
     strategy, _ = runtime.choose_strategy(config.strategy)
-    data = _without_test_images(dataset or _load(config, data_dir, folder_options, log), folds)
+    data = _load(config, data_dir, folder_options, log) if dataset is None else datasets.as_dataset(dataset)
+    data = _without_test_images(data, folds)
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
     more |= {"overwrite": overwrite, "verbose": verbose, "policy": None}

@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from . import augment, models, optim, runtime, scoring
-from .accelerate import check_sizes, make_training_model
+from .accelerate import check_sizes, make_training_model, synchronizes
 from .config import Config
 from .errors import ConfigError, RunError
 from .keras_state import keras_defaults, seeded
@@ -74,7 +74,7 @@ class Engine:
         running: sums over the steps since the caller last replaced it.
 
     Raises:
-        ConfigError: if the model or the augmentation does not fit the size of the images.
+        ConfigError: if the model or the augmentation does not fit the size of the images, or the batch their number.
     """
 
     averages: list[tf.Variable]  # slow weights of lookahead, see `_lookahead`; empty without it
@@ -104,8 +104,10 @@ class Engine:
         self.policy = policy
         self.num_classes = num_classes
         self.on_device = gpu if on_device is None else on_device
-        self.compiled = gpu and not config.synchronize_batch_norm if compiled is None else compiled
+        synchronize = config.synchronize_batch_norm or synchronizes(model)
+        self.compiled = gpu and not synchronize if compiled is None else compiled
         self.replicas: int = strategy.num_replicas_in_sync
+        runtime.check_batch(config.batch_size, len(images), self.replicas)
         ids = strategy.experimental_distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         self._replica_ids: tuple[int, ...] = strategy.experimental_local_results(ids)  # of this worker
 
@@ -152,7 +154,8 @@ class Engine:
             self.model,
             self.policy,
             any_size=bool(self.sizes),
-            synchronize=config.synchronize_batch_norm and self.replicas > 1,
+            synchronize=config.synchronize_batch_norm,
+            replicas=self.replicas,
             compiled=self.compiled,
         )
         self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)

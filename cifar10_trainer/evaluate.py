@@ -95,9 +95,15 @@ def evaluate_model(
         ConfigError: if the images do not fit the model or there are none.
         RunError: if the outputs are not probabilities.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; allowed: 1 or more, or None")
     if isinstance(data, datasets.Dataset):
         check_fit(model, data)
-        data = select(data, "test", {})
+        if len(data.test_labels) == 0:
+            raise ConfigError(
+                f"{data.source} has no test images; allowed: a Dataset that has, or (images, labels)"
+            )
+        data = data.test_images, data.test_labels
     images = check_images("images", data[0])
     labels, count = check_labels("labels", data[1], len(images))
     expected, classes = tuple(model.input_shape[1:]), model.output_shape[-1]
@@ -195,6 +201,10 @@ def load_images(
         return datasets.load(name, data_dir)
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
     if rows and FLAGS.data_dir and not all((Path(FLAGS.data_dir) / file).exists() for file, *_ in rows):
+        print(
+            f"{FLAGS.data_dir} lacks files of the run, so it is read as a data set of its own",
+            file=sys.stderr,
+        )
         rows = None
     if rows:
         where = RunFolder(FLAGS.workdir).split_file
@@ -252,8 +262,9 @@ def main() -> None:
             f"{FLAGS.workdir} was trained on arrays in memory, which no command can read again; allowed: --dataset with"
             " images to score, or evaluate_model in Python"
         )
-    name = FLAGS.dataset or settings.get("dataset", "cifar10")
-    data_dir = FLAGS.data_dir or (settings.get("data_dir") if name == settings.get("dataset") else None)
+    trained_on = settings.get("data_name") or settings.get("dataset", "cifar10")
+    name = FLAGS.dataset or trained_on
+    data_dir = FLAGS.data_dir or (settings.get("data_dir") if name == trained_on else None)
     tta: dict[str, Any] = {"views": int(FLAGS.views or settings.get("views", 1))}
     tta["views_share"] = settings.get("views_share", 1) if FLAGS.views_share is None else FLAGS.views_share
     check_views(**tta)
@@ -266,12 +277,14 @@ def main() -> None:
     resize = FLAGS.resize or (info.resize if info.class_names else settings.get("resize", "squash"))
     dataset = load_images(name, data_dir, model.input_shape[1], resize, settings)
     check_fit(model, dataset)
-    trained_on = list(settings.get("class_names") or info.class_names or dataset.class_names)
-    only_numbers = trained_on == [str(k) for k in range(len(trained_on))]  # arrays without names of classes
-    if not only_numbers and list(dataset.class_names) != trained_on:
+    classes = list(settings.get("class_names") or info.class_names or dataset.class_names)
+    only_numbers = classes == [
+        str(k) for k in range(len(classes))
+    ]  # arrays without names of classes, or digits
+    if list(dataset.class_names) != classes and not (only_numbers and trained_on != "digits"):
         raise ConfigError(
             f"data set {name!r} has classes {cut(', '.join(dataset.class_names))}, but the model was trained on"
-            f" {cut(', '.join(map(str, trained_on)))}; allowed: the data set it was trained on (--dataset, --data_dir)"
+            f" {cut(', '.join(map(str, classes)))}; allowed: the data set it was trained on (--dataset, --data_dir)"
         )
     split = FLAGS.split or default_split(dataset, settings)
     images, labels = select(dataset, split, settings)

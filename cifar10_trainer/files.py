@@ -239,7 +239,7 @@ class LockedFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self._identity: tuple[int, int] | None = None  # of the folder that is locked
 
     def __str__(self) -> str:

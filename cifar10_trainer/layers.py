@@ -77,6 +77,8 @@ class FastDropout(keras.layers.Dropout):
         bits = tf.random.stateless_uniform([(count + 1) // 2], seed, None, None, tf.int32)
         draws = tf.reshape(tf.bitcast(bits, tf.int16), [-1])[:count]
         dropped = round(self.rate * 2**16)  # of the 2**16 values of a draw
+        if dropped == 2**16:
+            return tf.zeros_like(inputs)
         keep = tf.reshape(draws >= dropped - 2**15, tf.shape(inputs))
         return inputs * (tf.cast(keep, inputs.dtype) * (2**16 / (2**16 - dropped)))
 

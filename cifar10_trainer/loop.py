@@ -95,6 +95,7 @@ class TrainingLoop:
         self.history: list[dict[str, Any]] = []
         self.best: float | None = None
         self.best_epoch: int | None = None
+        self._best_model: str | None = None  # the digest of the file
         self.target: tuple[int, float] | None = None  # the epoch and the seconds at which it was reached
         self.images, self.step_seconds = 0, 0.0
         self._saved_callbacks: list[dict[str, Any]] = []  # CALLBACK_STATE of each, from before this process
@@ -192,7 +193,8 @@ class TrainingLoop:
         # Keras's callbacks forget in on_train_begin.
         for callback, state in zip(self._recipe_callbacks, self._saved_callbacks, strict=False):
             vars(callback).update(state)
-        while engine.step < engine.steps and not stopped:
+        # An interruption may have come between the stop and the end of its epoch.
+        while engine.step < engine.steps and (not stopped or self._is_within_epoch()):
             epoch = engine.step // per_epoch
             end = min((epoch + 1) * per_epoch, engine.steps)
             self._epoch_began = time.monotonic() - self._before["epoch_seconds"]
@@ -205,10 +207,8 @@ class TrainingLoop:
                 )
                 if caught:
                     self._stop(signals.caught or "a signal to another worker")
-                if (
-                    stopped and engine.step > start
-                ):  # as in `Model.fit`, the epoch still ends with a validation
-                    break
+                if stopped and self._is_within_epoch():
+                    break  # as in `Model.fit`, the epoch still ends with a validation
                 steps = 1 if each_step else min(int(wanted), end - engine.step)
                 # Not after the last step of an epoch: its validation belongs to it.
                 self._save_if_due(self._call_cost + self._validation_cost * (engine.step + steps == end))
@@ -218,7 +218,7 @@ class TrainingLoop:
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
         self.hooks.call("on_train_end", self._last_logs, last=True)
         if self.best_epoch is None:
-            self.best_epoch = self.history[-1]["epoch"]
+            self.best_epoch, self.best = self.history[-1]["epoch"], self.history[-1]["val_accuracy"]
             self._save_model()
         if self.chief:
             self.save()  # what comes now may be interrupted, too, and the training be kept
@@ -239,6 +239,10 @@ class TrainingLoop:
         self.step_seconds += spent
         self._call_cost = spent
         return int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * wanted, 1024)))
+
+    def _is_within_epoch(self) -> bool:
+        """Whether steps were taken since the last epoch ended, which a stop may have cut short."""
+        return len(self.history) * self.engine.steps_per_epoch < self.engine.step
 
     def _wants_stop(self) -> bool:
         """Whether a callback of this process has asked to stop."""
@@ -309,6 +313,7 @@ class TrainingLoop:
     def _save_model(self) -> None:
         if self.chief:
             self.folder.save_model(self.engine.model)
+            self._best_model = self.folder.model_digest()
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
@@ -329,6 +334,7 @@ class TrainingLoop:
             "history": self.history,
             "best": self.best,
             "best_epoch": self.best_epoch,
+            "best_model": self._best_model,
             "target": self.target,
             "images": self.images,
             "step_seconds": self.step_seconds,
@@ -364,6 +370,7 @@ class TrainingLoop:
             before = {"model": RECIPE_MODEL, **meta["environment"]}  # version 1.0.0 knew no other models
             data, before = meta["data"], {name: before[name] for name in now}
             self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
+            self._best_model = meta.get("best_model")  # version 1.0.0 did not save it
             self.target = meta["target"] and tuple(meta["target"])
             self.images, self.step_seconds = meta["images"], meta["step_seconds"]
             self._before = {name: meta[name] for name in self._before}
@@ -388,6 +395,10 @@ class TrainingLoop:
         except (KeyError, ValueError) as error:
             raise self.folder.damaged_state(error) from error
         self.engine.export()
+        if self._best_model not in (None, self.folder.model_digest()):
+            # The process died between a new best model and its state. The epochs that are trained again may, on another
+            # number of replicas, not be as good, and then the file would be of none of them.
+            self.best = self.best_epoch = self._best_model = None
         return "" if before["replicas"] == self.engine.replicas else self._replica_change(before["replicas"])
 
     def _replica_change(self, before: int) -> str:
@@ -401,6 +412,10 @@ class TrainingLoop:
             )
         if config.augmentation.mixup or config.augmentation.cutmix:
             changes.append("other images are mixed with one another")
+        if any(
+            isinstance(layer, keras.layers.Dropout) for layer in self.engine.training_model._flatten_layers()
+        ):
+            changes.append("dropout draws for a replica, not for the whole batch")
         return (
             f"; {now} replica(s), {before} before: {size:,} images each, of {config.batch_size:,} in a step as before;"
             f" {', '.join(changes)}, so the result is no longer that of an unchanged run to the bit"

@@ -212,7 +212,7 @@ class Muon(SGD):
             matrices.append(tf.reshape(update, [-1, variable.shape[-1]]))
         for variable, update in zip(variables, orthogonalize(matrices), strict=True):
             weights = tf.convert_to_tensor(variable)
-            weights = weights * (variable.shape[-1] ** 0.5 / tf.norm(weights))
+            weights = weights * tf.math.divide_no_nan(variable.shape[-1] ** 0.5, tf.norm(weights))
             rate = tf.cast(learning_rate, variable.dtype)
             variable.assign(weights - rate * tf.reshape(update, variable.shape))
 

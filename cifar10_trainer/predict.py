@@ -102,7 +102,7 @@ def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
 @keras_defaults()
 def predict_images(
     model: keras.Model,
-    images: Sequence[str | Path] | np.ndarray,
+    images: Sequence[str | Path] | str | Path | np.ndarray,
     class_names: Sequence[str] | None = None,
     resize: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ def predict_images(
 
     Args:
         model: as from `load_model`.
-        images: image files, or raw pixels uint8 [n, height, width, 3] in the model's size.
+        images: image files, one image file, or raw pixels uint8 [n, height, width, 3] in the model's size.
         class_names: one for each output of the model; None: those in the model's file, else numbers from 0.
         resize: how files are resized, "squash", "crop" or "pad", see `datasets.read_image`; None: as for training.
 
@@ -132,7 +132,7 @@ def predict_images(
                 f"images is {pixels.dtype} {pixels.shape}; allowed: uint8 {('n', height, width, 3)}, raw pixels 0-255"
             )
     else:
-        files = [str(path) for path in images]
+        files = [str(path) for path in ([images] if isinstance(images, str | Path) else images)]
         pixels = np.zeros((len(files), height, width, 3), np.uint8)
         for image, path in zip(pixels, files, strict=True):
             image[:] = datasets.read_image(path, (height, width), resize)

@@ -134,7 +134,7 @@ def prepare(
             policy=policy,
             model=model,
         )
-    engine.model.info = ModelInfo(tuple(data.class_names), config.resize)
+    engine.model.info = ModelInfo(tuple(data.class_names), data.resize)
     log(
         f"model: {config.recipe if model is None else model.name}, {engine.model.count_params():,} parameters; "
         f"{engine.steps:,} steps of {config.batch_size}"
@@ -185,6 +185,7 @@ def describe_run(
         **config.to_dict(),
         "class_names": list(data.class_names),
         "data_dir": data_dir and str(Path(data_dir).expanduser().absolute()),
+        "data_name": data.name,
         "data_source": data.source,
         "fingerprint": fingerprint,
         "parameters": engine.model.count_params(),

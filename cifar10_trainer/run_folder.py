@@ -210,6 +210,12 @@ class RunFolder(LockedFolder):
         with replacing(path or self.model_file, durable=True, parents=False) as temporary:
             write_model(model, temporary)
 
+    def model_digest(self) -> str | None:
+        """Eight hexadecimal digits that stand for the bytes of model.keras; None where it cannot be read."""
+        with contextlib.suppress(OSError):
+            return f"{zlib.crc32(self.model_file.read_bytes()):08x}"
+        return None
+
     # ---- state.npz
 
     def _states(self) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -25,6 +27,35 @@ def test_arrays_are_taken_as_they_are():
     np.testing.assert_array_equal(data.validation[1], LABELS[:2])
     assert (data.name, data.source, data.class_names) == ("arrays", "arrays in memory", ("0", "1", "2"))
     assert data.train_labels.dtype == np.int64 and data.input_shape == (8, 10, 3)
+
+
+DATA = from_arrays((IMAGES, LABELS), validation=(IMAGES[:2], LABELS[:2]), test=(IMAGES[2:], LABELS[2:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"train_images": IMAGES.astype(np.float32) / 255},
+            "train images has dtype float32 and values up to 1",
+        ),
+        ({"test_images": IMAGES[2:, ..., :1]}, "the Dataset has test images (4, 8, 10, 1)"),
+        ({"validation": (IMAGES[:2, :5], LABELS[:2])}, "the Dataset has validation images (2, 5, 10, 3)"),
+        ({"train_labels": LABELS[:5]}, "train labels has shape (5,); allowed: (6,)"),
+        ({"train_labels": ONE_HOT}, "train labels float32 (6, 3); allowed: ('n', 8, 10, 3) and int64 ('n',)"),
+        ({"class_names": ("a", "b")}, "train labels go up to 2, but the Dataset names 2 classes"),
+    ],
+)
+def test_a_dataset_of_somebodys_own_is_checked_as_arrays_are(changes, text):
+    assert as_dataset(DATA) is DATA
+    with pytest.raises(ConfigError) as error:
+        as_dataset(dataclasses.replace(DATA, **changes))
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_labels_that_are_numbers_of_something_else_are_refused_at_once():
+    with pytest.raises(ConfigError, match="labels go up to 2000000000, but there are only 6 training images"):
+        from_arrays((IMAGES, np.array([0, 1, 2, 2, 1, 2_000_000_000])))
 
 
 def test_without_validation_and_test_there_is_none():

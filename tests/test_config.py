@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from cifar10_trainer.config import (
@@ -112,9 +113,18 @@ def test_configs_are_frozen():
         ({"optimizer": {"learning_rate": 1}}, "optimizer", Optimizer(learning_rate=1.0)),
         ({"schedule": {"drops": [0.25, 0.5]}}, "schedule", Schedule(drops=(0.25, 0.5))),
         ({"whitening": True}, "whitening", True),
+        ({"batch_size": np.int64(32)}, "batch_size", 32),
+        ({"epochs": np.float32(2.5)}, "epochs", 2.5),
+        ({"sizes": np.array([16, 32])}, "sizes", (16, 32)),
+        (
+            {"options": {"filters": tuple(np.array([16, 32])), "dropout": np.float64(0.1)}},
+            "options",
+            {"filters": (16, 32), "dropout": 0.1},
+        ),
     ],
 )
 def test_values_take_the_type_of_their_field(given, name, expected):
+    json.dumps(Config.from_dict(given).to_dict())
     value = getattr(Config.from_dict(given), name)
     assert value == expected
     assert type(value) is type(expected)
@@ -139,6 +149,10 @@ def test_values_take_the_type_of_their_field(given, name, expected):
         ({"optimizer": "adam"}, "optimizer is 'adam'; allowed: a value of type Optimizer"),
         ({"optimizer": {"learning_rate": "fast"}}, "learning_rate is 'fast'; allowed: a value of type float"),
         ({"schedule": {"drops": 0.5}}, "drops is 0.5; allowed: a value of type tuple"),
+        (
+            {"options": {"filters": {1}}},
+            "options.filters is {1}; allowed: a number, a text, true, false, null, or a list of these",
+        ),
     ],
 )
 def test_a_value_of_another_type_is_refused(given, start):

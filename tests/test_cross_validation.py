@@ -232,6 +232,11 @@ def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
     assert not scripted
 
 
+def test_folds_of_arrays(tmp_path, digits, scripted):
+    summary = quietly(2, tmp_path, (digits.train_images, digits.train_labels))
+    assert summary["dataset"] == "arrays" and summary["n_train"] == len(digits.train_labels)
+
+
 def test_overwrite_removes_the_other_folds_when_training_begins_and_not_sooner(tmp_path, digits):
     tiny = TINY.override(epochs=0.2)
     quietly(3, tmp_path, digits, tiny)

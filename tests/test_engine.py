@@ -12,7 +12,7 @@ import tensorflow as tf
 from sklearn.utils.class_weight import compute_sample_weight
 
 from cifar10_trainer import models, scoring
-from cifar10_trainer.accelerate import make_training_model
+from cifar10_trainer.accelerate import make_training_model, synchronizes
 from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine, weigh
 from cifar10_trainer.errors import ConfigError, RunError
@@ -147,6 +147,12 @@ def test_fast_dropout_is_dropout(policy, rate):
     for other in zeros[1:]:  # neither the next call nor a neighbour: correlation below five in sqrt(n)
         assert abs(np.corrcoef(zeros[0], other)[0, 1]) < 5 / np.sqrt(first.size)
     assert layer(ones) is ones or np.array_equal(layer(ones), ones)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1 - 2**-18])
+def test_fast_dropout_may_drop_everything(rate):
+    output = FastDropout(rate, seed=1)(tf.ones([8, 8]), training=True)
+    np.testing.assert_array_equal(output, keras.layers.Dropout(1.0)(tf.ones([8, 8]), training=True))
 
 
 def test_fast_dropout_gates_its_gradient():
@@ -381,12 +387,29 @@ def test_the_training_model_keeps_pixels_and_logits_in_float32():
 def test_synchronised_batch_norm_is_keras_own():
     norms = [
         layer
-        for layer in make_training_model(plain_model(VGG), "float32", synchronize=True).layers
+        for layer in make_training_model(plain_model(VGG), "float32", synchronize=True, replicas=2).layers
         if "norm" in layer.name
     ]
     assert norms and all(
         type(layer) is keras.layers.BatchNormalization and layer.synchronized for layer in norms
     )
+
+
+def test_a_batch_norm_that_asks_for_it_is_synchronised_among_replicas():
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.BatchNormalization(synchronized=True, name="own")(images)
+    x = keras.layers.BatchNormalization(name="other")(x)
+    model = keras.Model(images, keras.layers.Dense(3, activation="softmax")(keras.layers.Flatten()(x)))
+    of = {n: make_training_model(model, "float32", replicas=n) for n in (1, 2)}
+    assert type(of[1].get_layer("own")) is type(of[2].get_layer("other")) is FusedBatchNormalization
+    own = of[2].get_layer("own")
+    assert type(own) is keras.layers.BatchNormalization and own.synchronized
+    assert synchronizes(model) and not synchronizes(plain_model(VGG))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ConfigError, match="batch_size is 65; allowed: at most the 64 training images"):
+        make_engine(VGG.override(batch_size=65))
 
 
 # --- a step ---------------------------------------------------------------------------------------------

@@ -345,6 +345,42 @@ def test_a_run_on_arrays_has_no_data_set_of_its_own(run_folder, tmp_path, capsys
     assert run(["--workdir", run_folder, "--dataset=folder", f"--data_dir={tmp_path / 'data'}"]) == 0
 
 
+def test_a_run_is_scored_on_the_data_that_it_was_given(run_folder, tmp_path, capsys):
+    """In Python, train(config, data=load_data("folder", ...)): the config names cifar10, which the run did not see."""
+    change_config(run_folder, data_name="folder", dataset="cifar10")
+    assert run(["--workdir", run_folder]) == 0
+    assert "4 test images of folder" in capsys.readouterr().out
+    # The digits' names are numbers, as those of arrays without names; but they are names.
+    change_config(run_folder, data_name="digits", class_names=["0", "1", "2"])
+    assert run(["--workdir", run_folder, "--dataset=folder", f"--data_dir={tmp_path / 'data'}"]) == 2
+    assert "but the model was trained on 0, 1, 2" in capsys.readouterr().err
+
+
+def test_a_home_in_a_flag_is_that_of_the_shell(run_folder, tmp_path, capsys, monkeypatch):
+    """bash leaves the ~ of --data_dir=~/data as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(["--workdir=~/run", "--data_dir=~/data", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 4
+
+
+def test_files_of_a_run_that_another_folder_lacks_are_told(run_folder, tmp_path, capsys):
+    (run_folder / "split.csv").write_text(
+        "file,class,part\ntest/red/9.png,red,test\ntrain/red/0.png,red,train\n"
+    )
+    assert run(["--workdir", run_folder, f"--data_dir={tmp_path / 'data'}"]) == 0
+    assert "lacks files of the run, so it is read as a data set of its own" in capsys.readouterr().err
+
+
+def test_evaluate_model_refuses():
+    model, _, _ = linear_model()
+    images, labels = some_images(4), np.arange(4) % CLASSES
+    for size in (0, -3):
+        with pytest.raises(ConfigError, match=f"batch_size is {size}; allowed: 1 or more"):
+            evaluate.evaluate_model(model, (images, labels), batch_size=size)
+    with pytest.raises(ConfigError, match="arrays in memory has no test images; allowed: a Dataset that has"):
+        evaluate.evaluate_model(model, datasets.from_arrays((images, labels)))
+
+
 def test_without_test_images_the_validation_images_are_scored_and_it_says_so(run_folder, tmp_path, capsys):
     shutil.rmtree(tmp_path / "data" / "test")
     assert run(["--workdir", run_folder, "--json"]) == 0

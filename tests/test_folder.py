@@ -221,6 +221,13 @@ def test_names_that_are_not_utf_8(fruit):
     assert again.class_names == data.class_names
 
 
+def test_classes_that_read_alike_are_refused_before_anything_is_trained(fruit):
+    (fruit / "apple").rename(fruit / os.fsdecode(b"caf\xe8"))
+    (fruit / "lemon").rename(fruit / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(RunError, match=r"names differ, but not in UTF-8: caf\?; rename them"):
+        load(fruit)
+
+
 def test_progress_is_said_of_large_folders(fruit, monkeypatch):
     monkeypatch.setattr(folder, "PROGRESS_SECONDS", -1.0)
     monkeypatch.setattr(folder, "_BLOCK", 10)
@@ -254,6 +261,7 @@ def test_the_rule_of_resizing_reaches_the_pictures(tmp_path):
     padded = datasets.load("folder", tmp_path, 18, "pad").train_images
     assert (padded[:, :2] == 0).all() and (padded[:, 2:16] == 250).all()  # 18 x 14 of 18 x 18 pixels
     assert (datasets.load("folder", tmp_path, 18, "crop").train_images == 250).all()
+    assert datasets.load("folder", tmp_path, 18, "crop").resize == "crop"  # for the model's file
     with pytest.raises(ConfigError, match="resize is pad; allowed with the dataset digits: squash"):
         datasets.load("digits", resize="pad")
 

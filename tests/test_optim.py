@@ -309,6 +309,14 @@ def test_muon_against_its_reference(momentum, graph):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_muon_begins_with_a_kernel_of_zeros():
+    variables = variables_of()
+    variables[0].assign(np.zeros(variables[0].shape))
+    apply_all(Muon(0.01, momentum=0.85), variables, gradients_of(variables, 2))
+    norm = np.linalg.norm(np.array(variables[0]))
+    assert np.isfinite(norm) and norm > 0
+
+
 def test_muon_holds_the_norm_of_a_kernel():
     variables = variables_of()
     variables[0].assign(1000 * np.array(variables[0]))

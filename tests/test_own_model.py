@@ -159,7 +159,7 @@ def test_layers_added_one_by_one_are_replaced_like_those_of_a_list():
     assert {FusedBatchNormalization, FastDropout} <= {
         type(x) for x in make_training_model(plain, "float32").layers
     }
-    synchronized = make_training_model(plain, "float32", synchronize=True)
+    synchronized = make_training_model(plain, "float32", synchronize=True, replicas=2)
     (norm,) = [x for x in synchronized.layers if isinstance(x, keras.layers.BatchNormalization)]
     assert norm.synchronized
 
@@ -310,6 +310,38 @@ def refused():
         r"takes \(None, 28, 28, 3\), but the images are \(32, 32, 3\)",
     )
     yield keras.Model(one, keras.layers.Conv2D(10, 3)(one)), r"returns \(None, 30, 30, 10\)"
+
+
+@keras.saving.register_keras_serializable("test_own_model")
+class Incomplete(keras.layers.Layer):
+    """Its get_config lacks the factor, and its constructor takes nothing else."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def call(self, inputs):
+        return inputs * self.factor
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (
+            keras.layers.Lambda(lambda x: x / 255, name="scale"),
+            "the Lambda layer 'scale', whose function no file",
+        ),
+        (Incomplete(2.0), r"Incomplete.from_config\(layer.get_config\(\)\) fails \(.*'trainable'"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_that_no_file_can_hold_is_refused_in_a_line(layer, text, nested, tmp_path, digits):
+    images = keras.Input((32, 32, 3))
+    x = keras.Sequential([keras.Input((32, 32, 3)), layer])(images) if nested else layer(images)
+    model = keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
+    with pytest.raises(ConfigError, match=text) as caught:
+        train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("case", range(9))

@@ -63,6 +63,8 @@ def test_predict_as_a_function(folder):
     assert red["probabilities"]["blue"] == pytest.approx((1 - SURE) / 2, rel=1e-4)  # six digits
     assert predict.predict_images(colour_model(), paths[:1])[0]["label"] == "0"
     assert predict.predict_images(colour_model(), []) == []
+    for one in (paths[1], str(paths[1])):
+        assert predict.predict_images(colour_model(), one, NAMES) == [red]
 
 
 def test_entropy_is_zero_where_one_class_has_all_and_log_n_where_all_are_equal():

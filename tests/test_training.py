@@ -803,6 +803,42 @@ def test_a_callback_may_stop_the_run(tmp_path, digits):
     assert train_quietly(TINY, tmp_path, digits, callbacks=[callback])["epochs"] == 1
 
 
+@pytest.mark.parametrize("step", [5, PER_EPOCH + 5])
+def test_a_signal_in_the_step_in_which_a_callback_stops_the_run(tmp_path, digits, step_by_step, step):
+    """The epoch still ends with a validation, in the process that resumes."""
+
+    def stop():
+        callback.model.stop_training = True
+
+    callback = At(step, stop)
+    whole = train_quietly(TINY, tmp_path / "whole", digits, callbacks=[callback])
+    callback = At(step, stop)
+    with pytest.raises(RunInterrupted, match=f"at step {step} "):
+        train_quietly(TINY, tmp_path / "parts", digits, callbacks=[callback, At(step, send(signal.SIGTERM))])
+    parts = train_quietly(TINY, tmp_path / "parts", digits)
+    epochs = -(-step // PER_EPOCH)
+    assert parts["epochs"] == whole["epochs"] == len(read_history(tmp_path / "parts")) == epochs
+    assert parts["best_val_accuracy"] == whole["best_val_accuracy"]
+    assert_same_weights(saved_weights(tmp_path / "parts"), saved_weights(tmp_path / "whole"))
+
+
+def test_a_best_model_of_epochs_that_were_lost_is_not_kept(tmp_path, digits, monkeypatch):
+    """A process dies between the best model and its state, and what is trained again is not as good."""
+    script_validation(monkeypatch, [0.5, 0.4, 0.3], [0.5, 0.9, 0.6])
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_history", lambda self, rows: 1 / 0 if len(rows) == 2 else None)
+        with pytest.raises(ZeroDivisionError):
+            train_quietly(TINY, tmp_path, digits, save_seconds=0)
+    assert (tmp_path / "state.npz").exists()
+    script_validation(monkeypatch, [0.5, 0.4, 0.3], [0.5, 0.4, 0.3])
+    recorder = Recorder()
+    metrics = train_quietly(TINY, tmp_path, digits, callbacks=[recorder])
+    assert (metrics["best_epoch"], metrics["best_val_accuracy"]) == (2, 0.4)
+    assert_same_weights(
+        saved_weights(tmp_path), recorder.weights[0]
+    )  # the first that this process saw: epoch 2's
+
+
 def test_without_validation_the_last_weights_are_kept(tmp_path, digits):
     recorder = Recorder()
     metrics = train_quietly(

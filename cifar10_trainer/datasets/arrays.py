@@ -57,6 +57,11 @@ def from_arrays(
             )
     if len(parts["train"][1]) == 0:
         raise ConfigError("train images has length 0; allowed: one image or more")
+    if class_names is None and count > len(parts["train"][1]):  # IDs perhaps, of which there may be billions
+        raise ConfigError(
+            f"labels go up to {count - 1}, but there are only {len(parts['train'][1])} training images; allowed: classes"
+            " numbered from 0, each with a training image"
+        )
     names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(max(count, 2))))
     if len(names) < max(count, 2) or len(set(names)) != len(names):
         raise ConfigError(
@@ -79,7 +84,7 @@ def from_arrays(
 def as_dataset(
     data: Any, validation: Any = None, test: Any = None, class_names: Sequence[str] | None = None
 ) -> Dataset:
-    """`data` itself where it is a Dataset, else `from_arrays` of the arguments. Raises ConfigError."""
+    """`data` itself, checked, where it is a Dataset, else `from_arrays` of the arguments. Raises ConfigError."""
     if not isinstance(data, Dataset):
         return from_arrays(data, validation, test, class_names)
     for name, value in (("validation_data", validation), ("test_data", test), ("class_names", class_names)):
@@ -87,7 +92,27 @@ def as_dataset(
             raise ConfigError(
                 f"{name} is set beside a Dataset, which holds its own; allowed: with arrays only"
             )
+    _check(data)
     return data
+
+
+def _check(data: Dataset) -> None:
+    """Raises ConfigError where somebody has made a Dataset of other arrays than `Dataset` describes."""
+    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    for name, part in (("train", train), ("validation", data.validation), ("test", test)):
+        if part is None:
+            continue
+        images = check_images(f"{name} images", part[0])
+        labels, count = check_labels(f"{name} labels", part[1], len(images))
+        if images is not part[0] or labels is not part[1] or images.shape[1:] != data.input_shape:
+            raise ConfigError(
+                f"the Dataset has {name} images {part[0].shape} and {name} labels {part[1].dtype} {part[1].shape}; allowed:"
+                f" {('n', *data.input_shape)} and int64 ('n',), or (images, labels) in place of the Dataset"
+            )
+        if count > data.num_classes:
+            raise ConfigError(
+                f"{name} labels go up to {count - 1}, but the Dataset names {data.num_classes} classes; allowed: a name for each"
+            )
 
 
 def _pair(name: str, part: Any) -> Pair:

@@ -31,6 +31,7 @@ class Dataset:
         source: where the images came from, for people.
         validation: images and labels for validation that belong to the data set; None if there are none.
         files: of a folder: "train", "validation" and "test" -> the file of each image, relative to the folder.
+        resize: of a folder: how its pictures got their size, see `read_image`.
 
     Raises:
         RunError: if a class name is not UTF-8, as the name of a folder may be.
@@ -45,6 +46,7 @@ class Dataset:
     source: str
     validation: tuple[np.ndarray, np.ndarray] | None = None
     files: Mapping[str, tuple[str, ...]] | None = None
+    resize: str = "squash"
 
     def __post_init__(self) -> None:
         for name in self.class_names:
@@ -77,8 +79,8 @@ def split(
             train on all of them; the validation arrays are empty.
         kind: "stratified" draws each class's share at random; "last" takes the last images.
         seed: of the random draw of "stratified".
-        fold: which of the 1 / fraction stratified parts is the validation set, from 0. Each training image is in
-            exactly one of these parts.
+        fold: which of the 1 / fraction stratified parts is the validation set, from 0. Where 1 / fraction is a whole number,
+            and each class has at least so many images, each training image is in exactly one of these parts.
 
     Returns:
         Training images, training labels, validation images, validation labels. All keep the order of the data set.
@@ -139,7 +141,8 @@ def stratified_mask(labels: np.ndarray, fraction: float, seed: int, fold: int = 
         labels: integers [n], from 0.
         fraction: the share of the images to draw, from 0 to 1.
         seed: of the draw.
-        fold: which part to draw, from 0; different folds of one seed have no image in common.
+        fold: which part to draw, from 0; different folds of one seed have no image in common where each class has at
+            least 1 / fraction images.
 
     Returns:
         A mask of the drawn images, bool [n].

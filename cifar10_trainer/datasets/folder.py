@@ -119,12 +119,18 @@ def load_folder(
     bad: list[tuple[str, str]] = []
     read = {part: _read(root, pairs[part], size, resize, bad, log) for part in pairs}
     _check_bad(bad, total, 0.0 if strict or files is not None else max_bad, root, log)
-    return _assemble(root, found, read, check=only is None)
+    return _assemble(root, found, read, resize, check=only is None)
 
 
-def _assemble(root: Path, found: _Found, read: dict[str, _Part], *, check: bool) -> Dataset:
+def _assemble(root: Path, found: _Found, read: dict[str, _Part], resize: str, *, check: bool) -> Dataset:
     """The data set of the parts that were read. check: whether each class must have an image to train on."""
-    class_names = tuple(map(readable, found.files["train"]))
+    names = list(found.files["train"])
+    class_names = tuple(map(readable, names))
+    for name in names:
+        if class_names.count(readable(name)) > 1:
+            raise RunError(
+                f"{readable(root)} has class folders whose names differ, but not in UTF-8: {readable(name)}; rename them"
+            )
     if check:
         _check_classes(read["train"][1], class_names, root)
     (train_images, train_labels, _), (test_images, test_labels, _) = read["train"], read["test"]
@@ -140,6 +146,7 @@ def _assemble(root: Path, found: _Found, read: dict[str, _Part], *, check: bool)
         str(root),
         validation,
         files,
+        resize,
     )
 
 

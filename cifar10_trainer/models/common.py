@@ -65,7 +65,9 @@ def flatten(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def dropout(x: keras.KerasTensor, rate: float, name: str) -> keras.KerasTensor:
-    """Applies dropout, or returns `x` if `rate` is 0."""
+    """Applies dropout, or returns `x` if `rate` is 0. Raises ConfigError on a rate that leaves nothing."""
+    if not 0 <= rate < 1:
+        raise ConfigError(f"dropout is {rate}; allowed: from 0 to less than 1")
     return layers.Dropout(rate, name=name)(x) if rate else x
 
 

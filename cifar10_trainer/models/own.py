@@ -46,6 +46,7 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
             functional, input_tensors=fixed, clone_function=lambda layer: layer
         )
     _check_ending(functional)
+    _check_layers(functional)
     if softmax_of(functional) is not None:
         return functional
     taken = {layer.name for layer in functional.layers}
@@ -127,6 +128,27 @@ def _functional(model: Any) -> keras.Model:
 def _last_operation(model: keras.Model) -> Any:
     """The layer, or the operation of `keras.ops`, whose output is that of the model."""
     return model.outputs[0]._keras_history.operation
+
+
+def _check_layers(model: keras.Model) -> None:
+    """Raises ConfigError if a layer cannot be made again from its configuration, as the run and its model file need."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            _check_layers(layer)
+            continue
+        if isinstance(layer, keras.layers.Lambda):
+            raise ConfigError(
+                f"model has the Lambda layer {layer.name!r}, whose function no file can hold safely; allowed: operations of"
+                " keras.ops, or a registered Layer"
+            )
+        try:
+            type(layer).from_config(layer.get_config())
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"model has the layer {layer.name!r}, and {type(layer).__name__}.from_config(layer.get_config()) fails"
+                f" ({text}); allowed: layers whose get_config returns all arguments of their constructor"
+            ) from error
 
 
 def _check_ending(model: keras.Model) -> None:
