@@ -278,10 +278,9 @@ def main() -> None:
     dataset = load_images(name, data_dir, model.input_shape[1], resize, settings)
     check_fit(model, dataset)
     classes = list(settings.get("class_names") or info.class_names or dataset.class_names)
-    only_numbers = classes == [
-        str(k) for k in range(len(classes))
-    ]  # arrays without names of classes, or digits
-    if list(dataset.class_names) != classes and not (only_numbers and trained_on != "digits"):
+    # Arrays without names of classes have numbers, and so have digits, whose names they are.
+    nameless = classes == [str(k) for k in range(len(classes))] and trained_on != "digits"
+    if not nameless and list(dataset.class_names) != classes:
         raise ConfigError(
             f"data set {name!r} has classes {cut(', '.join(dataset.class_names))}, but the model was trained on"
             f" {cut(', '.join(map(str, classes)))}; allowed: the data set it was trained on (--dataset, --data_dir)"

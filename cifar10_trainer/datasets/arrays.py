@@ -98,16 +98,17 @@ def as_dataset(
 
 def _check(data: Dataset) -> None:
     """Raises ConfigError where somebody has made a Dataset of other arrays than `Dataset` describes."""
+    shape = check_images("train images", data.train_images).shape[1:]
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     for name, part in (("train", train), ("validation", data.validation), ("test", test)):
         if part is None:
             continue
-        images = check_images(f"{name} images", part[0])
-        labels, count = check_labels(f"{name} labels", part[1], len(images))
-        if images is not part[0] or labels is not part[1] or images.shape[1:] != data.input_shape:
+        images, labels = map(np.asarray, part)
+        _, count = check_labels(f"{name} labels", labels, len(check_images(f"{name} images", images)))
+        if images.shape[1:] != shape or labels.ndim != 1 or labels.dtype != np.int64:
             raise ConfigError(
-                f"the Dataset has {name} images {part[0].shape} and {name} labels {part[1].dtype} {part[1].shape}; allowed:"
-                f" {('n', *data.input_shape)} and int64 ('n',), or (images, labels) in place of the Dataset"
+                f"the Dataset has {name} images {images.shape} and {name} labels {labels.dtype} {labels.shape}; allowed:"
+                f" {('n', *shape)} and int64 ('n',), or (images, labels) in place of the Dataset"
             )
         if count > data.num_classes:
             raise ConfigError(
