@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the checkout
 RUNS = ROOT / "results" / "runs"
 
 # Keys of config.json that a record leaves out: they only describe the machine of the run.
-PRIVATE = ("data_dir", "data_source", "class_names", "command")
+PRIVATE = ("data_dir", "data_name", "data_source", "class_names", "command")
 # Fields in which a recorded run may differ from its recipe.
 FREE = ("epochs", "seed", "strategy", "precision")
 # What runs of version 1.0.0 call a strategy -> its name now.
@@ -70,16 +70,7 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
 
     run = RunFolder(workdir)
     config, metrics = read_run(run)
-    record = {
-        "date": time.strftime("%Y-%m-%d", time.localtime(run.metrics_file.stat().st_mtime)),
-        "commit": commit() if at is None else at,
-        # The path of the images means nothing on another machine.
-        "command": command or without_data_dir(config["command"]),
-        "environment": config.pop("environment"),
-        "metrics": metrics,
-        "config": {k: v for k, v in config.items() if k not in PRIVATE},
-        "history": run.read_history(),
-    }
+    record = record_of(run, config, metrics, command, commit() if at is None else at)
     path = path_of(metrics["recipe"], config["epochs"], metrics["seed"])
     if path.exists():
         before = json.loads(path.read_text())["metrics"]
@@ -93,6 +84,22 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
     RUNS.mkdir(parents=True, exist_ok=True)
     files.write_json(path, record, indent=1)
     return path
+
+
+def record_of(
+    run: RunFolder, config: dict[str, Any], metrics: Record, command: str | None, at: str
+) -> Record:
+    """The record of a finished run. config, metrics: those in its folder; command, at: as for `keep`."""
+    return {
+        "date": time.strftime("%Y-%m-%d", time.localtime(run.metrics_file.stat().st_mtime)),
+        "commit": at,
+        # The path of the images means nothing on another machine.
+        "command": command or without_data_dir(config["command"]),
+        "environment": config["environment"],
+        "metrics": metrics,
+        "config": {k: v for k, v in config.items() if k not in (*PRIVATE, "environment")},
+        "history": run.read_history(),
+    }
 
 
 def without_data_dir(command: str) -> str:
@@ -118,7 +125,8 @@ def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         raise RunError(f"{run} holds no finished run: {error.strerror}: {error.filename}") from error
     except (ValueError, TypeError) as error:
         raise RunError(f"{run} holds a damaged run ({error}); allowed: one that is whole") from error
-    if "own_model" in config or config.get("data_source") == ARRAYS:
+    other_data = config.get("data_name") not in (None, ran.dataset) or config.get("data_source") == ARRAYS
+    if "own_model" in config or other_data:
         raise RunError(
             f"{run} holds a run on a model or images of its own; allowed: a run of a recipe on its data set"
         )
