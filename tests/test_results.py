@@ -65,6 +65,11 @@ def test_keep_refuses_an_unfinished_run(tmp_path):
         ('{"recipe": "fast.85", "epo', (RunError, "holds a damaged run")),
         ('{"recipe": "fast.85", "epochs": -1}', (RunError, "holds a damaged run")),
         ("[1]", (RunError, "holds a damaged run")),
+        (
+            '{"recipe": "fast.85", "data_name": "digits"}',
+            (RunError, "images of its own; allowed: a run of a recipe"),
+        ),
+        ('{"recipe": "fast.85", "own_model": "0a"}', (RunError, "a model or images of its own")),
     ],
 )
 def test_keep_refuses_what_it_does_not_know(tmp_path, config, error):
