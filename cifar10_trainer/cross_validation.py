@@ -54,8 +54,7 @@ def cross_validate(
     """Splits the training images into stratified parts, and trains once for each part, validated on it.
 
     Each run is an ordinary one, in `workdir`/fold-<i>-of-<folds>. A finished run is kept, an unfinished one is resumed.
-    The accuracy of a run is that of its best epoch on its part, which is a little too high where the accuracy still
-    varies from epoch to epoch at the end.
+    Its accuracy is that of its best epoch on its part: a little too high where accuracy still varies at the end.
 
     Args:
         config: what to train; its own validation split is replaced.
@@ -71,14 +70,12 @@ def cross_validate(
         as `train_and_evaluate`.
     """
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
-    workdir = workdir or f"runs/{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}"
-    workdir = Path(os.path.expanduser(workdir))
-    _check_not_finished(workdir, overwrite)
-    if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
-        raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
+    workdir = Path(
+        os.path.expanduser(workdir or f"runs/{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
+    )
+    _check_place(config, workdir, overwrite)
     strategy, _ = runtime.choose_strategy(config.strategy)
-    data = _load(config, data_dir, folder_options, log) if dataset is None else datasets.as_dataset(dataset)
-    data = _without_test_images(data, folds)
+    data = _without_test_images(_data(config, dataset, data_dir, folder_options, log), folds)
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
     more |= {"overwrite": overwrite, "verbose": verbose, "policy": None}
@@ -103,8 +100,12 @@ def cross_validate(
     return summary
 
 
-def _load(config: Config, data_dir: str | None, options: Mapping[str, Any] | None, log: Any) -> Dataset:
-    """The data set of the config."""
+def _data(
+    config: Config, given: Any, data_dir: str | None, options: Mapping[str, Any] | None, log: Any
+) -> Dataset:
+    """The data set that is given, or that of the config."""
+    if given is not None:
+        return datasets.as_dataset(given)
     more = {"log": log, **(options or {})}
     return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **more)
 
@@ -122,8 +123,10 @@ def _adapted(config: Config, folds: int, n: int, replicas: int, log: Callable[..
     return after
 
 
-def _check_not_finished(workdir: Path, overwrite: bool) -> None:
-    """Raises ConfigError where the folder holds a finished cross-validation that may not be replaced."""
+def _check_place(config: Config, workdir: Path, overwrite: bool) -> None:
+    """Raises ConfigError on a cluster, and where the folder holds a finished cross-validation that may not be replaced."""
+    if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
+        raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
     if (workdir / FOLDS_FILE).exists() and not overwrite:
         raise ConfigError(
             f"{workdir} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"

@@ -342,10 +342,7 @@ def test_the_smallest_image_that_fits_is_taken():
         ({"mean": (0.5,)}, r"mean is \[0.5\].*allowed: 3 numbers each"),
         ({"std": (1, 1, 0)}, "allowed: 3 numbers each, all positive in std"),
         ({"dropout": (0.1, 0.2)}, r"dropout is \(0.1, 0.2\); allowed: one number, or 4"),
-        (
-            {"dropout": 1.5},
-            r"options is \{.*1\.5.*\}; allowed with the architecture vgg: values that Keras accepts",
-        ),
+        ({"dropout": 1.5}, r"dropout is 1.5; allowed: from 0 to less than 1"),
         ({"filters": 32}, r"filters is 32; allowed: a sequence of integers"),
         ({"filters": (-1,)}, r"options is \{.*\(-1,\).*\}; allowed with the architecture vgg"),
     ],

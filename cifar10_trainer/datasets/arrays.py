@@ -57,9 +57,19 @@ def from_arrays(
             )
     if len(parts["train"][1]) == 0:
         raise ConfigError("train images has length 0; allowed: one image or more")
-    if class_names is None and count > len(parts["train"][1]):  # IDs perhaps, of which there may be billions
+    names = _class_names(class_names, count, parts["train"][1])
+    empty = parts["train"][0][:0].copy(), np.zeros(0, np.int64)
+    (train_images, train_labels), (test_images, test_labels) = parts["train"], parts.get("test", empty)
+    return Dataset(
+        "arrays", train_images, train_labels, test_images, test_labels, names, SOURCE, parts.get("validation")
+    )
+
+
+def _class_names(class_names: Sequence[str] | None, count: int, labels: np.ndarray) -> tuple[str, ...]:
+    """A name for each of at least `count` classes. Raises ConfigError where they do not fit the training labels."""
+    if class_names is None and count > len(labels):  # IDs perhaps, of which there may be billions
         raise ConfigError(
-            f"labels go up to {count - 1}, but there are only {len(parts['train'][1])} training images; allowed: classes"
+            f"labels go up to {count - 1}, but there are only {len(labels)} training images; allowed: classes"
             " numbered from 0, each with a training image"
         )
     names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(max(count, 2))))
@@ -67,18 +77,14 @@ def from_arrays(
         raise ConfigError(
             f"class_names is {shown(names)}, but the labels go up to {count - 1}; allowed: at least {max(count, 2)} different names"
         )
-    present = np.unique(parts["train"][1])
+    present = np.unique(labels)
     missing = [names[k] for k in range(len(names)) if k not in present]
     if missing:
         raise ConfigError(
             f"train labels has no image of {cut(', '.join(missing[:10]))}; allowed: at least one image of each of the"
             f" {len(names)} classes"
         )
-    empty = parts["train"][0][:0].copy(), np.zeros(0, np.int64)
-    (train_images, train_labels), (test_images, test_labels) = parts["train"], parts.get("test", empty)
-    return Dataset(
-        "arrays", train_images, train_labels, test_images, test_labels, names, SOURCE, parts.get("validation")
-    )
+    return names
 
 
 def as_dataset(
