@@ -90,7 +90,7 @@ class _Section:
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """`value` with the type `hint`: a list becomes a tuple and a whole number a float. Any other type raises ConfigError."""
-    value = _without_numpy(value)
+    value = python_value(value)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         if value is None:
             return None
@@ -126,7 +126,7 @@ def _float(name: str, value: float) -> float:
 
 def _option(name: str, value: Any, depth: int = 0) -> Any:
     """The value of an option: lists as tuples, numbers within their ranges. Raises ConfigError."""
-    value = _without_numpy(value)
+    value = python_value(value)
     if isinstance(value, list | tuple):
         if depth >= OPTION_DEPTH:
             raise ConfigError(f"{name} is {shown(value)}; allowed: lists that are nested {OPTION_DEPTH} deep")
@@ -142,7 +142,7 @@ def _option(name: str, value: Any, depth: int = 0) -> Any:
     return value
 
 
-def _without_numpy(value: Any) -> Any:
+def python_value(value: Any) -> Any:
     """A scalar or array of NumPy as Python's number or lists, without an import of NumPy."""
     return value.tolist() if type(value).__module__ == "numpy" else value
 

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from . import cluster, datasets, machine, process, runtime
+from . import cluster, datasets, machine, preparation, process, runtime
 from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
@@ -75,7 +75,8 @@ def cross_validate(
     )
     _check_place(config, workdir, overwrite)
     strategy, _ = runtime.choose_strategy(config.strategy)
-    data = _without_test_images(_data(config, dataset, data_dir, folder_options, log), folds)
+    data = preparation.load(config, dataset, (), data_dir, None, folder_options, log)
+    data = _without_test_images(data, folds)
     config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
     more |= {"overwrite": overwrite, "verbose": verbose, "policy": None}
@@ -85,9 +86,7 @@ def cross_validate(
             if signals.caught:  # after the last step of the fold before
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             log(f"-- fold {i + 1} of {folds}")
-            more["callbacks"] = (
-                [_remove_the_others(workdir, _folder(folds, 0))] if overwrite and i == 0 else []
-            )
+            more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
             metrics = _run(_fold(config, folds, i), workdir / _folder(folds, i), since=since, **more)
             more["policy"] = metrics["precision"]
             accuracy = metrics["best_val_accuracy"]
@@ -98,16 +97,6 @@ def cross_validate(
     write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)
     log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
-
-
-def _data(
-    config: Config, given: Any, data_dir: str | None, options: Mapping[str, Any] | None, log: Any
-) -> Dataset:
-    """The data set that is given, or that of the config."""
-    if given is not None:
-        return datasets.as_dataset(given)
-    more = {"log": log, **(options or {})}
-    return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **more)
 
 
 def _adapted(config: Config, folds: int, n: int, replicas: int, log: Callable[..., None]) -> Config:
@@ -142,7 +131,7 @@ def _folder(folds: int, i: int) -> str:
     return f"fold-{i + 1}-of-{folds}"
 
 
-def _remove_the_others(workdir: Path, first: str) -> keras.callbacks.Callback:
+def _remove_the_others(workdir: Path, folds: int) -> keras.callbacks.Callback:
     """A callback of the first fold that removes what is left of a cross-validation before, as soon as this fold trains.
 
     Not sooner, so that a failure until there costs nothing. And not when their turn comes, since an interrupted
@@ -153,7 +142,7 @@ def _remove_the_others(workdir: Path, first: str) -> keras.callbacks.Callback:
         (workdir / FOLDS_FILE).unlink(missing_ok=True)
         for folder in sorted(workdir.glob("fold-*-of-*")):
             run = RunFolder(folder)
-            if folder.name != first and run.has_run():
+            if folder.name != _folder(folds, 0) and run.has_run():
                 with run.lock():
                     run.remove_run()
 

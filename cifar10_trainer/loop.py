@@ -95,7 +95,6 @@ class TrainingLoop:
         self.history: list[dict[str, Any]] = []
         self.best: float | None = None
         self.best_epoch: int | None = None
-        self._best_model: str | None = None  # the digest of the file
         self.target: tuple[int, float] | None = None  # the epoch and the seconds at which it was reached
         self.images, self.step_seconds = 0, 0.0
         self._saved_callbacks: list[dict[str, Any]] = []  # CALLBACK_STATE of each, from before this process
@@ -181,9 +180,9 @@ class TrainingLoop:
             raise RunError(
                 f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
             )
-        count, start = 1, engine.step
+        count = 1
         self._began = self._saved = time.monotonic()
-        self._saved_step = start
+        self._saved_step = engine.step
         if self.chief and self.history:
             self.folder.write_history(
                 self.history
@@ -313,7 +312,6 @@ class TrainingLoop:
     def _save_model(self) -> None:
         if self.chief:
             self.folder.save_model(self.engine.model)
-            self._best_model = self.folder.model_digest()
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
@@ -334,7 +332,7 @@ class TrainingLoop:
             "history": self.history,
             "best": self.best,
             "best_epoch": self.best_epoch,
-            "best_model": self._best_model,
+            "best_model": self.folder.model_digest(),
             "target": self.target,
             "images": self.images,
             "step_seconds": self.step_seconds,
@@ -370,7 +368,7 @@ class TrainingLoop:
             before = {"model": RECIPE_MODEL, **meta["environment"]}  # version 1.0.0 knew no other models
             data, before = meta["data"], {name: before[name] for name in now}
             self.history, self.best, self.best_epoch = meta["history"], meta["best"], meta["best_epoch"]
-            self._best_model = meta.get("best_model")  # version 1.0.0 did not save it
+            best_model = meta.get("best_model")  # version 1.0.0 did not save it
             self.target = meta["target"] and tuple(meta["target"])
             self.images, self.step_seconds = meta["images"], meta["step_seconds"]
             self._before = {name: meta[name] for name in self._before}
@@ -395,10 +393,10 @@ class TrainingLoop:
         except (KeyError, ValueError) as error:
             raise self.folder.damaged_state(error) from error
         self.engine.export()
-        if self._best_model not in (None, self.folder.model_digest()):
+        if best_model not in (None, self.folder.model_digest()):
             # The process died between a new best model and its state. The epochs that are trained again may, on another
             # number of replicas, not be as good, and then the file would be of none of them.
-            self.best = self.best_epoch = self._best_model = None
+            self.best = self.best_epoch = None
         return "" if before["replicas"] == self.engine.replicas else self._replica_change(before["replicas"])
 
     def _replica_change(self, before: int) -> str:

@@ -65,10 +65,6 @@ def interval_in_words(accuracy: float, n: int) -> str:
 
 def views_in_words(metrics: Mapping[str, Any]) -> str:
     """The TTA of metrics.json, as in "6 views" or "6 views of the 25% of the images that are least sure"."""
-    share = metrics.get("views_share", 1)
+    share = metrics.get("views_share", 1) if metrics["views"] > 1 else 1
     views = f"{metrics['views']} view{'' if metrics['views'] == 1 else 's'}"
-    return (
-        views
-        if share == 1 or metrics["views"] == 1
-        else f"{views} of the {100 * share:.4g}% of the images that are least sure"
-    )
+    return views if share == 1 else f"{views} of the {100 * share:.4g}% of the images that are least sure"

@@ -185,7 +185,7 @@ def main() -> None:
             "command": records.without_data_dir(settings["command"]).partition(" --workdir")[0],
             "environment": settings["environment"],
             "metrics": metrics,
-            "config": {k: v for k, v in settings.items() if k not in (*records.PRIVATE, "environment")},
+            "config": {k: v for k, v in settings.items() if k not in records.PRIVATE},
         },
         "file": {
             "bytes": out.stat().st_size,

@@ -189,11 +189,7 @@ class Leaderboard:
         best = rows[0]
         if best.status == "completed":
             # With another objective, the best trial need not have the highest accuracy.
-            side = (
-                "past"
-                if max(r.accuracy for r in rows if r.status == "completed") >= self.target
-                else "short of"
-            )
+            side = "past" if (self.oracle.best_accuracy() or 0) >= self.target else "short of"
             parts.append(
                 f"best {percent(best.accuracy)} (trial {best.trial}), {side} the target {percent(self.target)}"
             )

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from ..errors import ConfigError
 from ..files import parse_json
 
+_LABEL = r"[^\s:/\[\].]{1,63}"  # of a host's name; IDNA refuses longer and empty ones
 EXAMPLE = '{"cluster": {"worker": ["HOST:PORT", "HOST:PORT"]}, "task": {"type": "worker", "index": 0}}'
 
 
@@ -107,9 +108,8 @@ def is_list_of_texts(value: Any) -> TypeGuard[list[str]]:
 
 def host_and_port(address: str, where: str) -> tuple[str, int]:
     """The two parts of HOST:PORT, where HOST may be an IPv6 address in brackets. Raises ConfigError."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]+)):(\d{1,5})", address)
-    labels = (match[2] or "x").removesuffix(".").split(".") if match else []
-    if match is None or not 1 <= int(match[3]) <= 65535 or not all(0 < len(x) < 64 for x in labels):
+    match = re.fullmatch(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_LABEL}(?:\.{_LABEL})*\.?)):(\d{{1,5}})", address)
+    if match is None or not 1 <= int(match[3]) <= 65535:
         raise ConfigError(
             f"{where} names the address {address!r}; allowed: HOST:PORT with a port from 1 to 65535, as 10.0.0.1:5000"
         )

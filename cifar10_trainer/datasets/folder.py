@@ -110,6 +110,7 @@ def load_folder(
         raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
     root, log = _existing(data_dir), log or _to_stderr
     found = _find(root, files)
+    _check_names_differ(found.files["train"], root)
     _log_left_out(found.left_out, root, strict, log)
     pairs = found.pairs(only)
     total = sum(map(len, pairs.values()))
@@ -124,13 +125,7 @@ def load_folder(
 
 def _assemble(root: Path, found: _Found, read: dict[str, _Part], resize: str, *, check: bool) -> Dataset:
     """The data set of the parts that were read. check: whether each class must have an image to train on."""
-    names = list(found.files["train"])
-    class_names = tuple(map(readable, names))
-    for name in names:
-        if class_names.count(readable(name)) > 1:
-            raise RunError(
-                f"{readable(root)} has class folders whose names differ, but not in UTF-8: {readable(name)}; rename them"
-            )
+    class_names = tuple(map(readable, found.files["train"]))
     if check:
         _check_classes(read["train"][1], class_names, root)
     (train_images, train_labels, _), (test_images, test_labels, _) = read["train"], read["test"]
@@ -340,6 +335,15 @@ def _check_class_names(classes: dict[str, list[str]], folder: Path) -> None:
     raise RunError(
         f"{readable(folder)} has 1 class folder ({readable(name)}); allowed: two or more, in {LAYOUT}{hint}"
     )
+
+
+def _check_names_differ(classes: Iterable[str], root: Path) -> None:
+    """Raises RunError where two classes read alike, because their names are not UTF-8."""
+    for name, count in Counter(map(readable, classes)).items():
+        if count > 1:
+            raise RunError(
+                f"{readable(root)} has class folders whose names differ, but not in UTF-8: {name}; rename them"
+            )
 
 
 def _log_left_out(left_out: Counter[str], root: Path, strict: bool, log: Log) -> None:

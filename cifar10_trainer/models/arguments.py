@@ -9,8 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
+from ..config import python_value
 from ..errors import ConfigError, shown
 
 BuildFunction = typing.TypeVar("BuildFunction", bound=Callable[..., Any])
@@ -32,12 +31,9 @@ def checked(build: BuildFunction) -> BuildFunction:
 
 
 def without_numpy(value: Any) -> Any:
-    """`value` with NumPy's scalars and arrays as Python's numbers and tuples."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, list | tuple | np.ndarray):
-        return tuple(without_numpy(v) for v in value)
-    return value
+    """`value` with NumPy's scalars and arrays as Python's numbers and tuples, also within lists and tuples."""
+    value = python_value(value)
+    return tuple(map(without_numpy, value)) if isinstance(value, list | tuple) else value
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

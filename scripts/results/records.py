@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 RUNS = ROOT / "results" / "runs"
 
-# Keys of config.json that a record leaves out: they only describe the machine of the run.
-PRIVATE = ("data_dir", "data_name", "data_source", "class_names", "command")
+# Keys of config.json that the config of a record leaves out: they only describe the machine of the run.
+PRIVATE = ("data_dir", "data_name", "data_source", "class_names", "command", "environment")
 # Fields in which a recorded run may differ from its recipe.
 FREE = ("epochs", "seed", "strategy", "precision")
 # What runs of version 1.0.0 call a strategy -> its name now.
@@ -97,7 +97,7 @@ def record_of(
         "command": command or without_data_dir(config["command"]),
         "environment": config["environment"],
         "metrics": metrics,
-        "config": {k: v for k, v in config.items() if k not in (*PRIVATE, "environment")},
+        "config": {k: v for k, v in config.items() if k not in PRIVATE},
         "history": run.read_history(),
     }
 
