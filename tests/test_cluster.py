@@ -185,6 +185,29 @@ def test_the_chief_decides_for_all(meet, places):
     assert together(*(lambda t=t: work(t) for t in teams)) == [decided] * 3
 
 
+def test_the_chief_goes_on_when_its_word_is_sent(meet, places, monkeypatch):
+    """TensorFlow's meeting follows, in which Python stands still: a word that is not sent by then, is sent after it."""
+    teams, sent = meet(*places(2)), []
+    send = teams[0]._send_to_all
+
+    def late(**message):
+        time.sleep(0.5)
+        send(**message)
+        sent.extend(message)
+
+    monkeypatch.setattr(teams[0], "_send_to_all", late)
+
+    def chief():
+        teams[0].agree(seed=0)
+        agreed = list(sent)
+        teams[0].take_from_chief("mine")
+        return agreed, list(sent)
+
+    (agreed, decided), _ = together(chief, lambda: (teams[1].agree(seed=0), teams[1].take_from_chief("")))
+    assert agreed == ["verdict", "round"]
+    assert decided == [*agreed, "order", "round"]
+
+
 def test_workers_whose_chief_ends_wait_no_longer_for_its_decision(meet, places):
     where = places(3)
     chief, *others = meet(*where)

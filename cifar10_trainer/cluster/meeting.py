@@ -266,7 +266,7 @@ class Team:
             now, others = self._round, sorted(self._members)
             self._terms[now, own] = terms
         if own != 0:
-            self._post(terms=terms, round=now)
+            self._send(terms=terms, round=now)
         while True:
             with self._changed:
                 missing = [i for i in others if (now, i) not in self._terms] if own == 0 else others
@@ -278,9 +278,8 @@ class Team:
             waiting(", ".join(map(self.place.name, missing)))
         if own == 0:
             self._verdicts[now] = self._difference(now)
-            self._post(verdict=self._verdicts[now], round=now)
+            self._send(verdict=self._verdicts[now], round=now)
         if self._verdicts[now]:
-            self._flush()
             raise ConfigError(self._verdicts[now])
 
     def take_from_chief(self, value: str) -> str:
@@ -292,7 +291,7 @@ class Team:
             self._round += 1
             now = self._round
         if self.place.index == 0:
-            self._post(order=value, round=now)
+            self._send(order=value, round=now)
             return value
         while True:
             with self._changed:
@@ -343,8 +342,7 @@ class Team:
             raise
         except BaseException as error:
             if not self.lost and not self.alone:
-                self._post(failed=_one_line(error))
-                self._flush()
+                self._send(failed=_one_line(error))
             raise
 
     def notices_loss(self) -> bool:
@@ -366,23 +364,22 @@ class Team:
             " workers again with the same --workdir"
         )
 
-    def _post(self, **message: Any) -> None:
-        """Sends a message to the chief, or from the chief to all."""
+    def _send(self, **message: Any) -> None:
+        """Sends a message to the chief, or from the chief to all, and waits until it is sent.
+
+        What follows may be TensorFlow's own meeting, in which no thread of Python runs: what has not been sent before it
+        arrives after it, and the others wait for it.
+        """
         with self._changed:
             self._outbox.append(message)
-        self._ring()
+            self._ring()
+            while self._outbox and self._watcher.is_alive():
+                self._changed.wait(0.1)
 
     def _ring(self) -> None:
         """Wakes the watching thread."""
         with contextlib.suppress(OSError):
             self._bell.send(b"\0")
-
-    def _flush(self) -> None:
-        """Waits, at most two seconds, until what was posted is sent."""
-        end = time.monotonic() + 2
-        with self._changed:
-            while self._outbox and time.monotonic() < end:
-                self._changed.wait(0.1)
 
     def _send_to_all(self, **message: Any) -> None:
         for connection in list(self._members.values()):
