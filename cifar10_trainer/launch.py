@@ -43,12 +43,14 @@ def run_local_workers(count: int, argv: Sequence[str]) -> None:
     errors: list[list[str]] = [[] for _ in range(count)]
     workers: list[subprocess.Popen] = []
     readers = []
-    with passing_on(workers):
+    with passing_on(workers) as caught:
         try:
             for index in range(count):
                 workers.append(
                     _start(argv, cluster.set_tf_config(addresses, index, "--local_workers"), index == 0)
                 )
+                if caught:  # a signal that some of them have missed
+                    raise KeyboardInterrupt
             for index, worker in enumerate(workers):
                 reader = threading.Thread(target=_relay, args=(worker.stderr, index, errors[index]))
                 reader.start()

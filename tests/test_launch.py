@@ -74,6 +74,24 @@ def test_a_killed_worker(workers, monkeypatch):
         launch.run_local_workers(2, [])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("early", [0, 1])
+def test_a_signal_while_the_workers_are_started(early, number, monkeypatch):
+    started = []
+
+    def start(argv, place, first):
+        if len(started) == early:
+            os.kill(os.getpid(), number)
+        started.append(subprocess.Popen(["sleep", "100"]))
+        return started[-1]
+
+    monkeypatch.setattr(launch, "_start", start)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run_local_workers(3, [])
+    assert len(started) == early + 1
+    assert all(worker.returncode for worker in started)
+
+
 def test_workers_that_were_interrupted_before_they_began(workers):
     workers("print('interrupted', file=sys.stderr); sys.exit(130)")
     with pytest.raises(KeyboardInterrupt):
