@@ -35,10 +35,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes the PNG file `path`, whole or not at all, and empties the figure. Makes its folder, not the parents of that."""
+    """Writes the PNG file `path`, whole or not at all, and empties the figure. Makes its folder."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, facecolor="white")
-    write_atomic(path, png.getvalue(), parents=False)
+    write_atomic(path, png.getvalue())
     figure.clear()  # its parts refer to one another, so their memory would wait for the garbage collector
 
 

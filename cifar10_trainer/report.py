@@ -115,7 +115,7 @@ def write_report(
         path = drawn["misclassified_examples"]
         misclassified_examples(images, labels, test_probabilities, names, path, split=scored)
 
-    # ---- the two texts
+    folder.check_there()  # drawing takes seconds, and makes the folder
     text = "\n\n".join(filter(None, (note, text.rstrip()))) + "\n"
     write_atomic(folder.classification_report_file, text, parents=False)
     tiles = _tiles(metrics, scored, n, accuracy, balance)

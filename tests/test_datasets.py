@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -250,6 +251,19 @@ def test_damaged_cache_is_passed_over(tiny, nothing_cached, capsys):
     path = tiny.write("python", nothing_cached / "data")
     assert datasets.load().source == str(path.relative_to(nothing_cached))
     assert f"skipping a cached copy: {keras}" in capsys.readouterr().err
+
+
+def test_a_small_archive_takes_little_memory(tmp_path):
+    """Python allocates as many bytes as a `read` asks for, also where the file is shorter."""
+    path = tmp_path / "archive.tar.gz"
+    path.write_bytes(gzip.compress(b"nothing"))
+    with open(path, "rb") as file:
+        tracemalloc.start()
+        try:
+            assert cifar10._unpacked(file) == b"nothing"
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_an_archive_of_several_gzip_members_with_padding(tiny, tmp_path):

@@ -378,7 +378,7 @@ def seeds(out):
     digits, found = datasets.load("digits"), {"none": [], "mirrored": []}
     for seed in range(5):
         for strategy, accuracies in found.items():
-            config = digits_config(strategy=strategy, seed=seed, epochs=4.0)
+            config = digits_config(strategy=strategy, seed=seed, epochs=4.0, options__filters=(16, 32))
             metrics = train_and_evaluate(
                 config, f"{out}.{strategy}{seed}", dataset=digits, verbose=0, full_report=False
             )

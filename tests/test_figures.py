@@ -25,6 +25,12 @@ def test_sample_images_has_a_row_for_each_class(tmp_path):
     assert area[0] == pytest.approx(3 * area[1], rel=0.05) and area[1] == pytest.approx(area[2], rel=0.05)
 
 
+def test_a_figure_makes_its_folder_and_the_parents_of_that(tmp_path):
+    path = tmp_path / "runs" / "mine" / "samples.png"
+    figures.sample_images(np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1]), ("a", "b"), path)
+    assert [p.name for p in path.parent.iterdir()] == ["samples.png"]
+
+
 def test_drawn_images_have_the_pixels_of_the_data(tmp_path, drawn):
     images = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3)).astype(np.uint8)
     figures.sample_images(images, np.array([1, 0, 1, 0]), ("a", "b"), tmp_path / "s.png", per_class=2)

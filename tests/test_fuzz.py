@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import datasets, runtime
+from cifar10_trainer import datasets
+from cifar10_trainer.cluster import Place, place_in_tf_config
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import cifar10
 from cifar10_trainer.errors import ConfigError, RunError
@@ -222,7 +223,7 @@ def test_clusters(monkeypatch):
         text = value if isinstance(value, str) else json.dumps(value)
         text = text.replace("\0", "").encode("utf-8", "replace").decode()
         monkeypatch.setenv("TF_CONFIG", text)
-        assert isinstance(runtime._cluster(), dict)
+        assert isinstance(place_in_tf_config(), Place | None)
 
     fuzz(whole | JSON | st.text(max_size=50) | st.integers(0, 20_000).map(lambda n: "[" * n), check)
 

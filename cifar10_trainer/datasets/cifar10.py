@@ -218,7 +218,8 @@ def _unpacked(file: Any) -> bytes:
     It is unpacked in one call, because `read_ahead` does this beside an import: after each call, Python would wait 5 ms for
     the interpreter lock.
     """
-    packed, content = file.read(_ARCHIVE_BYTES), b""
+    size = os.fstat(file.fileno()).st_size
+    packed, content = file.read(min(size, _ARCHIVE_BYTES)), b""  # Python allocates what it is asked for
     while packed:
         member = zlib.decompressobj(wbits=31)
         found = member.decompress(packed, _ARCHIVE_BYTES - len(content) + 1)
