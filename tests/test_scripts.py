@@ -161,7 +161,6 @@ def test_the_notebook_shows_what_was_executed():
         assert step in text
 
 
-@pytest.mark.slow
 def test_the_notebook_executes_on_the_embedded_data(tmp_path):
     script = ROOT / "scripts" / "notebook.py"
     done = subprocess.run(
