@@ -4,9 +4,9 @@ The training model computes in the dtype of a precision policy, ends in logits i
 these layers by those of `layers.py`:
 
 - batch norm: one kernel forward and one backward;
-- dropout: 16 random bits per element;
-- leaky ReLU: a part of the convolution before it;
-- SiLU: a gradient without a sigmoid, on a CPU;
+- dropout: 16 random bits per element, and on a CPU a loop that XLA compiles;
+- ReLU and leaky ReLU: a part of the convolution or batch norm before it; their gradients, and those of SiLU, GELU and
+  others: one loop that XLA compiles, on a CPU;
 - 3x3 convolutions with small maps: the gradient to the kernel as matrix products, on a CPU;
 - max pooling: one pass forward and one backward, under XLA.
 
@@ -28,8 +28,10 @@ from .layers import (
     FastDropout,
     FastLeakyReLU,
     FastMaxPooling2D,
-    FastSiLU,
+    FastReLU,
     FusedBatchNormalization,
+    fast_activation,
+    fast_relu,
 )
 from .models.own import logits_before_softmax, softmax_of
 
@@ -51,6 +53,9 @@ PREPROCESSING_LAYERS = (
 )
 # TensorFlow has no fast bfloat16 kernel for them on a CPU: in float32 a step of MobileNetV2 takes half of the time.
 SLOW_IN_BFLOAT16 = (keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
+# Layers whose attribute `activation` is the activation function; and the slow functions that compute each element alone.
+WITH_ACTIVATION = (keras.layers.Activation, keras.layers.Conv2D, keras.layers.Dense)
+ELEMENTWISE = tuple(getattr(keras.activations, name) for name in ("elu", "gelu", "mish", "silu"))
 # Policies that the run's own replaces. Any other one was chosen for the layer.
 REPLACED_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
@@ -141,6 +146,14 @@ def _finish_layers(model: keras.Model, result: keras.Model) -> None:
             new.finalize_state()
 
 
+def _fuses_relu(layer: keras.Layer) -> bool:
+    """Whether TensorFlow fuses the layer's ReLU with the operation before it."""
+    before = layer
+    if isinstance(layer, keras.layers.Activation):
+        before = layer._inbound_nodes[0].parent_nodes[0].operation
+    return isinstance(before, keras.layers.BatchNormalization) or getattr(before, "use_bias", False)
+
+
 def _output_shape(layer: keras.Layer) -> tuple[int | None, ...] | None:
     """The shape of the layer's output; None where it has several, because the layer is used in several places."""
     shapes = {tuple(node.output_tensors[0].shape) for node in layer._inbound_nodes}
@@ -169,14 +182,20 @@ def _training_layer(
         # Without a fixed size, each step decides, and the smallest maps are those for which it can matter.
         height, width = (1, 1) if any_size or shape is None else shape[1:3]
         if height and width and FastConv2D.suits(layer, height, width):
-            return FastConv2D.from_config(config)
-    if kind is keras.layers.Activation and cpu and not compiled and FastSiLU.suits(layer, policy):
-        return FastSiLU.from_config(config)
+            kind = FastConv2D
     if kind is keras.layers.MaxPooling2D and compiled and FastMaxPooling2D.suits(layer):
         return FastMaxPooling2D.from_config(config)
     if kind is keras.layers.LeakyReLU and layer.negative_slope > 0:
         return FastLeakyReLU.from_config(config)
-    return layer.__class__.from_config(config)
+    if kind is keras.layers.ReLU and cpu and not compiled and FastReLU.suits(layer):
+        return FastReLU.from_config(config)
+    result = kind.from_config(config)
+    if cpu and not compiled and isinstance(layer, WITH_ACTIVATION):
+        if layer.activation is keras.activations.relu:
+            result.activation = fast_relu(0.0, _fuses_relu(layer))
+        elif layer.activation in ELEMENTWISE:
+            result.activation = fast_activation(layer.activation)
+    return result
 
 
 def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:

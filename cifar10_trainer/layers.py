@@ -12,7 +12,115 @@ from typing import TypeAlias
 import keras
 import tensorflow as tf
 
+Activation: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 Gradient: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
+
+LARGE = 1 << 19  # elements, from which a loop is faster if XLA compiles it: a call of it takes 0.2 ms more
+
+
+def compiles(maps: tf.Tensor | None = None) -> bool:
+    """Whether XLA compiles loops over elements: on a CPU, if this build of TensorFlow can. On Windows it cannot.
+
+    Args:
+        maps: of a loop that is cheap without XLA as well. Such a loop is compiled only if the size of its maps is fixed,
+            because XLA compiles again for each one, and if they are large.
+    """
+    pays = maps is None or (maps.shape.num_elements() or 0) >= LARGE
+    return pays and not tf.config.list_logical_devices("GPU") and has_xla()
+
+
+@functools.cache
+def has_xla() -> bool:
+    """Whether this build of TensorFlow compiles for its CPU."""
+    try:
+        with tf.init_scope(), tf.device("CPU"):
+            compiled(lambda: tf.constant(0))()
+    except (tf.errors.OpError, ValueError):
+        return False
+    return True
+
+
+def compiled(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """`function`, which XLA compiles for each shape of its arguments."""
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
+def widened(x: tf.Tensor) -> tf.Tensor:
+    """`x` in float32; float64 as it is."""
+    return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+
+
+@compiled
+def gate(x: tf.Tensor, keep: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """`x` times `scale` where `keep`, else 0. `scale` is a float32 scalar."""
+    x32 = widened(x)
+    return tf.cast(tf.where(keep, x32 * tf.cast(scale, x32.dtype), tf.zeros_like(x32)), x.dtype)
+
+
+@functools.cache
+def fast_activation(function: Activation) -> Activation:
+    """An activation function that XLA compiles to one loop over the elements, and its gradient to another one.
+
+    TensorFlow runs one kernel for each operation of a gradient, and on a CPU these kernels are slow in bfloat16
+    (docs/measurements.md, "Activations that XLA compiles"). The gradient is computed in float32, or in float64 for such maps.
+
+    Args:
+        function: elementwise, of one tensor.
+
+    Returns:
+        the same function. One object for equal arguments, so that equal layers share the compiled loops.
+    """
+
+    def gradient(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        x = widened(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tf.cast(tape.gradient(y, x, widened(dy)), dy.dtype)
+
+    compiled_function, compiled_gradient = compiled(function), compiled(gradient)
+
+    @tf.custom_gradient
+    def activate(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+        return compiled_function(x), functools.partial(compiled_gradient, x)
+
+    return lambda x: activate(x) if compiles() else function(x)
+
+
+@functools.cache
+def fast_relu(slope: float, fuses: bool) -> Activation:
+    """ReLU or leaky ReLU, whose gradient is determined from the sign of the output, in one loop that XLA compiles.
+
+    Only the activation reads its input, so TensorFlow can fuse it with the convolution or the batch norm before it.
+
+    Args:
+        slope: below 0; at least 0.
+        fuses: whether TensorFlow does that. If not, XLA compiles the activation as well.
+
+    Returns:
+        the activation function. One object for equal arguments.
+    """
+    function = functools.partial(tf.nn.leaky_relu, alpha=slope) if slope else tf.nn.relu
+
+    def gradient(y: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        seed = widened(dy)
+        return tf.cast(
+            tf.where(widened(y) > 0, seed, slope * seed if slope else tf.zeros_like(seed)), dy.dtype
+        )
+
+    def kernel(y: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+        if slope:
+            return tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
+        return tf.raw_ops.ReluGrad(gradients=dy, features=y)
+
+    compiled_function, compiled_gradient = compiled(function), compiled(gradient)
+
+    @tf.custom_gradient
+    def activate(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+        y = function(x) if fuses or not compiles() else compiled_function(x)
+        return y, functools.partial(compiled_gradient if compiles(x) else kernel, y)
+
+    return activate
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
@@ -80,58 +188,38 @@ class FastDropout(keras.layers.Dropout):
         if dropped == 2**16:
             return tf.zeros_like(inputs)
         keep = tf.reshape(draws >= dropped - 2**15, tf.shape(inputs))
-        return inputs * (tf.cast(keep, inputs.dtype) * (2**16 / (2**16 - dropped)))
+        scale = tf.constant(2**16 / (2**16 - dropped), tf.float32)
+        if not compiles(inputs):
+            return inputs * (tf.cast(keep, inputs.dtype) * tf.cast(scale, inputs.dtype))
+
+        @tf.custom_gradient
+        def drop(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+            return gate(x, keep, scale), lambda dy: gate(dy, keep, scale)
+
+        return drop(inputs)
+
+
+@keras.saving.register_keras_serializable("cifar10_trainer")
+class FastReLU(keras.layers.ReLU):
+    """Keras's plain ReLU, with the gradient of `fast_relu`."""
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Applies the activation to each element."""
+        return fast_relu(0.0, True)(inputs)
+
+    @staticmethod
+    def suits(layer: keras.layers.ReLU) -> bool:
+        """Returns whether this class can replace `layer`."""
+        return (layer.max_value, layer.negative_slope, layer.threshold) == (None, 0, 0)
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastLeakyReLU(keras.layers.LeakyReLU):
-    """Keras's leaky ReLU, whose gradient is determined from the sign of its output, so its input need not be kept.
-
-    Nothing else then reads the output of the convolution before it, so TensorFlow fuses the two. The slope must be
-    above 0.
-    """
+    """Keras's leaky ReLU, with the gradient of `fast_relu`. The slope must be above 0."""
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Applies the activation to each element."""
-        slope = self.negative_slope
-
-        @tf.custom_gradient
-        def activate(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
-            y = tf.nn.leaky_relu(x, slope)
-            return y, lambda dy: tf.raw_ops.LeakyReluGrad(gradients=dy, features=y, alpha=slope)
-
-        return activate(inputs)
-
-
-@keras.saving.register_keras_serializable("cifar10_trainer")
-class FastSiLU(keras.layers.Activation):
-    """Keras's SiLU, whose gradient computes the sigmoid from the output: it is y / x, because y = x sigmoid(x).
-
-    On a CPU in bfloat16, a division takes a quarter of a sigmoid's time, and the whole gradient six tenths of Keras's.
-    Under XLA, Keras's own SiLU is as good, because XLA fuses its gradient into one pass.
-    """
-
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Applies the activation to each element."""
-
-        @tf.custom_gradient
-        def activate(x: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
-            y = x * tf.sigmoid(x)  # oneDNN fuses both into one kernel
-
-            def gradient(dy: tf.Tensor) -> tf.Tensor:
-                # The sigmoid is as large as the maps, so it must not exist before it is needed.
-                with tf.control_dependencies([dy]):
-                    sigmoid = tf.where(x == 0, tf.constant(0.5, x.dtype), y / x)
-                    return dy * (sigmoid * (1 + (x - y)))
-
-            return y, gradient
-
-        return activate(inputs)
-
-    @staticmethod
-    def suits(layer: keras.layers.Activation, policy: str) -> bool:
-        """Returns whether this class can replace `layer`. In float16, y / x is wrong if y is subnormal."""
-        return layer.activation is keras.activations.silu and policy != "mixed_float16"
+        return fast_relu(float(self.negative_slope), True)(inputs)
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
