@@ -38,7 +38,8 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 @pytest.fixture(autouse=True)
 def nothing_cached(monkeypatch, tmp_path_factory):
-    """No test sees this machine's caches or reaches the network."""
+    """No test sees this machine's caches, reaches the network, or has images that a test before it read ahead."""
+    monkeypatch.setattr(cifar10, "_AHEAD", {})
     home = tmp_path_factory.mktemp("home")
     for name in ("CIFAR10_TRAINER_DATA", "TFDS_DATA_DIR", "KERAS_HOME", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
