@@ -19,7 +19,7 @@ LARGE = 1 << 19  # elements, from which a loop is faster if XLA compiles it: a c
 
 
 def compiles(maps: tf.Tensor | None = None) -> bool:
-    """Whether XLA compiles loops over elements: on a CPU, if this build of TensorFlow can. On Windows it cannot.
+    """Whether XLA compiles loops over elements: on a CPU, if this build of TensorFlow can. Not all can.
 
     Args:
         maps: of a loop that is cheap without XLA as well. Such a loop is compiled only if the size of its maps is fixed,
@@ -171,9 +171,9 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastDropout(keras.layers.Dropout):
-    """Keras's dropout with 16 random bits per element, half of Keras's, and a product in place of a selection.
+    """Keras's dropout with 16 random bits per element, half of Keras's, and one loop over large maps, or one product.
 
-    The effective rate is the nearest multiple of 2**-16. On a CPU in bfloat16 it takes two fifths of Keras's time.
+    The effective rate is the nearest multiple of 2**-16.
     """
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
