@@ -71,7 +71,7 @@ def command_of(name: str) -> str:
 
 
 def measure(name: str, section: timing.Section, asked: timing.Options) -> None:
-    """Runs one section and keeps its numbers. Those of the default record are published, too."""
+    """Runs one section and keeps its numbers. Those of the default record, and of PROCESSORS, are published, too."""
     print(f"\n== {name}: {section.__doc__}", flush=True)
     busy = timing.others_share()
     if busy is not None and busy > record.QUIET:
@@ -84,6 +84,8 @@ def measure(name: str, section: timing.Section, asked: timing.Options) -> None:
     kept = record.keep(path, name, found, command=command_of(name), quick=FLAGS.quick)
     if not FLAGS.record:
         record.publish(kept, name)
+    if path.resolve() in record.of_processors():
+        tables.publish("processors", record.processors_table())
 
 
 def main(argv: list[str]) -> None:

@@ -59,7 +59,9 @@ def test_wrong_usage_is_one_line(argv, message, capsys):
 def documents(tmp_path, monkeypatch):
     """A checkout with no record yet."""
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "benchmarks.md").write_text("x\n<!-- benchmark -->\n<!-- /benchmark -->\n")
+    (tmp_path / "docs" / "benchmarks.md").write_text(
+        "x\n<!-- benchmark -->\n<!-- /benchmark -->\n<!-- processors -->\n<!-- /processors -->\n"
+    )
     (tmp_path / "README.md").write_text("x\n<!-- speed -->\n<!-- /speed -->\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(record, "RECORD", tmp_path / "results" / "benchmark.json")
@@ -78,6 +80,16 @@ def section_of(name, value):
 
     section.__name__ = name
     return section
+
+
+def test_the_record_of_another_processor_fills_its_column(documents, monkeypatch):
+    monkeypatch.setitem(cpu.SECTIONS, "step", section_of("step", 2.5))
+    document = documents / "docs" / "benchmarks.md"
+    for name, shown in (("mine", ""), ("xeon", "2.50 ms")):
+        assert command("--quick", f"--record={documents}/results/benchmark-{name}.json", "step") == 0
+        text = document.read_text()
+        assert "<!-- benchmark -->\n<!-- /benchmark -->" in text, "the tables are those of the default record"
+        assert (f"| step: this project |  |  | {shown} |" in text) == bool(shown)
 
 
 def test_a_section_does_not_relabel_the_others(documents, monkeypatch):

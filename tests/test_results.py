@@ -304,10 +304,42 @@ def test_the_limits_of_steps_are_those_of_the_records():
     for result in zen4["verdicts"]:
         name, value = result["what"].rpartition(": ")[2], result["value"]
         shown = bench_record.number_beside(value, result["goal"])
-        assert f"| a step over its limit: `{name}` | | {shown} | |" in text
+        assert (
+            f"| a step over its limit: `{name}` |  | {shown} |" in text
+        )  # not measured on the first machine
         bound = re.fullmatch(r"(?:at most ([\d.]+))?", result["goal"])[1]
         is_missed = bool(bound) and value > float(bound)
         assert (f"`{name}` | {shown} | {value - float(bound or 0):.2f} |" in missed) == is_missed
+
+
+def test_the_document_shows_the_processors_of_the_records():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert between(text, "processors") == bench_record.processors_table()
+
+
+def test_a_column_of_processors_has_the_sections_of_its_machine(tmp_path, monkeypatch):
+    """The first record holds sections of two machines; of the second machine's, memory is left out."""
+
+    def section(processor, rows, **results):
+        verdicts = [{"what": w, "value": v, "goal": "", "unit": ""} for w, v in results.items()]
+        return {"environment": {"processor": processor}, "rows": rows, "verdicts": verdicts}
+
+    step = {"this project": {"median": 55.44, "unit": "ms"}}
+    slow = {"this project": {"median": 1234.0, "unit": "ms"}}
+    memory = {"this project / the tutorial's code": 0.5}
+    monkeypatch.setattr(bench_record, "RECORD", tmp_path / "benchmark.json")
+    for file, sections in {
+        "benchmark.json": {
+            "step": section("AMD EPYC, 2 cores", step),
+            "memory": section("another", {}, **memory),
+        },
+        "benchmark-zen4.json": {"step": section("Zen 4", slow), "memory": section("Zen 4", {}, **memory)},
+    }.items():
+        (tmp_path / file).write_text(json.dumps({"sections": sections}))
+    rows = [line.strip("| ").split("|") for line in bench_record.processors_table().splitlines()]
+    found = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows}
+    assert found["step: this project"] == ["55.4 ms", "1,234 ms"]
+    assert found["memory / tutorial 4"] == ["", "0.50"]
 
 
 def test_highlights_leave_out_what_has_no_record():
@@ -355,7 +387,7 @@ def test_a_record_does_not_name_where_the_images_are(command, expected):
 
 def test_every_table_has_one_document_and_one_place_in_it():
     names = [name for some in tables.DOCUMENTS.values() for name in some]
-    assert len(names) == len(set(names)) == 7
+    assert len(names) == len(set(names)) == 8
     for document, some in tables.DOCUMENTS.items():
         text = (ROOT / document).read_text(encoding="utf-8")
         for name in some:

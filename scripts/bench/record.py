@@ -14,10 +14,33 @@ from cifar10_trainer import ConfigError
 from results import records, tables
 
 from . import cpu, gpu
+from .limit import GOALS, RATIO
 from .timing import min_to_max, number
 
 RECORD = ROOT / "results" / "benchmark.json"  # the one that docs/benchmarks.md shows
 FIGURE = ROOT / "docs" / "benchmark.png"
+# Of the table of processors: its columns, the record of each, and its processor where the record has several.
+PROCESSORS = {
+    "AMD EPYC (generation not recorded)": ("benchmark.json", "AMD EPYC, 2 cores"),
+    "AMD EPYC Zen 4, 2.6 GHz": ("benchmark-zen4.json", None),
+    "Intel Xeon with AMX": ("benchmark-xeon.json", None),
+}
+# Its rows: their words, the section, and how the row or the result that they show begins.
+COMPARED = [
+    ("step: tutorial 4, its own code", "step", cpu.TUTORIAL),
+    ("step: this project, float32", "step", "this project, float32"),
+    ("step: this project", "step", cpu.OURS),
+    ("step: PyTorch, bfloat16, channels last", "step", "PyTorch 2.13.0, bfloat16, channels last"),
+    ("step: this project / tutorial 4", "step", "this project / the tutorial's own code"),
+    ("step: this project / the best PyTorch", "step", "this project / the best PyTorch"),
+    *((f"a step over its limit: `{name}`", "limit", f"{RATIO}: {name}") for name in GOALS),
+    ("input pipeline with cutout / Keras layers without", "loader", "with cutout / Keras layers"),
+    ("data in a step of `leaky.baseline`", "waiting", f"{cpu.SHARE_OF_DATA} of leaky.baseline"),
+    ("data in a step of `fast.85`", "waiting", f"{cpu.SHARE_OF_DATA} of fast.85"),
+    ("memory / tutorial 4", "memory", "this project / the tutorial's code"),
+    ("`fast.85` to 85% validation accuracy", "target", "fast.85: to 85%"),
+    ("tutorial 4 to 85% / `fast.85`", "target", "the tutorial's code to 85%"),
+]
 QUIET = 0.05  # the share of the processors that other processes may take
 
 # Words in older records -> the words that the table shows.
@@ -86,6 +109,34 @@ def table(record: dict[str, Any]) -> str:
             lines.append(f"| *{present_words(result['what'])}* | **{value}** | | | {goal} |")
         made.setdefault(origin(part), []).append(name)
     return "\n".join([*lines, "", *(f"{', '.join(names)}: {how}." for how, names in made.items())])
+
+
+def of_processors() -> list[Path]:
+    """The records that the table of processors shows."""
+    return [RECORD.with_name(file).resolve() for file, _ in PROCESSORS.values()]
+
+
+def processors_table() -> str:
+    """The Markdown table of the machines without a GPU, a column each; empty where a record has no such number."""
+    rows = []
+    for words, section, start in COMPARED:
+        cells = []
+        for file, processor in PROCESSORS.values():
+            part = read(RECORD.with_name(file))["sections"].get(section)
+            of_this = part and processor in (None, part["environment"]["processor"])
+            cells.append(_number_of(part, start) if part and of_this else "")
+        rows.append([words, *cells])
+    return tables.markdown(["", *PROCESSORS], [""], rows)
+
+
+def _number_of(section: dict[str, Any], start: str) -> str:
+    """A row's median, or else the first result whose name begins with `start`; "" where there is neither."""
+    if row := section["rows"].get(start):
+        return _shown(row)
+    for result in section["verdicts"]:
+        if present_words(result["what"]).startswith(start):
+            return number_beside(result["value"], result["goal"]) + result["unit"]
+    return ""
 
 
 def misses(value: float, goal: str) -> bool:

@@ -15,7 +15,7 @@ from .records import ROOT, Group, Record, group, is_own, lengths, mean_validatio
 DOCUMENTS = {
     "README.md": ("highlights", "speed"),
     "results/README.md": ("results", "versus"),
-    "docs/benchmarks.md": ("benchmark", "frontier"),
+    "docs/benchmarks.md": ("benchmark", "frontier", "processors"),
     "docs/search.md": ("tuners",),
 }
 TUTORIALS = (1, 2, 3, 4, 5)
