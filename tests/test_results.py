@@ -307,9 +307,6 @@ def test_the_limits_of_steps_are_those_of_the_records():
     for result in [*zen4["verdicts"], *xeon["verdicts"]]:
         name, value = result["what"].rpartition(": ")[2], result["value"]
         shown = bench_record.number_beside(value, result["goal"])
-        assert (
-            f"| a step over its limit: `{name}` |  | {shown} |" in text
-        )  # not measured on the first machine
         bound = re.fullmatch(r"(?:at most ([\d.]+))?", result["goal"])[1]
         is_missed = bool(bound) and value > float(bound)
         assert (f"`{name}` | {shown} | {value - float(bound or 0):.2f} |" in missed) == is_missed
