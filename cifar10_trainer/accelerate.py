@@ -167,6 +167,7 @@ def _training_layer(
     config, shape = layer.get_config(), _output_shape(layer)
     # `type`, not `isinstance`: a subclass may compute something else.
     kind, cpu = type(layer), not tf.config.list_logical_devices("GPU")
+    by_loops = cpu and not compiled
     is_float32 = layer.name in FLOAT32_LAYERS or isinstance(layer, PREPROCESSING_LAYERS)
     is_float32 = is_float32 or (cpu and kind in SLOW_IN_BFLOAT16)
     if not is_float32 and layer.dtype_policy.name in REPLACED_POLICIES:
@@ -187,10 +188,10 @@ def _training_layer(
         return FastMaxPooling2D.from_config(config)
     if kind is keras.layers.LeakyReLU and layer.negative_slope > 0:
         return FastLeakyReLU.from_config(config)
-    if kind is keras.layers.ReLU and cpu and not compiled and FastReLU.suits(layer):
+    if kind is keras.layers.ReLU and by_loops and FastReLU.suits(layer):
         return FastReLU.from_config(config)
     result = kind.from_config(config)
-    if cpu and not compiled and isinstance(layer, WITH_ACTIVATION):
+    if by_loops and isinstance(layer, WITH_ACTIVATION):
         if layer.activation is keras.activations.relu:
             result.activation = fast_relu(0.0, _fuses_relu(layer))
         elif layer.activation in ELEMENTWISE:

@@ -303,6 +303,10 @@ def test_the_limits_of_steps_are_those_of_the_records():
         for name in ("zen4", "xeon")
     )
     assert bench_record.read(bench_record.RECORD)["sections"]["limit"] == zen4
+    for one, other in zip(zen4["verdicts"], xeon["verdicts"], strict=True):
+        name = one["what"].rpartition(": ")[2]
+        shown = [bench_record.number_beside(r["value"], r["goal"]) for r in (one, other)]
+        assert f"| a step over its limit: `{name}` |  | {shown[0]} | {shown[1]} |" in text
     missed = text[text.index("## Goals missed") :]
     for result in [*zen4["verdicts"], *xeon["verdicts"]]:
         name, value = result["what"].rpartition(": ")[2], result["value"]

@@ -133,9 +133,9 @@ def _number_of(section: dict[str, Any], start: str) -> str:
     """A row's median, or else the first result whose name begins with `start`; "" where there is neither."""
     if row := section["rows"].get(start):
         return _shown(row)
-    for result in section["verdicts"]:
-        if present_words(result["what"]).startswith(start):
-            return number_beside(result["value"], result["goal"]) + result["unit"]
+    with contextlib.suppress(StopIteration):
+        result = _result(section, start)
+        return number_beside(result["value"], result["goal"]) + result["unit"]
     return ""
 
 
@@ -169,14 +169,14 @@ def _shown(row: dict[str, Any], unit: str | None = None) -> str:
     return f"{number(row['median'])} {unit or row['unit']}"
 
 
-def _result(section: dict[str, Any], start: str) -> float:
-    return next(r["value"] for r in section["verdicts"] if r["what"].startswith(start))
+def _result(section: dict[str, Any], start: str) -> dict[str, Any]:
+    return next(r for r in section["verdicts"] if present_words(r["what"]).startswith(start))
 
 
 def _target(sections: dict[str, Any]) -> list[str]:
     """Time to the target, beside the tutorial's epochs."""
     rows = sections["target"]["rows"]
-    ratio = _result(sections["target"], "the tutorial's code to 85%")
+    ratio = _result(sections["target"], "the tutorial's code to 85%")["value"]
     seconds = rows["fast.85: to 85%"]["median"]
     epoch = next(row["median"] for name, row in rows.items() if name.startswith(f"{cpu.TUTORIAL}: an epoch"))
     epochs = f"{ratio * seconds / epoch:.0f} epochs of {epoch:.0f} s"
