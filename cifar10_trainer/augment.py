@@ -14,6 +14,7 @@ A flip or a shift only maps each output pixel to a source pixel, and a cutout on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -25,6 +26,7 @@ from .config import FILLS, Augmentation
 from .errors import ConfigError, unknown
 
 BLACK, GREY = 0, 127  # pixel values, 0-255
+ALIGNMENT = 64  # bytes; TensorFlow copies an array that begins elsewhere
 
 Matrix: TypeAlias = tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
@@ -339,6 +341,26 @@ def image_table(images: tf.Tensor) -> tf.Tensor:
     first = tf.range(tf.size(images[0])) < images.shape[-1]
     blank = tf.where(first, tf.constant(BLACK, images.dtype), tf.constant(GREY, images.dtype))
     return tf.concat([images, tf.reshape(blank, [1, *images.shape[1:]])], axis=0)
+
+
+def host_table(images: np.ndarray) -> tf.Tensor:
+    """Returns `image_table` of a whole data set, in an array of NumPy, which gives its memory back to the system at its end.
+
+    What TensorFlow's allocator has once taken for a tensor it keeps until the process ends.
+
+    Args:
+        images: uint8 [n, height, width, channels].
+
+    Returns:
+        uint8 [n + 1, height, width, channels].
+    """
+    n, *shape = images.shape
+    size = (n + 1) * math.prod(shape)
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    table = memory[start : start + size].reshape(n + 1, *shape)
+    table[:n], table[n], table[n, 0, 0] = images, GREY, BLACK
+    return tf.experimental.dlpack.from_dlpack(table.__dlpack__())
 
 
 def fetch(table: tf.Tensor, index: tf.Tensor, layers: Sequence[RandomLayer], numbers: tf.Tensor) -> tf.Tensor:

@@ -169,7 +169,7 @@ class Engine:
 
     def _place_data(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Puts the training set where the batches are made: on each device, or in the host's memory."""
-        self.table = augment.image_table(tf.constant(images))
+        self.table = augment.host_table(images)
         self.labels = tf.constant(labels, tf.int32)
         if self.on_device:
             self.table, self.labels = (
@@ -196,6 +196,11 @@ class Engine:
         """The training images, uint8 [n, height, width, channels], not copied if they lie in the host's memory."""
         table = self.strategy.experimental_local_results(self.table)[0]
         return np.asarray(table)[:-1]
+
+    def release_images(self) -> None:
+        """Lets go of the training images: no step can follow."""
+        self._iterator, self._loops, self._sampled_epochs = None, {}, {}
+        del self.table, self.labels
 
     # -- the step ------------------------------------------------------------------------------------------------
 

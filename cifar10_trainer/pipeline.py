@@ -14,7 +14,9 @@ exceptions are mixup and CutMix, which mix an image with its neighbour in the re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +27,8 @@ from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, shown
 from .keras_state import keras_defaults
 from .machine import cpu_count
+
+Pair: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
 # a second in total.
@@ -221,18 +225,17 @@ def training_data(
     """
 
     @no_autograph
-    def make_batch(index: tf.Tensor, numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        images, targets = batch_maker(table, labels, index, numbers)
+    def make_batch(batch: Pair, data_set: Pair) -> Pair:
+        images, targets = batch_maker(*data_set, *batch)
         if any_size:
             shape = [images.shape[0], None, None, images.shape[-1]]
             images = tf.compat.v1.placeholder_with_default(tf.cast(images, tf.float32), shape)
         return images, targets
 
-    cores = cpu_count()
-    data = _indices(sampler, start, stop, context).map(make_batch, num_parallel_calls=cores).prefetch(4)
+    data = _batches(_indices(sampler, start, stop, context), (table, labels), make_batch)
     # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so it
     # waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
-    return data.with_options(tuned_by_hand(cores if any_size else 1))
+    return data.with_options(tuned_by_hand(cpu_count() if any_size else 1))
 
 
 @keras_defaults()
@@ -274,13 +277,14 @@ def make_dataset(
     _check_dataset(images, batch_size, augmentation, seed, epochs, one_hot)
     sampler = EpochSampler(len(images), batch_size, seed, augmentation)
     batch_maker = BatchMaker(augmentation, num_classes)
-    table, targets = augment.image_table(tf.constant(images)), tf.constant(labels, tf.int32)
+    data_set = augment.host_table(images), tf.constant(labels, tf.int32)
     steps = sampler.steps_per_epoch
 
     @no_autograph
-    def make_batch(index: tf.Tensor, numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        batch, hot = batch_maker(table, targets, index, numbers)
-        return batch, hot if one_hot else tf.gather(targets, index)
+    def make_batch(batch: Pair, data_set: Pair) -> Pair:
+        (index, _), (_, targets) = batch, data_set
+        made, hot = batch_maker(*data_set, *batch)
+        return made, hot if one_hot else tf.gather(targets, index)
 
     if epochs is not None:
         indices, count = sampler.dataset(0, epochs * steps), epochs * steps
@@ -290,7 +294,7 @@ def make_dataset(
         indices = one_pass.flat_map(
             lambda epoch: tf.data.Dataset.from_tensor_slices(tuple(x[:, 0] for x in sampler.batches(epoch)))
         )
-    data = indices.map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
+    data = _batches(indices, data_set, make_batch)
     return data.with_options(tuned_by_hand()).apply(tf.data.experimental.assert_cardinality(count))
 
 
@@ -342,6 +346,16 @@ def _indices(
     return sampler.dataset(start, stop, worker * local, local).prefetch(2)
 
 
+def _batches(indices: tf.data.Dataset, data_set: Pair, make_batch: Callable[..., Pair]) -> tf.data.Dataset:
+    """Returns the prefetched results of make_batch((index, numbers), data_set).
+
+    The images and labels of the data set are an element, too. A tensor that a function captures lives until Python's garbage
+    collector comes.
+    """
+    images = tf.data.Dataset.from_tensors(data_set).repeat()
+    return tf.data.Dataset.zip(indices, images).map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
+
+
 def tuned_by_hand(threads: int = 1) -> tf.data.Options:
     """Returns tf.data options without autotuning.
 
@@ -354,5 +368,6 @@ def tuned_by_hand(threads: int = 1) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
     options.threading.max_intra_op_parallelism = threads
     return options

@@ -61,7 +61,7 @@ def load(
         return datasets.as_dataset(given, *beside)
     own: dict[str, Any] = {"log": log, **(options or {})}
     if config.dataset == "folder":
-        own |= {"files": resumed and resumed.read_split(), "copies": datasets.TRAINING_COPIES}
+        own |= {"files": resumed and resumed.read_split(), "copies": 1 + datasets.TRAINING_COPIES}
     return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
 
 

@@ -61,6 +61,22 @@ def classification_report(labels: np.ndarray, predicted: np.ndarray, class_names
     )
 
 
+def draw_data(folder: RunFolder, dataset: Dataset) -> None:
+    """Draws what a run trained on: the figures of the report that need its training images.
+
+    Args:
+        folder: the run folder.
+        dataset: as the run split it: the images it trained on, and in `validation` those it held out.
+    """
+    folder.check_there()
+    names, images, labels = dataset.class_names, dataset.train_images, dataset.train_labels
+    sample_images(images, labels, names, folder.figures / "sample_images.png")
+    random_samples(images, labels, names, folder.figures / "random_samples.png")
+    held_out = labels[:0] if dataset.validation is None else dataset.validation[1]
+    splits = {"training": labels, "validation": held_out, "test": dataset.test_labels}
+    class_distribution(splits, names, folder.figures / "class_distribution.png")
+
+
 def write_report(
     folder: RunFolder,
     *,
@@ -70,26 +86,22 @@ def write_report(
     dataset: Dataset,
     test_probabilities: np.ndarray,
 ) -> None:
-    """Writes classification_report.txt, figures/*.png and, last, report.html into the run folder.
+    """Writes classification_report.txt, the figures that `draw_data` has not drawn and, last, report.html into the run folder.
 
     Args:
         folder: the run folder.
         config, metrics: the contents of config.json and metrics.json.
         history: rows as in history.csv.
-        dataset: as the run split it: the images it trained on, and in `validation` those it held out.
+        dataset: as for `draw_data`; its training images may be gone.
         test_probabilities: float [n, classes] of `dataset.test_images`; of the validation images where the data set has no
             test images, and the report says so; empty where it has neither, and the report leaves the scores out.
     """
     folder.check_there()
-    names, train_images, train_labels = dataset.class_names, dataset.train_images, dataset.train_labels
-    val_images, val_labels = dataset.validation or (train_images[:0], train_labels[:0])
+    names, train_labels = dataset.class_names, dataset.train_labels
+    val_images, val_labels = dataset.validation or (dataset.train_images[:0], train_labels[:0])
 
     # ---- the parts that every run has
     drawn = {name: folder.figures / f"{name}.png" for name in FIGURES}
-    sample_images(train_images, train_labels, names, drawn["sample_images"])
-    random_samples(train_images, train_labels, names, drawn["random_samples"])
-    splits = {"training": train_labels, "validation": val_labels, "test": dataset.test_labels}
-    class_distribution(splits, names, drawn["class_distribution"])
     training_curves(history, drawn["training_curves"], metrics.get("target"), metrics.get("best_epoch"))
 
     # ---- the parts about the score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -141,9 +142,8 @@ def train_and_evaluate(
         if overwrite and chief:
             folder.remove_run()  # not sooner, so that a failure until here costs nothing
         loop = TrainingLoop(
-            engine, folder, fingerprint,
-            chief=chief, callbacks=callbacks, verbose=verbose, full_report=full_report, since=since, overwrite=overwrite,
-            model_digest=digest, save_seconds=save_seconds,
+            engine, folder, fingerprint, chief=chief, callbacks=callbacks, verbose=verbose, full_report=full_report,
+            since=since, overwrite=overwrite, model_digest=digest, save_seconds=save_seconds,
         )  # fmt: skip
         if saved:
             changed = loop.restore(saved, allow_replica_change)
@@ -158,6 +158,9 @@ def train_and_evaluate(
         log("trained: {epochs} epochs in {train_seconds:,.1f} s; kept epoch {best_epoch}".format(**trained))
 
         # ---- evaluate
+        if chief and full_report:
+            report.draw_data(folder, found)
+        found = _release(engine, found)
         kept = _kept_model(folder, engine, model, log, hdf5=hdf5 and chief)
         probabilities, scores = _score(kept if score_test else None, found, validation, config)
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
@@ -224,6 +227,12 @@ def _train(
             full = OSError(errno.ENOSPC, "No space left on device")
             raise cannot_write(folder.path, full) from error
         raise runtime.out_of_memory(error) from error
+
+
+def _release(engine: Engine, data: Dataset) -> Dataset:
+    """The data set without its training images, whose memory scoring and report can use."""
+    engine.release_images()
+    return dataclasses.replace(data, train_images=data.train_images[:0].copy())
 
 
 def _kept_model(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import tracemalloc
 
+import keras
 import matplotlib
+import numpy as np
 import pytest
 
-from cifar10_trainer import figures, machine, precision
+from cifar10_trainer import augment, figures, machine, precision
+
+ARRAYS = np.lib.tracemalloc_domain  # what NumPy allocates for its arrays
 
 # Under nohup, or in the background of a shell, the tests would ignore these, and so would the processes that they start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -28,6 +34,14 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """Python's garbage collections do not look at what the modules before this one left behind, which is much."""
+    yield
+    keras.utils.clear_session()  # collects, too
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def realdata() -> str:
     """The path of the real CIFAR-10; without it the test is skipped. (Mark such tests `realdata`, too.)"""
@@ -35,6 +49,23 @@ def realdata() -> str:
     if not path:
         pytest.skip("needs the real CIFAR-10: set CIFAR10_TRAINER_DATA to an archive or a folder with it")
     return os.path.abspath(path)
+
+
+@pytest.fixture
+def table_bytes():
+    """table_bytes(): the bytes that the tables of training images hold now, and Python's garbage collector rests."""
+
+    def size():
+        found = tracemalloc.take_snapshot()
+        for kind in (tracemalloc.Filter(True, augment.__file__), tracemalloc.DomainFilter(True, ARRAYS)):
+            found = found.filter_traces([kind])
+        return sum(trace.size for trace in found.traces)
+
+    tracemalloc.start()
+    gc.disable()
+    yield size
+    gc.enable()
+    tracemalloc.stop()
 
 
 @pytest.fixture

@@ -348,6 +348,15 @@ def test_image_table():
     np.testing.assert_array_equal(table[-1, -1, -1], [127] * 3)
 
 
+def test_table_of_a_data_set_is_not_copied_and_gives_its_memory_back(table_bytes):
+    images = some_images(3)
+    table = augment.host_table(images)
+    np.testing.assert_array_equal(table.numpy(), augment.image_table(tf.constant(images)).numpy())
+    assert images.nbytes < table_bytes() < 2 * images.nbytes  # a table of TensorFlow's own is not seen
+    del table
+    assert table_bytes() == 0
+
+
 def test_layers_of_an_augmentation():
     everything = Augmentation(
         flip="random", shift=2, rotation=0.1, zoom=0.2, fill="nearest", cutout=5, mixup=0.2

@@ -457,6 +457,17 @@ def test_each_pass_is_the_next_epoch_and_a_number_of_epochs_is_one_pass():
     assert not np.array_equal(passes[0][0], passes[5][0])
 
 
+def test_the_images_of_a_data_set_go_with_it(table_bytes):
+    """They once stayed until Python's garbage collector came, and those of a data set that was read for ever."""
+    images, labels = arrays()
+    data = make_dataset(images, labels, 8, augmentation=FLIP_SHIFT, epochs=1)
+    iterator = iter(data)
+    next(iterator)
+    assert table_bytes() > images.nbytes
+    del data, iterator
+    assert table_bytes() == 0
+
+
 def test_labels_of_make_dataset_belong_to_their_images():
     images, labels = arrays()
     images[:] = labels[:, None, None, None] * 10  # an image's colour is its label

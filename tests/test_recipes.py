@@ -5,16 +5,11 @@ import subprocess
 import sys
 from collections import Counter
 
-import keras
-import numpy as np
 import pytest
-import tensorflow as tf
 
 from cifar10_trainer import models
 from cifar10_trainer.config import Augmentation, Config, Optimizer
-from cifar10_trainer.engine import Engine
 from cifar10_trainer.errors import ConfigError
-from cifar10_trainer.models import fast
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
 
 ADAM = Optimizer(name="adam", learning_rate=0.001)
@@ -70,42 +65,6 @@ def test_tutorial_settings(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_builds_with_the_parameters_it_states(name):
     assert built(RECIPES[name]).count_params() == RECIPES[name].origin.parameters
-
-
-QUICK = ("fast.70", "fast.digits", "course.baseline")  # the smallest ones; all of them take minutes
-
-
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES]
-)
-def test_recipe_takes_two_steps_and_is_saved(name, policy, tmp_path):
-    """Two steps at the recipe's settings but for the batch move the last kernel; both formats keep the result.
-
-    Two, because a warm-up may begin at a learning rate of zero.
-    """
-    keras.utils.set_random_seed(0)
-    config = RECIPES[name].override(batch_size=8, epochs=2)
-    generator = np.random.default_rng(0)
-    images, labels = generator.integers(0, 256, (16, 32, 32, 3), np.uint8), np.arange(16) % 10
-    model = built(config)
-    if config.whitening:
-        fast.whiten(model, images, None, None)
-    last = [layer for layer in model.layers if hasattr(layer, "kernel")][-1]
-    before = last.kernel.numpy()
-    engine = Engine(
-        model, config, images, labels, strategy=tf.distribute.get_strategy(), policy=policy, num_classes=10
-    )
-    loss = engine.train(1)["loss"]
-    assert engine.step == 1 and 0 < loss < 20
-    engine.train(1)
-    engine.export()
-    assert np.isfinite(last.kernel.numpy()).all() and np.abs(last.kernel.numpy() - before).max() > 0
-    expected = model(images).numpy()
-    for ending in ("keras", "h5"):
-        model.save(tmp_path / f"model.{ending}")
-        again = keras.models.load_model(tmp_path / f"model.{ending}", compile=False)
-        np.testing.assert_array_equal(again(images).numpy(), expected)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -88,7 +88,9 @@ def write_run(workdir, *, n_test=4, n_validation=2, names=("cat", EVIL, "owl"), 
         "dataset": dataset,
         "test_probabilities": probabilities(*[0, 1, 2, 1][: n_test or n_validation]),
     }
-    report.write_report(RunFolder(workdir), **{**values, **changes})
+    values |= changes
+    report.draw_data(RunFolder(workdir), values["dataset"])
+    report.write_report(RunFolder(workdir), **values)
     return Page((workdir / "report.html").read_text(encoding="utf-8"))
 
 

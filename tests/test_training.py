@@ -1104,6 +1104,25 @@ def test_the_images_from_before_the_split_are_gone_when_the_training_begins(tmp_
     assert alive == [False]
 
 
+def test_the_training_images_are_gone_when_the_test_images_are_scored(
+    tmp_path, digits, monkeypatch, table_bytes
+):
+    held, score = [], training.scoring.predict_with_and_without
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            held.append(table_bytes())
+
+    def look(*args, **options):
+        held.append(table_bytes())
+        return score(*args, **options)
+
+    monkeypatch.setattr(training.scoring, "predict_with_and_without", look)
+    train_quietly(TINY.override(epochs=1), tmp_path, digits, full_report=True, callbacks=Look())
+    assert held[0] > 0.8 * digits.train_images.nbytes and held[1:] == [0]
+    assert (tmp_path / "figures" / "sample_images.png").exists()
+
+
 def test_a_full_report_without_a_test_score(tmp_path, digits):
     metrics = train_quietly(TINY.override(epochs=1), tmp_path, digits, full_report=True, score_test=False)
     assert metrics["test_accuracy"] is None and json.loads((tmp_path / "metrics.json").read_text()) == metrics

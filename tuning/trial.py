@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import logging
@@ -205,7 +204,6 @@ class ConfigTuner(BaseTuner):
                 raise RunInterrupted(f"stopped by {self.signals.caught}")
             config = make_config(self.space, trial.hyperparameters, self.dataset)
             keras.utils.clear_session()  # frees the memory of the trial before
-            gc.collect()
             with self._heartbeats(trial.trial_id), count_starts(folder):
                 for _ in range(round(WAIT_LEASES * self._lease)):
                     # The worker that had this trial sent no heartbeat, but it may still be training: let it finish.
