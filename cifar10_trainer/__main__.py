@@ -294,7 +294,9 @@ def join_flags(config: Config) -> None:
     if len(several) > 1:
         raise ConfigError(f"{' and '.join(several)}; allowed: one of them")
     if (FLAGS.workers is None) != (FLAGS.worker_index is None):
-        raise ConfigError("--workers and --worker_index go together; allowed: both, or neither")
+        raise ConfigError(
+            "--workers and --worker_index go together; allowed: both, neither, or --local_workers=N, which starts N workers here"
+        )
     if FLAGS.workers is None and FLAGS.local_workers is None:
         return
     if os.environ.get("TF_CONFIG"):

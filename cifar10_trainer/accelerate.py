@@ -95,7 +95,7 @@ def make_training_model(
         )
     # Where the softmax is a part of the last layer, or of a model inside this one, its copy leaves the softmax out.
     body = keras.Model(model.inputs[0], model.outputs[0] if logits is None else logits)
-    last = body.outputs[0]._keras_history.operation
+    last, nodes = body.outputs[0]._keras_history.operation, _nodes_of(body)
 
     def clone(layer: Any) -> Any:
         if layer is softmax:
@@ -105,8 +105,9 @@ def make_training_model(
         if layer is last:
             return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
         return _training_layer(
-            layer, policy, any_size=any_size, synchronize=synchronize, replicas=replicas, compiled=compiled
-        )
+            layer, nodes, policy,
+            any_size=any_size, synchronize=synchronize, replicas=replicas, compiled=compiled,
+        )  # fmt: skip
 
     shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
     nested = any(isinstance(layer, keras.Model) for layer in body.layers)
@@ -154,17 +155,26 @@ def _fuses_relu(layer: keras.Layer) -> bool:
     return isinstance(before, keras.layers.BatchNormalization) or getattr(before, "use_bias", False)
 
 
-def _output_shape(layer: keras.Layer) -> tuple[int | None, ...] | None:
-    """The shape of the layer's output; None where it has several, because the layer is used in several places."""
-    shapes = {tuple(node.output_tensors[0].shape) for node in layer._inbound_nodes}
+def _nodes_of(model: keras.Model) -> set[Any]:
+    """The calls of layers that make up the model, those in models inside it included. Other models may share its layers."""
+    nested = [_nodes_of(layer) for layer in model.layers if isinstance(layer, keras.Model)]
+    by_depth = getattr(model, "_functional", model)._nodes_by_depth
+    return {node for nodes in by_depth.values() for node in nodes}.union(*nested)
+
+
+def _output_shape(layer: keras.Layer, nodes: set[Any]) -> tuple[int | None, ...] | None:
+    """The shape of the layer's output in `nodes`; None where it has several, because the layer is used in several places."""
+    shapes = {tuple(node.output_tensors[0].shape) for node in layer._inbound_nodes if node in nodes}
     return shapes.pop() if len(shapes) == 1 else None
 
 
 def _training_layer(
-    layer: keras.Layer, policy: str, *, any_size: bool, synchronize: bool, replicas: int, compiled: bool
-) -> keras.Layer:
-    """Returns a new layer, without weights, that stands for `layer` in the training model."""
-    config, shape = layer.get_config(), _output_shape(layer)
+    layer: keras.Layer, nodes: set[Any], policy: str,
+    *,
+    any_size: bool, synchronize: bool, replicas: int, compiled: bool,
+) -> keras.Layer:  # fmt: skip
+    """Returns a new layer, without weights, that stands for `layer` in the training model. nodes: those of its model."""
+    config, shape = layer.get_config(), _output_shape(layer, nodes)
     # `type`, not `isinstance`: a subclass may compute something else.
     kind, cpu = type(layer), not tf.config.list_logical_devices("GPU")
     by_loops = cpu and not compiled
@@ -175,7 +185,8 @@ def _training_layer(
     if kind is keras.layers.BatchNormalization:
         if replicas > 1 and (synchronize or layer.synchronized):
             return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
-        if shape and len(shape) in (2, 4) and config["axis"] in (-1, len(shape) - 1):
+        last_axis = shape and len(shape) in (2, 4) and config["axis"] in (-1, len(shape) - 1)
+        if last_axis and layer.dtype_policy.variable_dtype == "float32":
             return FusedBatchNormalization.from_config(config)
     if kind is keras.layers.Dropout and layer.noise_shape is None:
         return FastDropout.from_config(config)

@@ -54,7 +54,7 @@ def adapt(config: Config, n: int, own_validation: bool, replicas: int = 1) -> Co
 
 
 def in_words(
-    before: Config, after: Config, n: int, advice: str = "flags of these names set them"
+    before: Config, after: Config, n: int, advice: str = "--set NAME=VALUE sets another"
 ) -> str | None:
     """What `adapt` changed, in a line that ends with `advice`; None where it changed nothing."""
     changed = [

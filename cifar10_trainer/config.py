@@ -200,11 +200,14 @@ class Optimizer(_Section):
     def _check(self) -> None:
         self._one_of("name", OPTIMIZERS)
         usual = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in _UNUSED.get(self.name, ()):
-            if getattr(self, name) != usual[name]:
-                raise ConfigError(
-                    f"{name} is {shown(getattr(self, name))}, which {self.name} does not use; allowed: {usual[name]}"
-                )
+        unused = [name for name in _UNUSED.get(self.name, ()) if getattr(self, name) != usual[name]]
+        if unused:
+            found = ", ".join(f"{name} is {shown(getattr(self, name))}" for name in unused)
+            allowed = ", ".join(str(usual[name]) for name in unused)
+            one_by_one = (
+                f'--set \'optimizer={{"name": "{self.name}", "learning_rate": 0.001}}\' sets all of them'
+            )
+            raise ConfigError(f"{found}, which {self.name} does not use; allowed: {allowed}; {one_by_one}")
         self._between("learning_rate", 0, 100, exclusive=True)
         self._between("momentum", 0, 0.9999)
         self._between("weight_decay", 0, 1)

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def cross_validate(
     folds: int,
     workdir: str | os.PathLike | None = None,
     *,
+    data: Any = None,
+    class_names: Sequence[str] | None = None,
     data_dir: str | None = None,
     dataset: Dataset | None = None,
     overwrite: bool = False,
@@ -60,7 +62,7 @@ def cross_validate(
         config: what to train; its own validation split is replaced.
         folds: the number of parts, 2 to the number of images of the smallest class.
         workdir: the folder of all runs; None: runs/<recipe>-folds-<time>.
-        data_dir, dataset, overwrite, verbose, since, folder_options, save_seconds: as for `train_and_evaluate`.
+        data and what follows it: as for `train_and_evaluate`.
 
     Returns:
         The contents of folds.json: recipe, dataset, folds, seed, n_train, val_accuracy_mean, val_accuracy_std (of the
@@ -69,15 +71,13 @@ def cross_validate(
     Raises:
         as `train_and_evaluate`.
     """
+    preparation.check_arguments(config, data, dataset, data_dir, (class_names,))
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
-    workdir = Path(
-        os.path.expanduser(workdir or f"runs/{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}")
-    )
-    _check_place(config, workdir, overwrite)
-    strategy, _ = runtime.choose_strategy(config.strategy)
-    data = preparation.load(config, dataset, (), data_dir, None, folder_options, log)
-    data = _without_test_images(data, folds)
-    config = _adapted(config, folds, len(data.train_labels), strategy.num_replicas_in_sync, log)
+    workdir = _place(config, workdir, overwrite)
+    given, beside = dataset or data, (None, None, class_names)
+    found = preparation.load(config, given, beside, data_dir, None, folder_options, log)
+    data = _without_test_images(found, folds)
+    config = _adapted(config, folds, len(data.train_labels), log)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
     more |= {"overwrite": overwrite, "verbose": verbose, "policy": None}
     runs = []
@@ -99,27 +99,30 @@ def cross_validate(
     return summary
 
 
-def _adapted(config: Config, folds: int, n: int, replicas: int, log: Callable[..., None]) -> Config:
+def _adapted(config: Config, folds: int, n: int, log: Callable[..., None]) -> Config:
     """The config with what its `adapt` names chosen for n images, of which each fold holds out its share."""
     if not config.adapt:
         return config
     free = tuple(name for name in config.adapt if name != "validation_fraction")
     before = config.override(validation_fraction=1 / folds, adapt=free)
-    after = adapt(before, n, False, replicas)
+    after = adapt(before, n, False, runtime.choose_strategy(config.strategy)[0].num_replicas_in_sync)
     text = in_words(before, after, n)
     if text:
         log(text)
     return after
 
 
-def _check_place(config: Config, workdir: Path, overwrite: bool) -> None:
-    """Raises ConfigError on a cluster, and where the folder holds a finished cross-validation that may not be replaced."""
+def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -> Path:
+    """The folder of all runs. Raises ConfigError on a cluster, and where a finished cross-validation is there to be kept."""
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
-    if (workdir / FOLDS_FILE).exists() and not overwrite:
+    usual = f"runs/{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(os.path.expanduser(workdir or usual))
+    if (folder / FOLDS_FILE).exists() and not overwrite:
         raise ConfigError(
-            f"{workdir} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
+            f"{folder} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
         )
+    return folder
 
 
 def _fold(config: Config, folds: int, i: int) -> Config:

@@ -29,7 +29,7 @@ from .errors import ConfigError, RunError
 from .keras_state import keras_defaults, seeded
 from .models.initial import initial_model
 from .models.own import plain_model
-from .pipeline import BatchMaker, EpochSampler, index_data, no_autograph, training_data, tuned_by_hand
+from .pipeline import BatchMaker, EpochSampler, beside, index_data, no_autograph, training_data, tuned_by_hand
 
 SMALL_BATCH = 128  # for the evaluation of at most so many images
 
@@ -516,9 +516,9 @@ class Engine:
             size = min(size, SMALL_BATCH)
         rounds = -(-len(images) // (size * self.replicas))
         starts = [(r * self.replicas + i) * size for r in range(rounds) for i in self._replica_ids]
-        all_images, all_labels = tf.constant(images), tf.constant(labels, tf.int32)
-        data = tf.data.Dataset.from_tensor_slices(tf.constant(starts))
-        data = data.map(no_autograph(lambda start: padded_slice(all_images, all_labels, start, size)))
+        data_set = tf.constant(images), tf.constant(labels, tf.int32)
+        data = beside(tf.data.Dataset.from_tensor_slices(tf.constant(starts)), data_set)
+        data = data.map(no_autograph(lambda start, whole: padded_slice(whole[0], whole[1], start, size)))
         data = data.prefetch(2).with_options(tuned_by_hand())
         batches = iter(data)
         if on_batch is None:

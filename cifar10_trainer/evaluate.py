@@ -131,9 +131,15 @@ def read_run(workdir: str | Path) -> dict[str, Any]:
     folder = RunFolder(workdir)
     if not folder.path.is_dir():
         raise ConfigError(f"no run folder at {folder}; allowed: one written by python -m cifar10_trainer")
-    for file in (folder.config_file, folder.model_file):
-        if not file.is_file():
-            raise RunError(f"{folder} has no {file.name}; finish the run with the command that began it")
+    if not folder.config_file.is_file():
+        raise ConfigError(
+            f"{folder} is no run folder: it has no {folder.config_file.name}; allowed: one written by"
+            " python -m cifar10_trainer, of a cross-validation one of its folds"
+        )
+    if not folder.model_file.is_file():
+        raise RunError(
+            f"{folder} has no {folder.model_file.name}; finish the run with the command that began it"
+        )
     return folder.read_config()
 
 
@@ -274,6 +280,15 @@ def main() -> None:
     cli.import_tensorflow()
     model = load_model(path)
     info = info_of(model)
+    if (
+        FLAGS.workdir is None
+        and FLAGS.dataset is None
+        and info.class_names not in ((), datasets.CIFAR10_CLASSES)
+    ):
+        raise ConfigError(
+            f"{path} was trained on {cut(', '.join(info.class_names))}, not on CIFAR-10; allowed: --dataset, and for a folder"
+            " --data_dir"
+        )
     resize = FLAGS.resize or (info.resize if info.class_names else settings.get("resize", "squash"))
     dataset = load_images(name, data_dir, model.input_shape[1], resize, settings)
     check_fit(model, dataset)

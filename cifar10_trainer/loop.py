@@ -298,13 +298,13 @@ class TrainingLoop:
 
     def _stop(self, by: str) -> None:
         """Saves everything, and raises RunInterrupted."""
-        # Weights that a callback sets now, as the best ones, are not those from which the run resumes.
-        self.hooks.call("on_train_end", self._last_logs, last=True)
         if self.best_epoch is None:
             self.engine.export()
             self._save_model()
         if self.chief:
             self.save()
+        # Not sooner: a callback may fail, or set weights, as the best ones, from which the run must not resume.
+        self.hooks.call("on_train_end", self._last_logs, last=True)
         runtime.mean_over_workers(self.engine.strategy, 0)  # no worker leaves, or resumes, before that
         how = f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}"
         raise interrupted(how, self.folder, self.overwrite)

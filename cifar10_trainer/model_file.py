@@ -136,6 +136,8 @@ def load_model(path: str | Path | None = None) -> keras.Model:
 def check_model_file(path: str | Path) -> Path:
     """`path`, if its name and a file there fit a saved model. Imports no TensorFlow. Raises ConfigError."""
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; allowed: a .keras or .h5 file, such as {path}/model.keras")
     if not path.is_file():
         raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
     if path.suffix.lower() not in SUFFIXES:

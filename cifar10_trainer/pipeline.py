@@ -14,7 +14,6 @@ exceptions are mixup and CutMix, which mix an image with its neighbour in the re
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -232,7 +231,8 @@ def training_data(
             images = tf.compat.v1.placeholder_with_default(tf.cast(images, tf.float32), shape)
         return images, targets
 
-    data = _batches(_indices(sampler, start, stop, context), (table, labels), make_batch)
+    data = beside(_indices(sampler, start, stop, context), (table, labels))
+    data = data.map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
     # Steps on small images are short, and resizing is half of the work of a batch. A step uses all cores evenly, so it
     # waits for a core that is busy with a batch. If all cores share each batch, it waits half as long.
     return data.with_options(tuned_by_hand(cpu_count() if any_size else 1))
@@ -294,7 +294,7 @@ def make_dataset(
         indices = one_pass.flat_map(
             lambda epoch: tf.data.Dataset.from_tensor_slices(tuple(x[:, 0] for x in sampler.batches(epoch)))
         )
-    data = _batches(indices, data_set, make_batch)
+    data = beside(indices, data_set).map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
     return data.with_options(tuned_by_hand()).apply(tf.data.experimental.assert_cardinality(count))
 
 
@@ -346,14 +346,12 @@ def _indices(
     return sampler.dataset(start, stop, worker * local, local).prefetch(2)
 
 
-def _batches(indices: tf.data.Dataset, data_set: Pair, make_batch: Callable[..., Pair]) -> tf.data.Dataset:
-    """Returns the prefetched results of make_batch((index, numbers), data_set).
+def beside(data: tf.data.Dataset, tensors: Pair) -> tf.data.Dataset:
+    """Returns the pairs (element of `data`, `tensors`).
 
-    The images and labels of the data set are an element, too. A tensor that a function captures lives until Python's garbage
-    collector comes.
+    A tensor that a mapped function captures instead lives until Python's garbage collector comes.
     """
-    images = tf.data.Dataset.from_tensors(data_set).repeat()
-    return tf.data.Dataset.zip(indices, images).map(make_batch, num_parallel_calls=cpu_count()).prefetch(4)
+    return tf.data.Dataset.zip(data, tf.data.Dataset.from_tensors(tensors).repeat())
 
 
 def tuned_by_hand(threads: int = 1) -> tf.data.Options:

@@ -21,6 +21,7 @@ from absl import flags
 
 from . import cli, datasets
 from .config import RESIZES
+from .datasets.arrays import check_images
 from .datasets.folder import find_pictures
 from .datasets.images import SUFFIXES, open_formats, readable
 from .errors import ConfigError, RunError, reason_of
@@ -110,7 +111,8 @@ def predict_images(
 
     Args:
         model: as from `load_model`.
-        images: image files, one image file, or raw pixels uint8 [n, height, width, 3] in the model's size.
+        images: image files, one image file, or raw pixels uint8 [n, height, width, 3] in the model's size, or grey ones
+            [n, height, width].
         class_names: one for each output of the model; None: those in the model's file, else numbers from 0.
         resize: how files are resized, "squash", "crop" or "pad", see `datasets.read_image`; None: as for training.
 
@@ -126,11 +128,9 @@ def predict_images(
     names = _check_class_names(model, class_names)
     resize = resize or info_of(model).resize
     if isinstance(images, np.ndarray):
-        pixels, files = images, [str(i) for i in range(len(images))]
-        if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, 3):
-            raise ConfigError(
-                f"images is {pixels.dtype} {pixels.shape}; allowed: uint8 {('n', height, width, 3)}, raw pixels 0-255"
-            )
+        pixels, files = check_images("images", images), [str(i) for i in range(len(images))]
+        if pixels.shape[1:] != (height, width, 3):
+            raise ConfigError(f"images has shape {pixels.shape}; allowed: {('n', height, width, 3)}")
     else:
         files = [str(path) for path in ([images] if isinstance(images, str | Path) else images)]
         pixels = np.zeros((len(files), height, width, 3), np.uint8)
@@ -237,6 +237,10 @@ def main(argv: list[str]) -> None:
         )
     if not argv:
         raise ConfigError("no IMAGE; allowed: image files and folders of them")
+    if FLAGS.workdir is not None and not RunFolder(FLAGS.workdir).path.is_dir():
+        raise ConfigError(
+            f"no run folder at {FLAGS.workdir}; allowed: one written by python -m cifar10_trainer, or --model with a model file"
+        )
     folder = FLAGS.workdir or FLAGS.model or PACKAGED
     file = RunFolder(folder).model_file if FLAGS.workdir or Path(folder).is_dir() else folder
     path, paths = check_model_file(file), find_images(argv)

@@ -18,7 +18,7 @@ from . import adaptation, cluster, datasets, runtime, summary
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .machine import check_fits
 from .model_file import ModelInfo
 from .models import own
@@ -27,8 +27,12 @@ from .run_folder import RunFolder
 Log = Callable[[str], None]
 
 
-def check_sources(data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ...]) -> None:
-    """Raises ConfigError where the arguments name several sources of images, or parts of none."""
+def check_arguments(
+    config: Any, data: Any, dataset: Any, data_dir: Any, beside: tuple[Any, ...] = ()
+) -> None:
+    """Raises ConfigError without a Config, and where the arguments name several sources of images, or parts of none."""
+    if not isinstance(config, Config):
+        raise ConfigError(f"config is {shown(config)}; allowed: a Config, such as RECIPES['fast.85']")
     names = [
         name
         for name, value in (("data", data), ("dataset", dataset), ("data_dir", data_dir))

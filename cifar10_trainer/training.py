@@ -114,8 +114,9 @@ def train_and_evaluate(
     """
     since, verbose = machine.monotonic(since), runtime.verbosity(verbose)
     log = _log_of(verbose)
+    beside = validation_data, test_data, class_names
+    preparation.check_arguments(config, data, dataset, data_dir, beside)
     callbacks = check_callbacks(callbacks, config)
-    preparation.check_sources(data, dataset, data_dir, (validation_data, test_data, class_names))
     _check_save_seconds(save_seconds)
     models.check_options(config.architecture, config.options)
 
@@ -131,7 +132,6 @@ def train_and_evaluate(
         policy = runtime.agree_on_precision(config.precision, saved_precision(saved), team, log)
         # ---- data and model
         given, resumed = dataset if data is None else data, folder if saved else None
-        beside = validation_data, test_data, class_names
         found = preparation.load(config, given, beside, data_dir, resumed, folder_options, log)
         config = preparation.adapt(config, found, strategy, log)
         fingerprint = datasets.fingerprint(found)

@@ -63,7 +63,7 @@ def test_what_is_not_to_be_adapted_stays():
 def test_the_run_says_what_it_chose():
     assert in_words(DEFAULT, adapt(DEFAULT, 30, False), 30) == (
         "adapted to 30 images: batch_size 8 (recipe: 512), epochs 167 (recipe: 40), validation_fraction 0.2 (recipe: 0.1),"
-        " validation_interval 4 (recipe: 1); flags of these names set them"
+        " validation_interval 4 (recipe: 1); --set NAME=VALUE sets another"
     )
     assert in_words(DEFAULT, adapt(DEFAULT, 50_000, False), 50_000) is None
 

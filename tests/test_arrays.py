@@ -215,3 +215,13 @@ def test_a_class_name_that_is_not_utf8():
     images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
     with pytest.raises(RunError, match=r"the class name 'a\\udcff' is not UTF-8; rename the class$"):
         datasets.from_arrays((images, labels), class_names=("a\udcff", "b"))
+
+
+def test_labels_that_count_from_one_are_told_so():
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    with pytest.raises(ConfigError, match=r"no image of 0; .* labels count from 0, so subtract 1$"):
+        from_arrays((images, np.array([1, 2, 3] * 2)))
+    with pytest.raises(ConfigError, match=r"no image of 1; .* each of the 3 classes$"):
+        from_arrays((images, np.array([0, 2, 2] * 2)))
+    with pytest.raises(ConfigError, match=r"int32; .* convert pixels 0-255 with images.astype\('uint8'\)"):
+        from_arrays((images.astype(np.int32), np.array([0, 1, 2] * 2)))

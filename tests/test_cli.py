@@ -204,8 +204,9 @@ def test_cpu_replicas_split_the_cpu(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["--workers=a:1,b:2"], "--workers and --worker_index go together; allowed: both, or neither"),
-        (["--worker_index=0"], "--workers and --worker_index go together; allowed: both, or neither"),
+        (["--workers=a:1,b:2"], "--workers and --worker_index go together; allowed: both, neither, or"),
+        (["--workers=2"], "or --local_workers=N, which starts N workers here"),
+        (["--worker_index=0"], "--workers and --worker_index go together; allowed: both, neither, or"),
         (
             ["--workers=a:1", "--worker_index=1"],
             "the worker index is 1, but --workers names 1 worker(s); allowed: from 0 to 0",

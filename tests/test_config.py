@@ -330,6 +330,19 @@ def test_settings_that_an_optimizer_does_not_use_are_refused(name, setting):
         Optimizer(name=name, **{setting: 0.5})
 
 
+def test_all_settings_that_an_optimizer_does_not_use_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        RECIPES["fast.85"].override(optimizer__name="adam")
+    assert str(error.value) == (
+        "momentum is 0.85, nesterov is True, weight_decay is 0.00133, bias_multiplier is 64.0, which adam does not use; allowed:"
+        ' 0.0, False, 0.0, 1.0; --set \'optimizer={"name": "adam", "learning_rate": 0.001}\' sets all of them'
+    )
+    adam = {"name": "adam", "learning_rate": 0.001}  # as the command line passes it
+    assert RECIPES["fast.85"].override(optimizer=adam).optimizer == Optimizer(
+        name="adam", learning_rate=0.001
+    )
+
+
 def test_image_size_is_for_folders():
     assert Config(dataset="folder", image_size=64).image_size == 64
     with pytest.raises(ConfigError, match="image_size is 64; allowed with the dataset cifar10: 32"):

@@ -25,6 +25,7 @@ from cifar10_trainer import (
 from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 from cifar10_trainer.recipes import RECIPES
+from cifar10_trainer.training import train_and_evaluate
 
 TINY = RECIPES["fast.digits"].override(
     options__filters=(4, 8),
@@ -235,6 +236,22 @@ def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
 def test_folds_of_arrays(tmp_path, digits, scripted):
     summary = quietly(2, tmp_path, (digits.train_images, digits.train_labels))
     assert summary["dataset"] == "arrays" and summary["n_train"] == len(digits.train_labels)
+
+
+def test_folds_of_named_classes_of_arrays_as_train_takes_them(tmp_path, scripted):
+    arrays = np.zeros((8, 16, 16, 3), np.uint8), np.arange(8) % 2
+    cross_validate(TINY, 2, tmp_path, data=arrays, class_names=("cat", "owl"), verbose=0)
+    assert [call["dataset"].class_names for call in scripted] == [("cat", "owl")] * 2
+    with pytest.raises(ConfigError, match="data and data_dir are set; allowed: one of them"):
+        cross_validate(TINY, 2, tmp_path / "other", data=arrays, data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("function", [train_and_evaluate, lambda config: cross_validate(config, 2)])
+def test_a_name_is_no_config(function):
+    with pytest.raises(
+        ConfigError, match=r"config is 'fast.85'; allowed: a Config, such as RECIPES\['fast.85'\]"
+    ):
+        function("fast.85")
 
 
 def test_overwrite_removes_the_other_folds_when_training_begins_and_not_sooner(tmp_path, digits):

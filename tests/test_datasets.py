@@ -349,6 +349,7 @@ def test_folder_with_nothing_recognisable(tmp_path):
         RunError, match=f"{tmp_path} holds no CIFAR-10; allowed: cifar-10-python.tar.gz"
     ) as error:
         datasets.load(data_dir=tmp_path)
+    assert "Pictures of your own need --dataset=folder" in str(error.value)
     assert "download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in one_line(error)
 
 

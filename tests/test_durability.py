@@ -313,6 +313,11 @@ def test_a_run_at_chance_level_is_told():
     assert not line_about_chance(labels, None, 0.5)
 
 
+@pytest.mark.parametrize("labels", [[0], [0, 0, 1, 1], [0] * 20])
+def test_images_that_can_all_be_right_by_luck_tell_nothing(labels):
+    assert not line_about_chance(np.array(labels), 0.5) and not line_about_chance(np.array(labels), 1.0)
+
+
 def test_the_last_line_of_a_run_that_learned_nothing(tmp_path, digits, monkeypatch, capsys):
     monkeypatch.setattr(Engine, "evaluate", lambda *_: {"loss": 2.3, "accuracy": 0.1})
     train_quietly(TINY.override(epochs=0.25), tmp_path, digits, verbose=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import keras
 import numpy as np
@@ -825,6 +827,25 @@ def test_an_image_does_not_depend_on_its_batch(trained):
     alone = [trained.training_model(images[i : i + 1], training=False).numpy()[0] for i in range(0, 40, 9)]
     np.testing.assert_allclose(alone, together[::9], rtol=1e-4, atol=1e-5)
     assert np.ptp(together, axis=0).min() > 0  # and they do differ
+
+
+def test_evaluation_leaves_no_copy_of_the_images(trained, monkeypatch):
+    """Copies once stayed until Python's garbage collector came, which after an epoch it does not."""
+    copies, constant = [], tf.constant
+
+    def watched(value, *args, **options):
+        tensor = constant(value, *args, **options)
+        if np.ndim(value) == 4:
+            copies.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(tf, "constant", watched)
+    gc.disable()
+    try:
+        trained.evaluate(*pictures(20))
+        assert copies and not any(copy() is not None for copy in copies)
+    finally:
+        gc.enable()
 
 
 def test_evaluation_changes_nothing(trained):

@@ -232,7 +232,7 @@ def test_load_model(tmp_path, suffix):
 def test_load_model_refuses(tmp_path):
     with pytest.raises(ConfigError, match="no model file"):
         evaluate.load_model(tmp_path / "none.keras")
-    with pytest.raises(ConfigError, match="no model file"):
+    with pytest.raises(ConfigError, match=r"is a folder; allowed: a \.keras or .h5 file, such as"):
         evaluate.load_model(tmp_path)
     for name in ("text.keras", "text.h5"):
         (tmp_path / name).write_text("not a model")
@@ -568,3 +568,25 @@ def test_a_model_file_alone_refuses_images_of_other_classes(run_folder, tmp_path
         ]
         assert run(argv) == expected
         assert ("trained on cat, dog, emu" in capsys.readouterr().err) == (expected == 2)
+
+
+@pytest.mark.parametrize("names", [("red", "green", "blue"), ("0", "1", "2")])
+def test_a_model_file_of_other_images_asks_for_them_before_cifar10_is_sought(
+    names, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("CIFAR-10 is sought"))
+    monkeypatch.setattr(datasets, "read_ahead", lambda *_: None)
+    model = colour_model()
+    model.info = ModelInfo(names)
+    write_model(model, tmp_path / "model.keras")
+    status, message = failure([f"--model={tmp_path / 'model.keras'}"], capsys)
+    assert (
+        status == 2 and f"was trained on {', '.join(names)}, not on CIFAR-10; allowed: --dataset" in message
+    )
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    (tmp_path / "folds.json").write_text("{}")
+    status, message = failure([f"--workdir={tmp_path}"], capsys)
+    assert status == 2 and "is no run folder: it has no config.json" in message
+    assert "of a cross-validation one of its folds" in message

@@ -13,7 +13,7 @@ import pytest
 from cifar10_trainer import Config, Optimizer, load_data, train
 from cifar10_trainer.accelerate import make_training_model
 from cifar10_trainer.errors import ConfigError, RunInterrupted
-from cifar10_trainer.layers import FastDropout, FusedBatchNormalization
+from cifar10_trainer.layers import FastConv2D, FastDropout, FusedBatchNormalization
 from cifar10_trainer.models.own import digest, plain_model
 
 CONFIG = Config(
@@ -356,3 +356,33 @@ def test_what_the_engine_cannot_train_is_refused_in_a_line(case, tmp_path, digit
 def test_whitening_needs_the_networks_of_this_project(tmp_path, digits):
     with pytest.raises(ConfigError, match="whitening is True; allowed with a model of your own: False"):
         train(CONFIG.override(whitening=True), tmp_path / "run", data=digits, model=classifier(), verbose=0)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_a_batch_norm_of_another_dtype_trains_as_it_is(dtype, tmp_path):
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(4, 3, dtype=dtype)(keras.layers.Rescaling(1 / 255)(images))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.BatchNormalization(dtype=dtype)(x))
+    model = keras.Model(images, keras.layers.Dense(2)(x))
+    data = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8), np.arange(40) % 2
+    config = CONFIG.override(epochs=1, batch_size=8)
+    metrics = train(config, tmp_path, data=data, model=model, verbose=0, full_report=False)
+    assert metrics["epochs"] == 1 and model.layers[3].moving_variance.dtype == dtype
+
+
+def test_a_model_of_any_size_gets_the_layers_of_one_of_fixed_size():
+    """Its layers are called once more, for the size of the images."""
+
+    def kinds(*sides):
+        images = keras.Input((*sides, 3))
+        inner = keras.Sequential([keras.Input((*sides, 3)), keras.layers.Conv2D(16, 3, padding="same")])
+        x = keras.layers.BatchNormalization()(inner(images))
+        x = keras.layers.MaxPooling2D(8)(x)
+        x = keras.layers.Conv2D(64, 3, padding="same")(keras.layers.Conv2D(64, 3, padding="same")(x))
+        model = keras.Model(images, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
+        twin = make_training_model(plain_model(model, (32, 32, 3), 10), "mixed_bfloat16")
+        return [type(layer) for layer in twin._flatten_layers(include_self=False) if layer.weights]
+
+    fixed = kinds(32, 32)
+    assert FusedBatchNormalization in fixed and FastConv2D in fixed
+    assert kinds(None, None) == fixed

@@ -177,7 +177,8 @@ def test_what_can_be_read_is_labelled_and_the_rest_is_named(folder, capsys, monk
     ("argv", "message"),
     [
         (["--workdir=.", "--model=model.keras", "images"], "--workdir and --model; allowed: one of the two"),
-        (["--workdir=nowhere", "images"], "no model file at nowhere/model.keras"),
+        (["--workdir=nowhere", "images"], "no run folder at nowhere; allowed: one written by"),
+        (["--workdir=images", "images"], "no model file at images/model.keras"),
         (["--model=model.keras"], "no IMAGE"),
         (["--model=model.keras", "nothing.png"], "no image at nothing.png"),
         (["--model=model.keras", "images/deeper"], "no images in"),
@@ -234,3 +235,17 @@ def test_a_process_says_one_line(folder):
     line, last = done.stderr.splitlines()
     assert line.startswith(f"{folder / 'images' / 'text.png'} cannot be read as an image")
     assert last.startswith("error: 1 of 1 images cannot be read")
+
+
+def test_arrays_of_images_are_checked_as_everywhere():
+    model = colour_model()
+    grey = np.zeros((2, *model.input_shape[1:3]), np.uint8)
+    alike = predict.predict_images(model, grey), predict.predict_images(model, np.stack([grey] * 3, axis=-1))
+    assert alike[0] == alike[1]
+    for images, text in (
+        (grey / 255, "images has dtype float64 and values up to 0; allowed: uint8"),
+        (grey.astype(np.int64), r"convert pixels 0-255 with images.astype\('uint8'\)"),
+        (grey[:, 1:], "images has shape"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            predict.predict_images(model, images)

@@ -1085,6 +1085,17 @@ def test_a_drawer_that_grew_does_not_change_a_run_that_resumes(tmp_path, drawer)
 # --- faults that were here once -------------------------------------------------------------------------
 
 
+def test_a_callback_that_fails_when_a_signal_ends_the_run_costs_no_state(tmp_path, digits):
+    class Fails(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            raise KeyError("loss")
+
+    with pytest.raises(KeyError):
+        train_quietly(TINY, tmp_path, digits, callbacks=[At(5, send(signal.SIGTERM), "batch"), Fails()])
+    assert (tmp_path / "state.npz").exists() and (tmp_path / "model.keras").exists()
+    assert train_quietly(TINY, tmp_path, digits)["epochs"] == TINY.epochs
+
+
 def test_the_images_from_before_the_split_are_gone_when_the_training_begins(tmp_path, digits, monkeypatch):
     held, alive = [], []
 

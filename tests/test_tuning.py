@@ -17,11 +17,11 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tuning
-from cifar10_trainer import RECIPES, datasets, machine, precision, runtime
+from cifar10_trainer import RECIPES, Config, adaptation, datasets, machine, precision, runtime
 from cifar10_trainer.__main__ import read_config
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from cifar10_trainer.training import train_and_evaluate
-from tuning import Options, trial, tune
+from tuning import Options, oracle, trial, tune
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
 from tuning.search_folder import SearchFolder
@@ -654,9 +654,29 @@ def test_conditional_hyperparameters(digits, tmp_path, monkeypatch):
 def test_a_trial_of_a_folder_has_its_images_size(digits):
     import keras_tuner as kt
 
-    folder = dataclasses.replace(digits, name="folder", train_images=digits.train_images[:, ::2, ::2])
-    assert trial.make_config(space, kt.HyperParameters(), folder).image_size == 16
+    small = digits.train_images[:, ::2, ::2]
+    folder = dataclasses.replace(digits, name="folder", train_images=small, resize="crop")
+    found = trial.make_config(space, kt.HyperParameters(), folder)
+    assert (found.image_size, found.resize) == (16, "crop")
     assert trial.make_config(space, kt.HyperParameters(), digits).image_size == 32
+
+
+def test_a_trial_whose_settings_adapt_is_that_of_the_adapted_ones(digits, tmp_path):
+    """Also for a share of the epochs. Its run records the same settings, so a search that is resumed knows it."""
+    import keras_tuner as kt
+
+    few = dataclasses.replace(
+        digits, train_images=digits.train_images[:40], train_labels=digits.train_labels[:40]
+    )
+
+    wanted, hp = TINY.override(batch_size=32, epochs=2, adapt=("batch_size", "epochs")), kt.HyperParameters()
+    found = trial.make_config(lambda hp: wanted, hp, few)
+    assert found == adaptation.adapt(wanted, 40, False) and found.epochs > 2 and not found.adapt
+    hp.values[oracle.SHARE] = 0.5
+    assert trial.make_config(lambda hp: wanted, hp, few).epochs == found.epochs / 2
+
+    train_and_evaluate(found.override(epochs=1), tmp_path, data=few, verbose=0, full_report=False)
+    assert Config.from_record(json.loads((tmp_path / "config.json").read_text())) == found.override(epochs=1)
 
 
 def folder_of(path, count):

@@ -20,7 +20,7 @@ from keras_tuner import errors
 from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.trial import Trial
 
-from cifar10_trainer import datasets, files, models, runtime
+from cifar10_trainer import adaptation, datasets, files, models, runtime
 from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
@@ -58,10 +58,11 @@ def make_config(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> 
         raise ConfigError(
             f"the space returns a {type(config).__name__}; allowed: a function of hp that returns a Config"
         )
+    config = adaptation.adapt(config, len(data.train_labels), data.validation is not None)
     epochs = float(f"{config.epochs * hp.values.get(oracle.SHARE, 1.0):.6g}")
-    # Arrays in memory have no name that a Config knows, and only the images of a folder have another size.
+    # Arrays in memory have no name that a Config knows, and only the pictures of a folder were resized.
     dataset = {"dataset": data.name} if data.name in DATASETS else {}
-    size = {"image_size": data.input_shape[0]} if data.name == "folder" else {}
+    size = {"image_size": data.input_shape[0], "resize": data.resize} if data.name == "folder" else {}
     return config.override(epochs=epochs, **dataset, **size)
 
 

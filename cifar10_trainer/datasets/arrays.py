@@ -80,9 +80,10 @@ def _class_names(class_names: Sequence[str] | None, count: int, labels: np.ndarr
     present = np.unique(labels)
     missing = [names[k] for k in range(len(names)) if k not in present]
     if missing:
+        from_one = "; labels count from 0, so subtract 1" if missing == ["0"] else ""
         raise ConfigError(
             f"train labels has no image of {cut(', '.join(missing[:10]))}; allowed: at least one image of each of the"
-            f" {len(names)} classes"
+            f" {len(names)} classes{from_one}"
         )
     return names
 
@@ -187,7 +188,8 @@ def check_images(name: str, images: Any) -> np.ndarray:
             f" {'0-1' if high <= 1 else '0-255'} convert them with {how}"
         )
     if array.dtype != np.uint8:
-        raise ConfigError(f"{name} has dtype {array.dtype}; allowed: uint8, raw pixels 0-255")
+        how = "; convert pixels 0-255 with images.astype('uint8')" if array.dtype.kind in "iu" else ""
+        raise ConfigError(f"{name} has dtype {array.dtype}; allowed: uint8, raw pixels 0-255{how}")
     if array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 1):
         check_fits(3 * array.nbytes, f"{name}, {len(array):,} grey images as three channels")
         array = np.repeat(array.reshape(*array.shape[:3], 1), 3, axis=3)

@@ -105,9 +105,9 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
             form = next(_forms(path), None)
         if form is None:
             raise RunError(
-                f"{path} holds no CIFAR-10; allowed: cifar-10-python.tar.gz or cifar-10-binary.tar.gz,"
-                " one of them extracted, or cifar10/ as TFDS prepares it;"
-                f" download {PYTHON_URL} into it, or correct {name}"
+                f"{path} holds no CIFAR-10; allowed: cifar-10-python.tar.gz or cifar-10-binary.tar.gz, one of them extracted,"
+                f" or cifar10/ as TFDS prepares it. Pictures of your own need --dataset=folder; for CIFAR-10, download {PYTHON_URL},"
+                f" or correct {name}"
             )
         return _read(form)
     for cache in _caches():
