@@ -33,7 +33,7 @@ _define(
     flags.DEFINE_string,
     "recipe",
     f"a name that --list_recipes prints; default: {DEFAULT_RECIPE}, for the digits fast.digits, for a folder by the number"
-    " of its images",
+    " of its images and --image_size",
 )
 _define(
     flags.DEFINE_string, "config", "config.json of a run or best_config.json of a search, instead of --recipe"
@@ -61,7 +61,9 @@ _define(
     flags.DEFINE_integer, "seed", "the seed of initial weights, order and augmentation; default: the recipe's"
 )
 _define(
-    flags.DEFINE_float, "validation_fraction", "share of the training images held out; default: the recipe's"
+    flags.DEFINE_float,
+    "validation_fraction",
+    "share of the training images held out; default: the recipe's, of a small folder a fifth",
 )
 _define(
     flags.DEFINE_boolean,
@@ -94,7 +96,7 @@ _define(
 _define(
     flags.DEFINE_float,
     "max_bad",
-    "the share of a folder's images, 0-1, that may be left out because they cannot be read; default: 0.05",
+    "the share of a folder's images, from 0 to less than 1, that may be left out because they cannot be read; default: 0.05",
     lower_bound=0,
     upper_bound=1,
 )
@@ -146,8 +148,8 @@ _define(flags.DEFINE_boolean, "sync_batch_norm", "compute batch-norm statistics 
 _define(
     flags.DEFINE_multi_string,
     "set",
-    "any other setting, as section.name=value with a JSON value; may be repeated. For example "
-    "--set optimizer.momentum=0.9 --set 'options.filters=[32,128,128]'",
+    "any other setting, named as in config.json, with a JSON value; may be repeated. For example "
+    "--set early_stopping=null --set optimizer.momentum=0.9 --set 'options.filters=[32,128,128]'",
     [],
 )
 _define(

@@ -369,16 +369,14 @@ class Config(_Section):
             self._between("early_stopping", 1, 100_000)
         if any(not 8 <= s <= 512 for s in self.sizes):
             raise ConfigError(f"sizes is {shown(self.sizes)}; allowed: sides from 8 to 512 pixels")
-        needs_validation = self.early_stopping is not None or self.schedule.name == "plateau"
-        if needs_validation and self.validation_fraction is None:
+        watching = ["--set early_stopping=null"] if self.early_stopping is not None else []
+        watching += ["--set schedule.name=constant"] if self.schedule.name == "plateau" else []
+        if watching and (self.validation_fraction is None or self.validation_interval > 1):
+            name = "validation_interval" if self.validation_fraction else "validation_fraction"
             raise ConfigError(
-                "validation_fraction is None, but early stopping and the plateau schedule watch val_loss;"
-                " allowed: a fraction, or neither of them"
-            )
-        if needs_validation and self.validation_interval > 1:
-            raise ConfigError(
-                f"validation_interval is {self.validation_interval}, but early stopping and the plateau schedule"
-                " watch val_loss after every epoch; allowed: 1, or neither of them"
+                f"{name} is {getattr(self, name)}, but early stopping and the plateau schedule watch val_loss after every"
+                f" epoch; allowed: {'1' if self.validation_fraction else 'a fraction'}, or neither of them"
+                f" ({' '.join(watching)})"
             )
 
     def _check_fold(self) -> None:

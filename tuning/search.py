@@ -63,7 +63,12 @@ _define(
     "recipe",
     f"recipe to start from; default: {DEFAULT_RECIPE}, or fast.digits for digits",
 )
-_define(flags.DEFINE_boolean, "baseline", "train the recipe itself as the first trial", True)
+_define(
+    flags.DEFINE_boolean,
+    "baseline",
+    "train the recipe itself, or the nearest point of the space, as the first trial",
+    True,
+)
 _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default: the recipe's")
 _define(flags.DEFINE_string, "data_dir", "folder or archive of the images, as for python -m cifar10_trainer")
 _define(
