@@ -251,7 +251,7 @@ def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
     for setting in FLAGS.set:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(f"--set {shown(setting)}; allowed: section.name=value")
+            raise ConfigError(f"--set {shown(setting)}; allowed: name=value or section.name=value")
         try:
             changes[name.replace(".", "__")] = parse_json(value)
         except ValueError:
