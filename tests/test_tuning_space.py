@@ -148,6 +148,11 @@ def test_an_empty_space_is_refused():
         (RECIPES["practical.baseline"], {"weight_decay": None}, "weight_decay"),  # it has none to multiply
         (RECIPES["practical.baseline"], {"augmentation": None}, "augmentation changes nothing"),
         (RECIPES["transfer.vgg16"], {"filters": None}, "unknown option of transfer 'filters'"),
+        (
+            RECIPES["transfer.cifar"],
+            dict.fromkeys(DEFAULT_SPACE),
+            "or leave filters out: --space=dropout,learning_rate",
+        ),
     ],
 )
 def test_what_a_recipe_cannot_do(base, asked, says):

@@ -144,7 +144,7 @@ def suited_to_folder(base: Config, options: Options) -> Config:
     free = [name for name in ADAPTABLE if name not in FLAGS or FLAGS[name].value is None]
     before = base.override(adapt=free)
     suited = adaptation.adapt(before, size.images, size.validation)
-    advice = "--epochs, --validation_fraction and a function as --space set others"
+    advice = "--epochs, --validation_fraction and --space set others"
     if options.verbose and (text := adaptation.in_words(before, suited, size.images, advice)):
         print(text)
     return suited
