@@ -114,7 +114,9 @@ class Space:
                     check_options(self.base.architecture, {option[2]: None})
                 except ConfigError as error:
                     rest = ",".join(other for other in self.ranges if other != name) or "learning_rate"
-                    raise ConfigError(f"{error}; or leave {name} out: --space={rest}") from None
+                    raise ConfigError(
+                        f"{str(error).rstrip('.')}; or leave {name} out: --space={rest}"
+                    ) from None
             low, high, _ = self._range(name)
             if isinstance(low, int) and low < 1:
                 raise ConfigError(f"the range of {name} begins at {low}; allowed: whole numbers from 1")
