@@ -48,6 +48,7 @@ BALANCED = (
     "cifar10",
     "digits",
 )  # data sets whose classes are of one size, so that accuracy is balanced accuracy
+PER_CLASS, RANDOM = 10, 25  # training images that the report shows: of each class, and at random
 SCORED_FIGURES = ("confusion_matrix", "misclassified_examples")
 
 
@@ -61,20 +62,22 @@ def classification_report(labels: np.ndarray, predicted: np.ndarray, class_names
     )
 
 
-def draw_data(folder: RunFolder, dataset: Dataset) -> None:
-    """Draws what a run trained on: the figures of the report that need its training images.
+def choose_samples(dataset: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Chooses the training images that the report shows, so that the others need not stay in memory until then.
 
     Args:
-        folder: the run folder.
-        dataset: as the run split it: the images it trained on, and in `validation` those it held out.
+        dataset: as the run split it.
+
+    Returns:
+        the figure's name -> its images and their labels.
     """
-    folder.check_there()
-    names, images, labels = dataset.class_names, dataset.train_images, dataset.train_labels
-    sample_images(images, labels, names, folder.figures / "sample_images.png")
-    random_samples(images, labels, names, folder.figures / "random_samples.png")
-    held_out = labels[:0] if dataset.validation is None else dataset.validation[1]
-    splits = {"training": labels, "validation": held_out, "test": dataset.test_labels}
-    class_distribution(splits, names, folder.figures / "class_distribution.png")
+    images, labels = dataset.train_images, dataset.train_labels
+    first = np.concatenate([np.flatnonzero(labels == c)[:PER_CLASS] for c in range(dataset.num_classes)])
+    random = np.random.default_rng(0).permutation(len(labels))[:RANDOM]
+    return {
+        name: (images[chosen], labels[chosen])
+        for name, chosen in (("sample_images", first), ("random_samples", random))
+    }
 
 
 def write_report(
@@ -84,15 +87,15 @@ def write_report(
     metrics: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     dataset: Dataset,
+    samples: Mapping[str, tuple[np.ndarray, np.ndarray]],
     test_probabilities: np.ndarray,
 ) -> None:
-    """Writes classification_report.txt, the figures that `draw_data` has not drawn and, last, report.html into the run folder.
+    """Writes classification_report.txt, figures/*.png and, last, report.html into the run folder.
 
     Args:
         folder: the run folder.
-        config, metrics: the contents of config.json and metrics.json.
-        history: rows as in history.csv.
-        dataset: as for `draw_data`; its training images may be gone.
+        config, metrics, history: the contents of config.json, metrics.json and history.csv.
+        dataset, samples: as the run split it, its training images may be gone; and what `choose_samples` chose of them.
         test_probabilities: float [n, classes] of `dataset.test_images`; of the validation images where the data set has no
             test images, and the report says so; empty where it has neither, and the report leaves the scores out.
     """
@@ -102,6 +105,10 @@ def write_report(
 
     # ---- the parts that every run has
     drawn = {name: folder.figures / f"{name}.png" for name in FIGURES}
+    sample_images(*samples["sample_images"], names, drawn["sample_images"], PER_CLASS)
+    random_samples(*samples["random_samples"], names, drawn["random_samples"], RANDOM)
+    splits = {"training": train_labels, "validation": val_labels, "test": dataset.test_labels}
+    class_distribution(splits, names, drawn["class_distribution"])
     training_curves(history, drawn["training_curves"], metrics.get("target"), metrics.get("best_epoch"))
 
     # ---- the parts about the score

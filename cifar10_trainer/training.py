@@ -158,15 +158,14 @@ def train_and_evaluate(
         log("trained: {epochs} epochs in {train_seconds:,.1f} s; kept epoch {best_epoch}".format(**trained))
 
         # ---- evaluate
-        if chief and full_report:
-            report.draw_data(folder, found)
+        samples = report.choose_samples(found) if chief and full_report else {}
         found = _release(engine, found)
         kept = _kept_model(folder, engine, model, log, hdf5=hdf5 and chief)
         probabilities, scores = _score(kept if score_test else None, found, validation, config)
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief:
             if full_report:
-                run: dict[str, Any] = {"config": record, "metrics": metrics, "history": loop.history}
+                run = dict[str, Any](config=record, metrics=metrics, history=loop.history, samples=samples)
                 report.write_report(folder, dataset=found, test_probabilities=probabilities, **run)
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
     summary.summarize(log, metrics, folder)

@@ -89,8 +89,8 @@ def write_run(workdir, *, n_test=4, n_validation=2, names=("cat", EVIL, "owl"), 
         "test_probabilities": probabilities(*[0, 1, 2, 1][: n_test or n_validation]),
     }
     values |= changes
-    report.draw_data(RunFolder(workdir), values["dataset"])
-    report.write_report(RunFolder(workdir), **values)
+    samples = report.choose_samples(values["dataset"])
+    report.write_report(RunFolder(workdir), samples=samples, **values)
     return Page((workdir / "report.html").read_text(encoding="utf-8"))
 
 
