@@ -33,7 +33,7 @@ from .pipeline import BatchMaker, EpochSampler, beside, index_data, no_autograph
 
 # Bytes. TensorFlow's allocator takes memory in regions, of which each is twice the one before. With a large one at once, the
 # tensors of a step find room in few regions, where fewer gaps stay. Linux gives memory only where something is written.
-REGION = 384 << 20
+REGION = 512 << 20
 
 SMALL_BATCH = 128  # for the evaluation of at most so many images
 
