@@ -204,10 +204,10 @@ class Optimizer(_Section):
         if unused:
             found = ", ".join(f"{name} is {shown(getattr(self, name))}" for name in unused)
             allowed = ", ".join(str(usual[name]) for name in unused)
-            one_by_one = (
+            at_once = (
                 f'--set \'optimizer={{"name": "{self.name}", "learning_rate": 0.001}}\' sets all of them'
             )
-            raise ConfigError(f"{found}, which {self.name} does not use; allowed: {allowed}; {one_by_one}")
+            raise ConfigError(f"{found}, which {self.name} does not use; allowed: {allowed}; {at_once}")
         self._between("learning_rate", 0, 100, exclusive=True)
         self._between("momentum", 0, 0.9999)
         self._between("weight_decay", 0, 1)
@@ -372,10 +372,14 @@ class Config(_Section):
         watching = ["--set early_stopping=null"] if self.early_stopping is not None else []
         watching += ["--set schedule.name=constant"] if self.schedule.name == "plateau" else []
         if watching and (self.validation_fraction is None or self.validation_interval > 1):
-            name = "validation_interval" if self.validation_fraction else "validation_fraction"
+            name, allowed = (
+                ("validation_interval", "1")
+                if self.validation_fraction
+                else ("validation_fraction", "a fraction")
+            )
             raise ConfigError(
                 f"{name} is {getattr(self, name)}, but early stopping and the plateau schedule watch val_loss after every"
-                f" epoch; allowed: {'1' if self.validation_fraction else 'a fraction'}, or neither of them"
+                f" epoch; allowed: {allowed}, or neither of them"
                 f" ({' '.join(watching)})"
             )
 

@@ -24,7 +24,7 @@ from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, RunError, cut
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
-from .run_folder import RunFolder
+from .run_folder import RunFolder, existing
 from .scoring import predict_probabilities, score
 
 if TYPE_CHECKING:
@@ -128,9 +128,7 @@ def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:
 
 def read_run(workdir: str | Path) -> dict[str, Any]:
     """The config.json of a run folder. Raises ConfigError without a folder, RunError without its files."""
-    folder = RunFolder(workdir)
-    if not folder.path.is_dir():
-        raise ConfigError(f"no run folder at {folder}; allowed: one written by python -m cifar10_trainer")
+    folder = existing(workdir)
     if not folder.config_file.is_file():
         raise ConfigError(
             f"{folder} is no run folder: it has no {folder.config_file.name}; allowed: one written by"

@@ -28,7 +28,7 @@ from .errors import ConfigError, RunError, reason_of
 from .keras_state import keras_defaults
 from .machine import cpu_count
 from .model_file import PACKAGED, check_model_file, info_of, load_model
-from .run_folder import RunFolder
+from .run_folder import RunFolder, existing
 from .scoring import predict_probabilities
 
 if TYPE_CHECKING:
@@ -237,12 +237,8 @@ def main(argv: list[str]) -> None:
         )
     if not argv:
         raise ConfigError("no IMAGE; allowed: image files and folders of them")
-    if FLAGS.workdir is not None and not RunFolder(FLAGS.workdir).path.is_dir():
-        raise ConfigError(
-            f"no run folder at {FLAGS.workdir}; allowed: one written by python -m cifar10_trainer, or --model with a model file"
-        )
     folder = FLAGS.workdir or FLAGS.model or PACKAGED
-    file = RunFolder(folder).model_file if FLAGS.workdir or Path(folder).is_dir() else folder
+    file = existing(folder).model_file if FLAGS.workdir or Path(folder).is_dir() else folder
     path, paths = check_model_file(file), find_images(argv)
     cli.import_tensorflow()
     model = load_model(path)

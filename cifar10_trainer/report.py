@@ -75,8 +75,8 @@ def choose_samples(dataset: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]
     first = np.concatenate([np.flatnonzero(labels == c)[:PER_CLASS] for c in range(dataset.num_classes)])
     random = np.random.default_rng(0).permutation(len(labels))[:RANDOM]
     return {
-        name: (images[chosen], labels[chosen])
-        for name, chosen in (("sample_images", first), ("random_samples", random))
+        "sample_images": (images[first], labels[first]),
+        "random_samples": (images[random], labels[random]),
     }
 
 

@@ -57,6 +57,14 @@ HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lea
 SPLIT_COLUMNS = ("file", "class", "part")
 
 
+def existing(workdir: str | os.PathLike[str]) -> RunFolder:
+    """The run folder at `workdir`, which a command reads. Raises ConfigError where no folder is."""
+    folder = RunFolder(workdir)
+    if not folder.path.is_dir():
+        raise ConfigError(f"no run folder at {folder}; allowed: one written by python -m cifar10_trainer")
+    return folder
+
+
 class RunFolder(LockedFolder):
     """The folder of one run.
 

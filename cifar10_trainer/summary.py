@@ -71,10 +71,9 @@ def warn_at_chance(
     if accuracy is None:
         labels, accuracy, images = data.train_labels, history[-1]["accuracy"], "training images"
     share = float(np.bincount(labels).max()) / len(labels)
+    # Of so few images that all of them may be right by luck, no accuracy shows anything.
     luck = share + 2.33 * math.sqrt(share * (1 - share) / len(labels))
-    if (
-        accuracy <= luck < 1
-    ):  # of so few images that all of them may be right by luck, no accuracy shows anything
+    if accuracy <= luck < 1:
         log(
             f"  at chance level      {accuracy:.2%} of the {len(labels):,} {images}; to guess the largest class gives"
             f" {share:.2%}: the network has learned nothing that these images show; try a smaller --learning_rate"

@@ -1105,6 +1105,7 @@ def test_every_recipe_trains_two_steps_and_saves(name, policy, tmp_path):
     ]
     # A bias before a batch norm has no gradient but rounding.
     assert np.mean(changed) > 0.5
+    assert all(np.isfinite(v.numpy()).all() for v in engine.training_model.trainable_variables)
     model = engine.export()
     images, _ = pictures(4)
     if (network := f"{recipe.architecture} {recipe.options} {policy}") not in _saved:

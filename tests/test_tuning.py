@@ -95,7 +95,11 @@ def test_the_leaderboard(finished):
         assert float(row["val_accuracy"]) == pytest.approx(metrics["best_val_accuracy"], abs=1e-6)
         assert float(row["pflop"]) == pytest.approx(metrics["pflop"], rel=1e-6)
         assert float(row["parameters"]) == metrics["params"]
-        assert 0 < float(row["seconds"]) < float(row["ended"]) + 0.05  # which is rounded to a tenth
+    for row, exact in zip(
+        rows, found.rows, strict=True
+    ):  # the file rounds the end to a tenth, the seconds not
+        assert row["ended"] == f"{exact.ended:.1f}" and float(row["seconds"]) == exact.metrics["seconds"]
+        assert 0 < exact.metrics["seconds"] < exact.ended
 
 
 def test_no_test_image_is_scored(finished):
