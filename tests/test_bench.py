@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import results.frontier
 import tensorflow as tf
-from bench import baselines, cpu, gpu, limit, scale_out, timing
+from bench import baselines, cpu, gpu, limit, record, scale_out, timing
 from bench.timing import Options
 
 from cifar10_trainer import RECIPES, models, scoring
@@ -142,6 +142,7 @@ def small(monkeypatch):
 
 
 def test_step(small, monkeypatch):
+    monkeypatch.setattr(cpu, "native_flags", lambda: ["avx512_bf16"])
     monkeypatch.setattr(
         baselines, "torch_steps", lambda *_, **__: {"PyTorch": lambda: 1e6, "worse": lambda: 2e6}
     )
@@ -158,9 +159,22 @@ def test_step(small, monkeypatch):
     assert best["value"] == pytest.approx(rows["this project"]["median"] / 1e9)
 
 
+def test_sections_of_a_processor_without_bfloat16(small, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(cpu, "native_flags", lambda: [])
+    monkeypatch.setattr(baselines, "torch_steps", lambda *_, **variants: asked.update(variants) or {})
+    found = cpu.step(TINY)
+    assert list(found["rows"]) == ["tutorial 4, its own code", "this project, float32", "this project"]
+    assert asked["bfloat16"] == (False,)
+    # The README's row names a precision only where there are two.
+    assert "float32" not in record._step({"step": found})[1]
+    assert cpu.precision(TINY) == {}
+    assert "no bfloat16" in capsys.readouterr().out
+
+
 def test_step_without_pytorch(small, monkeypatch):
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
-    assert baselines.torch_steps(None, None, (False,)) == {}
+    assert baselines.torch_steps(None, None, (False,), (False,)) == {}
 
 
 def test_limit(small, monkeypatch):
@@ -368,6 +382,7 @@ def test_target(monkeypatch):
 
 
 def test_precision(monkeypatch):
+    monkeypatch.setattr(cpu, "native_flags", lambda: ["avx512_bf16"])
     accuracies = [0.85, 0.86, 0.86, 0.84]  # float32, bfloat16 of seed 0; of seed 1
     asked = fake_runs(monkeypatch, [{"best_val_accuracy": a, "train_seconds": 9.0} for a in accuracies])
     found = cpu.precision(Options(seeds=2))
@@ -499,7 +514,7 @@ def test_pytorch_has_the_same_network():
 def test_pytorch_variants_train():
     pytest.importorskip("torch")
     images, labels = timing.synthetic_data(8)
-    found = baselines.torch_steps(images.astype(np.float32) / 255, labels, (False,))
+    found = baselines.torch_steps(images.astype(np.float32) / 255, labels, (False, True), (False,))
     assert len(found) == 4 and len({n.partition(",")[2] for n in found}) == 4
     assert all(0 < measure() < 60 for measure in found.values())
 

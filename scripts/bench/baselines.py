@@ -187,13 +187,14 @@ def torch_network() -> torch.nn.Module:
 
 
 def torch_steps(
-    images: np.ndarray, labels: np.ndarray, compiled: tuple[bool, ...]
+    images: np.ndarray, labels: np.ndarray, bfloat16: tuple[bool, ...], compiled: tuple[bool, ...]
 ) -> dict[str, Callable[[], float]]:
-    """PyTorch's variants of that network: float32 or bfloat16, NCHW or channels last, `compiled` or not.
+    """PyTorch's variants of that network: float32 or `bfloat16`, NCHW or channels last, `compiled` or not.
 
     Args:
         images: float32 [n, 32, 32, 3], 0-1.
         labels: integers [n].
+        bfloat16: (False,), or (False, True) for bfloat16 too.
         compiled: (False,), or (False, True) for `torch.compile` too.
 
     Returns:
@@ -206,7 +207,7 @@ def torch_steps(
     x = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(labels)
 
-    def variant(bfloat16: bool, last: bool, compiled: bool) -> Callable[[], float]:
+    def variant(half: bool, last: bool, compiled: bool) -> Callable[[], float]:
         form = torch.channels_last if last else torch.contiguous_format
         model: Any = torch_network()
         model = model.to(memory_format=form)
@@ -217,7 +218,7 @@ def torch_steps(
             start = time.perf_counter()
             for i in range(0, len(x), TUTORIAL_BATCH):
                 batch = slice(i, i + TUTORIAL_BATCH)
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
                     outputs = run(x[batch].to(memory_format=form))
                     loss = torch.nn.functional.cross_entropy(outputs, y[batch])
                 optimizer.zero_grad()
@@ -228,13 +229,13 @@ def torch_steps(
         return measure
 
     found = {}
-    for bfloat16 in (False, True):
+    for half in bfloat16:
         for last in (False, True):
             for compile_ in compiled:
-                words = ["bfloat16" if bfloat16 else "float32", "channels last" if last else "NCHW"]
+                words = ["bfloat16" if half else "float32", "channels last" if last else "NCHW"]
                 words += ["compiled"] if compile_ else []
                 name = f"PyTorch {torch.__version__.split('+')[0]}, {', '.join(words)}"
-                found[name] = variant(bfloat16, last, compile_)
+                found[name] = variant(half, last, compile_)
     return found
 
 

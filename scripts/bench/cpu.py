@@ -19,6 +19,7 @@ import results.frontier
 from results.records import ROOT
 
 from cifar10_trainer import RECIPES, RunError
+from cifar10_trainer.precision import native_flags
 from results import records
 
 from . import baselines, timing
@@ -27,6 +28,8 @@ from .scale_out import scale_out
 from .timing import Options, Section, against_goal, interleaved, rows_of, synthetic_data
 
 TUTORIAL, OURS = "tutorial 4, its own code", "this project"
+OURS_FLOAT32 = "this project, float32"
+TUTORIAL_BFLOAT16 = "tutorial 4, bfloat16"  # where the processor has bfloat16
 # A median over the rounds, because the speed of a processor changes between rounds.
 SHARE_OF_DATA = "share of data in a step (median over the rounds' shares)"
 
@@ -43,11 +46,20 @@ def step(o: Options) -> dict[str, Any]:
         engine = timing.engine_for("leaky.baseline", images, labels, precision=precision)
         return timing.seconds_of(engine, o.batches)
 
-    torch = baselines.torch_steps(pixels, labels, compiled=(False,) if o.quick else (False, True))
+    # A processor without bfloat16 of its own takes many times as long with it.
+    bfloat16 = bool(native_flags())
+    tutorial = {TUTORIAL: baselines.tutorial_fit(pixels, labels)}
+    if bfloat16:
+        tutorial[TUTORIAL_BFLOAT16] = baselines.tutorial_fit(pixels, labels, "mixed_bfloat16")
+    torch = baselines.torch_steps(
+        pixels,
+        labels,
+        bfloat16=(False, True) if bfloat16 else (False,),
+        compiled=(False,) if o.quick else (False, True),
+    )
     passes = {
-        TUTORIAL: baselines.tutorial_fit(pixels, labels),
-        "tutorial 4, bfloat16": baselines.tutorial_fit(pixels, labels, "mixed_bfloat16"),
-        "this project, float32": ours("float32"),
+        **tutorial,
+        OURS_FLOAT32: ours("float32"),
         OURS: ours("auto"),
         **torch,
     }
@@ -253,6 +265,9 @@ def start_rows(o: Options) -> dict[str, Any]:
 
 def precision(o: Options) -> dict[str, Any]:
     """Validation accuracy of fast.85 in bfloat16 and in float32, with the same seeds."""
+    if not native_flags():
+        print("  left out: this processor has no bfloat16")
+        return {}
     runs: dict[str, list[dict[str, Any]]] = {"float32": [], "mixed_bfloat16": []}
     for seed in range(o.seeds):
         for name, found in runs.items():

@@ -28,7 +28,7 @@ PROCESSORS = {
 # Its rows: their words, the section, and how the row or the result that they show begins.
 COMPARED = [
     ("step: tutorial 4, its own code", "step", cpu.TUTORIAL),
-    ("step: this project, float32", "step", "this project, float32"),
+    ("step: this project, float32", "step", cpu.OURS_FLOAT32),
     ("step: this project", "step", cpu.OURS),
     ("step: PyTorch, bfloat16, channels last", "step", "PyTorch 2.13.0, bfloat16, channels last"),
     ("step: this project / tutorial 4", "step", "this project / the tutorial's own code"),
@@ -194,10 +194,9 @@ def _step(sections: dict[str, Any]) -> list[str]:
         median, name = min(torch)
         peer += f"; {number(median)} ms: {name}"
         ratio += f"; {ours['median'] / median:.2f}"
-    float32 = rows.get("this project, float32")
-    shown = _shown(ours) + (
-        "" if float32 is None else f" in bfloat16, {number(float32['median'])} in float32"
-    )
+    shown = _shown(ours)
+    if cpu.TUTORIAL_BFLOAT16 in rows:
+        shown += f" in bfloat16, {number(rows[cpu.OURS_FLOAT32]['median'])} in float32"
     return ["a training step of tutorial 4's network, batch 128", shown, peer, ratio]
 
 
