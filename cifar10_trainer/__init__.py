@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "1.1.0.dev0"  # before the imports, since some of them read it
 
+from . import machine
 from .config import Augmentation, Averaging, Config, Optimizer, Origin, Schedule
 from .errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from .recipes import DEFAULT_RECIPE, RECIPES
+
+machine.use_onednn()  # TensorFlow reads the setting when it is imported
 
 if TYPE_CHECKING:
     from .accelerate import make_training_model as make_training_model

@@ -190,6 +190,11 @@ def choose_devices(
         team.agree(config=config.to_dict(), GPUs=gpus, **flags)
     strategy, reason = choose_strategy(config.strategy)
     log(f"strategy: {reason}")
+    if machine.without_onednn() and not tf.config.get_visible_devices("GPU"):
+        log(
+            "oneDNN: off, because TensorFlow was imported before cifar10_trainer, so a step may take twice the time; import"
+            f" cifar10_trainer first, or set {machine.ONEDNN}=1"
+        )
     return team, strategy
 
 
