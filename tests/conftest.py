@@ -7,12 +7,12 @@ import os
 import signal
 import tracemalloc
 
+from cifar10_trainer import augment, figures, machine, precision  # isort: skip  (before Keras, for oneDNN)
+
 import keras
 import matplotlib
 import numpy as np
 import pytest
-
-from cifar10_trainer import augment, figures, machine, precision
 
 ARRAYS = np.lib.tracemalloc_domain  # what NumPy allocates for its arrays
 

@@ -24,6 +24,43 @@ def test_cpu_flags_elsewhere(proc):
 
 
 @pytest.mark.parametrize(
+    ("flags", "setting", "expected"),
+    [
+        ("sse4_2 avx avx2 fma", None, "1"),  # Zen 1 to 3, Haswell to Comet Lake
+        ("avx2 avx512f", None, "1"),  # Skylake-X
+        ("avx2 avx512f avx512_vnni", None, None),  # TensorFlow does it by itself
+        ("avx2 avx_vnni", None, None),
+        ("sse4_2 avx", None, None),  # not measured
+        ("", None, None),  # another architecture, another system
+        ("avx2", "0", "0"),  # as the user wants it
+        ("avx2", "1", "1"),
+    ],
+)
+def test_onednn_where_tensorflow_would_do_without(proc, monkeypatch, flags, setting, expected):
+    proc({"cpuinfo": f"flags\t\t: {flags}\n"})
+    monkeypatch.setenv(machine.ONEDNN, setting or "")
+    if setting is None:
+        monkeypatch.delenv(machine.ONEDNN)
+    assert machine.without_onednn() == (setting is None and expected == "1")
+    machine.use_onednn()  # too late
+    assert os.environ.get(machine.ONEDNN) == setting
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    machine.use_onednn()
+    assert os.environ.get(machine.ONEDNN) == expected
+    assert not machine.without_onednn()
+
+
+@pytest.mark.skipif("avx2" not in machine.cpu_flags(), reason="needs a processor with AVX2")
+def test_tensorflow_takes_the_setting():
+    program = "import cifar10_trainer, tensorflow; from tensorflow.python.util import _pywrap_util_port as p; print(p.IsMklEnabled())"
+    environment = {name: value for name, value in os.environ.items() if name != machine.ONEDNN}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "True\n"
+
+
+@pytest.mark.parametrize(
     ("files", "affinity", "expected"),
     [
         ({}, 8, 8),

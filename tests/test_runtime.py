@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar10_trainer import cluster, machine, precision, runtime
+from cifar10_trainer import Config, cluster, machine, precision, runtime
 from cifar10_trainer.errors import ConfigError, RunError
 
 
@@ -305,6 +305,20 @@ def test_a_run_keeps_the_precision_that_it_began_with(requested, before, expecte
 
 
 # ---- the rest
+
+
+@pytest.mark.parametrize(("gpus", "without", "said"), [(0, True, True), (0, False, False), (1, True, False)])
+def test_a_run_without_onednn_says_what_to_do(gpus, without, said, devices, monkeypatch):
+    devices(gpus)
+    monkeypatch.setattr(machine, "without_onednn", lambda: without)
+    monkeypatch.setattr(runtime, "choose_strategy", lambda requested: (None, "chosen"))
+    lines: list[str] = []
+    runtime.choose_devices(Config(), 1.0, lines.append, {})
+    assert lines[0] == "strategy: chosen"
+    assert [line.startswith("oneDNN: off, because TensorFlow was imported before") for line in lines[1:]] == [
+        True
+    ] * said
+    assert all("TF_ENABLE_ONEDNN_OPTS=1" in line for line in lines[1:])
 
 
 def test_describe_is_a_record_of_texts():
