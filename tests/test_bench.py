@@ -519,6 +519,19 @@ def test_pytorch_variants_train():
     assert all(0 < measure() < 60 for measure in found.values())
 
 
+def test_the_clock_of_fit_stops_where_the_epoch_ends():
+    class Waiting:
+        def fit(self, *args, callbacks, **options):
+            self.asked = args, options
+            for callback in callbacks:
+                callback.on_epoch_end(0, {})
+            time.sleep(0.5)  # as for tf.data's tuning thread
+
+    model = Waiting()
+    assert 0 <= baselines.seconds_of_epoch(model, "x", "y", verbose=0) < 0.4
+    assert model.asked == (("x", "y"), {"verbose": 0})
+
+
 def test_the_tutorials_code_is_a_command_too():
     assert "steps to train" in timing.output_of(timing.baseline_command("--help"))
 

@@ -255,7 +255,6 @@ def test_the_readme_shows_tables_and_numbers_of_the_records():
         f"passes 85% validation accuracy on CIFAR-10 {seconds:.0f} seconds after the process starts (a Zen 4: {other:.0f})"
         in words
     )
-    fast_epoch = rows["tutorial 4, its own code: an epoch"]["min"]
     seconds = rows["fast.94: whitening, training and test"]["median"]
     mean = next(
         v["value"] for v in benchmark["sections"]["gpu_94"]["verdicts"] if "averaged views" in v["what"]
@@ -268,38 +267,15 @@ def test_the_readme_shows_tables_and_numbers_of_the_records():
     median = statistics.median(m["total_seconds"] for m in of_85)
     accuracy = statistics.mean(m["test_accuracy"] for m in of_85)
     assert f"# {accuracy:.0%} test accuracy, {median:.0f} s on two CPU cores" in words
-    faster = next(v["value"] for v in zen4["verdicts"] if v["what"].startswith("the tutorial's"))
-    ratio = rows["fast.85: to 85%"]["median"] / (19 * fast_epoch)
-    assert (
-        f"first ratio is {1 / faster:.3f} on the Zen 4, and {ratio:.2f} where tutorial 4's code runs" in words
-    )
 
 
 def test_the_numbers_of_other_peoples_models_are_those_of_the_record():
-    part = bench_record.read(ROOT / "results" / "benchmark-zen4.json")["sections"]["own_model"]["rows"]
-    benchmarks, library = (
-        " ".join((ROOT / "docs" / f"{n}.md").read_text().split()) for n in ("benchmarks", "library")
+    part = bench_record.read(ROOT / "results" / "benchmark-zen3.json")["sections"]["own_model"]
+    tutorial, mobilenet = (f"{verdict['value']:.2f}" for verdict in part["verdicts"])
+    library = " ".join((ROOT / "docs" / "library.md").read_text().split())
+    assert (
+        f"takes {tutorial} of the time of `Model.fit` for tutorial 4's network, and {mobilenet} for MobileNetV2" in library
     )
-    sentences = {
-        "tutorial 4's network": "takes {} ms with `train(model=...)` and {} ms with `Model.fit` ({}; in float32 {} ms, {})",
-        "MobileNetV2": "takes {} ms and {} ms ({}; in float32 {} ms, {})",
-    }
-    ratios = []
-    for name, words in sentences.items():
-        ours, full = (part[f"{name}: this project, {kind}"] for kind in ("precision auto", "float32"))
-        fit = part[f"{name}: Model.fit"]
-        numbers = [
-            f"{ours['median']:.0f}",
-            f"{fit['median']:.0f}",
-            f"{ours['ratio']:.2f}",
-            f"{full['median']:.0f}",
-        ]
-        assert words.format(*numbers, f"{full['ratio']:.2f}") in benchmarks
-        ratios.append(f"{ours['ratio']:.2f}")
-    fastest = part["tutorial 4's network: Model.fit"]["min"]
-    assert f"The fastest round of `fit` took {fastest:.0f} ms" in benchmarks
-    assert f"takes {ratios[0]} of the time of `Model.fit` for tutorial 4's network" in library
-    assert f"and {ratios[1]} for MobileNetV2" in library
 
 
 def test_the_limits_of_steps_are_those_of_the_records():
@@ -312,7 +288,7 @@ def test_the_limits_of_steps_are_those_of_the_records():
     for one, other in zip(zen4["verdicts"], xeon["verdicts"], strict=True):
         name = one["what"].rpartition(": ")[2]
         shown = [bench_record.number_beside(r["value"], r["goal"]) for r in (one, other)]
-        assert f"| a step over its limit: `{name}` |  | {shown[0]} | {shown[1]} |" in text
+        assert f"| a step over its limit: `{name}` |  | {shown[0]} |  | {shown[1]} |" in text
     missed = text[text.index("## Goals missed") :]
     for result in [*zen4["verdicts"], *xeon["verdicts"]]:
         name, value = result["what"].rpartition(": ")[2], result["value"]

@@ -23,6 +23,7 @@ FIGURE = ROOT / "docs" / "benchmark.png"
 PROCESSORS = {
     "AMD EPYC (generation not recorded)": ("benchmark.json", "AMD EPYC, 2 cores"),
     "AMD EPYC Zen 4, 2.6 GHz": ("benchmark-zen4.json", None),
+    "AMD EPYC Zen 3": ("benchmark-zen3.json", None),
     "Intel Xeon with AMX": ("benchmark-xeon.json", None),
 }
 # Its rows: their words, the section, and how the row or the result that they show begins.
@@ -30,9 +31,14 @@ COMPARED = [
     ("step: tutorial 4, its own code", "step", cpu.TUTORIAL),
     ("step: this project, float32", "step", cpu.OURS_FLOAT32),
     ("step: this project", "step", cpu.OURS),
+    ("step: PyTorch, float32, channels last", "step", "PyTorch 2.13.0, float32, channels last"),
     ("step: PyTorch, bfloat16, channels last", "step", "PyTorch 2.13.0, bfloat16, channels last"),
     ("step: this project / tutorial 4", "step", "this project / the tutorial's own code"),
     ("step: this project / the best PyTorch", "step", "this project / the best PyTorch"),
+    *(
+        (f"`train(model=...)` / `Model.fit`: {name}", "own_model", f"{name}: this project / Model.fit")
+        for name in ("tutorial 4's network", "MobileNetV2")
+    ),
     *((f"a step over its limit: `{name}`", "limit", f"{RATIO}: {name}") for name in GOALS),
     ("input pipeline with cutout / Keras layers without", "loader", "with cutout / Keras layers"),
     ("data in a step of `leaky.baseline`", "waiting", f"{cpu.SHARE_OF_DATA} of leaky.baseline"),
