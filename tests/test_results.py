@@ -250,7 +250,9 @@ def test_the_readme_shows_tables_and_numbers_of_the_records():
     rows = {name: row for part in benchmark["sections"].values() for name, row in part["rows"].items()}
     seconds = rows["fast.85: to 85%"]["median"]
     zen4, zen3 = (
-        bench_record.read(ROOT / "results" / f"benchmark-{name}.json")["sections"]["target"]["rows"]["fast.85: to 85%"]
+        bench_record.read(ROOT / "results" / f"benchmark-{name}.json")["sections"]["target"]["rows"][
+            "fast.85: to 85%"
+        ]
         for name in ("zen4", "zen3")
     )
     assert (
@@ -276,7 +278,8 @@ def test_the_numbers_of_other_peoples_models_are_those_of_the_record():
     tutorial, mobilenet = (f"{verdict['value']:.2f}" for verdict in part["verdicts"])
     library = " ".join((ROOT / "docs" / "library.md").read_text().split())
     assert (
-        f"takes {tutorial} of the time of `Model.fit` for tutorial 4's network, and {mobilenet} for MobileNetV2" in library
+        f"takes {tutorial} of the time of `Model.fit` for tutorial 4's network, and {mobilenet} for MobileNetV2"
+        in library
     )
 
 
