@@ -18,9 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# One process of pytest -n auto runs them all: they read what other processes have found, which takes minutes.
-pytestmark = pytest.mark.xdist_group("distribution")
-
 STEPS = 20
 EVALUATED = 1234  # divides neither by the replicas nor by the batch
 
