@@ -495,7 +495,8 @@ def agree_at_first(several, one, name, atol):
 # Weights are up to 1.2 here and move by some hundredths. float32 has 24 bits: weights round by 6e-8, and so does a sum in
 # another order; seen: 4e-7. Muon divides by the size of each direction of a gradient, also of small ones, in which
 # roundings are a larger part; seen: 5e-7. bfloat16 has 8 bits, 4e-3 of each activation, so of a move of some
-# hundredths 2e-4; seen: 2e-5, and 2.4e-4 where the processor has no bfloat16. Later steps are not compared so: in 42 steps a difference of 1e-7 grows to 8e-3, because training is chaotic.
+# hundredths 2e-4; seen: 2e-5, and 2.4e-4 where the processor has no bfloat16. Later steps are not compared so: in 42 steps a
+# difference of 1e-7 grows to 8e-3, because training is chaotic.
 TOLERANCES = {"sgd": 2e-6, "muon": 1e-5, "bfloat16": 5e-4}
 
 
