@@ -141,11 +141,13 @@ def use_onednn() -> None:
 def without_onednn() -> bool:
     """Whether TensorFlow does without oneDNN by its own choice, on a processor where oneDNN is faster.
 
-    These are processors with AVX2 that have no instructions for neural networks: most of the years 2013 to 2020. oneDNN's
-    convolutions take a quarter to nine tenths of the time of TensorFlow's own there. A user's own setting stays.
+    These are processors with AVX2 that have no instructions for neural networks: most of the years 2013 to 2020. No
+    convolution was slower with oneDNN there (docs/measurements.md). A user's own setting stays.
     """
+    if ONEDNN in os.environ:
+        return False
     flags = cpu_flags()
-    return ONEDNN not in os.environ and "avx2" in flags and not flags & ONEDNN_BY_DEFAULT
+    return "avx2" in flags and not flags & ONEDNN_BY_DEFAULT
 
 
 def cpu_flags() -> set[str]:

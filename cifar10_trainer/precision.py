@@ -40,7 +40,7 @@ _ratios: dict[str, float] = {}
 
 def native_flags() -> list[str]:
     """The processor's flags for native bfloat16; empty where it has none, or TensorFlow does without oneDNN."""
-    if os.environ.get("TF_ENABLE_ONEDNN_OPTS", "").lower() in ("0", "false"):
+    if os.environ.get(machine.ONEDNN, "").lower() in ("0", "false"):
         return []
     return sorted(machine.cpu_flags() & set(NATIVE))
 

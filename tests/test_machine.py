@@ -38,7 +38,9 @@ def test_cpu_flags_elsewhere(proc):
 )
 def test_onednn_where_tensorflow_would_do_without(proc, monkeypatch, flags, setting, expected):
     proc({"cpuinfo": f"flags\t\t: {flags}\n"})
-    monkeypatch.setenv(machine.ONEDNN, setting or "")
+    monkeypatch.setenv(
+        machine.ONEDNN, setting or ""
+    )  # at the end it is as before, whatever use_onednn has set
     if setting is None:
         monkeypatch.delenv(machine.ONEDNN)
     assert machine.without_onednn() == (setting is None and expected == "1")
