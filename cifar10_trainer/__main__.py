@@ -96,7 +96,7 @@ _define(
 _define(
     flags.DEFINE_float,
     "max_bad",
-    "the share of a folder's images, from 0 to less than 1, that may be left out because they cannot be read; default: 0.05",
+    "the share of a folder's images that may be left out because they cannot be read; default: 0.05",
     lower_bound=0,
     upper_bound=1,
 )

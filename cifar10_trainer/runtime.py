@@ -192,7 +192,7 @@ def choose_devices(
     log(f"strategy: {reason}")
     if machine.without_onednn() and not tf.config.get_visible_devices("GPU"):
         log(
-            "oneDNN: off, because TensorFlow was imported before cifar10_trainer, so a step may take twice the time; import"
+            "oneDNN: off, because TensorFlow was imported before cifar10_trainer, so a step may take more than twice the time; import"
             f" cifar10_trainer first, or set {machine.ONEDNN}=1"
         )
     return team, strategy

@@ -1,18 +1,19 @@
-"""Trains recipes with their own settings, keeps a JSON record of each run, and rewrites the tables of results/README.md.
+"""Trains recipes with their own settings, and shows each result beside its record, or keeps a record where there is none.
 
     python scripts/reproduce.py practical.baseline vgg.1      # these recipes
-    python scripts/reproduce.py --source=2 --epochs=20        # all of tutorial 2, its longer recipes cut to 20 epochs
-    python scripts/reproduce.py --all --seeds=3
+    python scripts/reproduce.py --source=2 --epochs=20        # what has no record of tutorial 2, cut to 20 epochs
+    python scripts/reproduce.py --all --seeds=3               # what has no record of all recipes
     python scripts/reproduce.py fast.85 --epochs=7            # the project's own recipes take any number of epochs
     python scripts/reproduce.py --record=runs/mine            # keeps the record of a finished run of the main command
     python scripts/reproduce.py --table                       # only the tables, from the records
 
-An interrupted run is resumed. A run that has a record is not run again. Records are
-results/runs/<recipe>-<epochs>-<seed>.json.
+An interrupted run is resumed. Runs are in runs/reproduce/<recipe>-<epochs>-<seed>, records in
+results/runs/<recipe>-<epochs>-<seed>.json; the tables of README.md and results/README.md are made from the records.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from results import records, tables
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
-flags.DEFINE_boolean("all", False, "every recipe", flag_values=FLAGS)
-flags.DEFINE_integer("source", None, "every recipe of this tutorial, 1-5", flag_values=FLAGS)
+flags.DEFINE_boolean("all", False, "every recipe, its runs without a record", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "source", None, "every recipe of this tutorial, 1-5, its runs without a record", flag_values=FLAGS
+)
 flags.DEFINE_integer("seeds", 1, "runs of each recipe, seeds 0 to n - 1", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float(
     "epochs",
@@ -69,42 +72,64 @@ def length(name: str, named: bool) -> float | None:
     return given if taken else None
 
 
-def run(name: str, seed: int, epochs: float | None) -> None:
-    """Trains one recipe with one seed, or resumes its run, and keeps the record.
-
-    The run is a process of its own, because the time of a run counts from the start of its process.
+def run(name: str, seed: int, epochs: float | None, named: bool) -> None:
+    """Trains one recipe with one seed, or resumes its run, and keeps its record or shows the result beside it.
 
     epochs: None for the recipe's own number.
+    named: whether the command line names the recipe itself; if not, a run that has a record is not made again.
     """
     config: Config = RECIPES[name].override(seed=seed)
     if epochs is not None:
         config = config.override(epochs=epochs)
     record = records.path_of(name, config.epochs, seed)
-    if record.exists():
-        print(
-            f"{name}, seed {seed}: has its record; to run it again, delete {record.relative_to(records.ROOT)}"
-        )
+    if record.exists() and not named:
+        print(f"{name}, seed {seed}: has its record")
         return
-    from cifar10_trainer.run_folder import RunFolder
-
     workdir, at = records.ROOT / "runs" / "reproduce" / record.stem, records.commit()
-    if not RunFolder(workdir).is_finished():
-        command = [sys.executable, "-m", "cifar10_trainer", f"--recipe={name}", f"--seed={seed}"]
-        command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
-        if FLAGS.data_dir and config.dataset != "digits":  # the digits are embedded
-            command.append(f"--data_dir={Path(FLAGS.data_dir).absolute()}")
-        status, stopped_by = process.call(command, cwd=records.ROOT)
-        if status:
-            how = f"was stopped by {stopped_by}" if stopped_by else "failed"
-            raise RunError(f"{name} with seed {seed} {how}; its own line above shows more")
-        if stopped_by:
-            raise RunError(
-                f"stopped by {stopped_by} when {name} with seed {seed} was done; repeat the command"
-            )
+    train(config, workdir)
+    if record.exists():
+        print(beside(json.loads(record.read_text()), workdir))
+        return
     shown = f"python scripts/reproduce.py {name}"
     if epochs is not None:
         shown += f" --epochs={epochs:g}"
     print(f"record: {records.keep(workdir, shown, at).relative_to(records.ROOT)}")
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Trains a recipe in a process of its own, because the time of a run counts from the start of its process.
+
+    Resumes the run in the folder `workdir`; does nothing where it is finished.
+    """
+    from cifar10_trainer.run_folder import RunFolder
+
+    if RunFolder(workdir).is_finished():
+        return
+    command = [sys.executable, "-m", "cifar10_trainer", f"--recipe={config.recipe}", f"--seed={config.seed}"]
+    command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
+    if FLAGS.data_dir and config.dataset != "digits":  # the digits are embedded
+        command.append(f"--data_dir={Path(FLAGS.data_dir).absolute()}")
+    status, stopped_by = process.call(command, cwd=records.ROOT)
+    run = f"{config.recipe} with seed {config.seed}"
+    if status:
+        how = f"was stopped by {stopped_by}" if stopped_by else "failed"
+        raise RunError(f"{run} {how}; its own line above shows more")
+    if stopped_by:
+        raise RunError(f"stopped by {stopped_by} when {run} was done; repeat the command")
+
+
+def beside(record: records.Record, workdir: Path) -> str:
+    """The result of the finished run in `workdir` beside the record of that run."""
+    from cifar10_trainer.run_folder import RunFolder
+
+    run = RunFolder(workdir)
+    config, metrics = records.read_run(run)
+    now = records.record_of(run, config, metrics, None, "")
+    return (
+        f"{metrics['recipe']}, seed {metrics['seed']}: {tables.outcome(now)}\n"
+        f"its record of {record['date']}: {tables.outcome(record)}; it stays,"
+        f" --record={workdir.relative_to(records.ROOT)} replaces it"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -117,7 +142,7 @@ def main(argv: list[str]) -> None:
     elif not FLAGS.table:
         for name in chosen(argv):
             for seed in range(FLAGS.seeds):
-                run(name, seed, length(name, name in argv))
+                run(name, seed, length(name, name in argv), name in argv)
                 tables.publish_results(records.load())
     tables.publish_results(records.load())
 

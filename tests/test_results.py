@@ -249,28 +249,34 @@ def test_the_readme_shows_tables_and_numbers_of_the_records():
     words = " ".join(text.split())
     rows = {name: row for part in benchmark["sections"].values() for name, row in part["rows"].items()}
     seconds = rows["fast.85: to 85%"]["median"]
-    zen4, zen3 = (
-        bench_record.read(ROOT / "results" / f"benchmark-{name}.json")["sections"]["target"]["rows"][
-            "fast.85: to 85%"
-        ]
-        for name in ("zen4", "zen3")
-    )
     assert (
-        f"passes 85% validation accuracy on CIFAR-10 {seconds:.0f} seconds after the process starts"
-        f" (a Zen 4: {zen4['median']:.0f}; a Zen 3, without bfloat16: {zen3['median']:.0f})" in words
+        f"passes 85% validation accuracy on CIFAR-10 {seconds:.0f} seconds after the process starts" in words
     )
     seconds = rows["fast.94: whitening, training and test"]["median"]
     mean = next(
         v["value"] for v in benchmark["sections"]["gpu_94"]["verdicts"] if "averaged views" in v["what"]
     )
-    claim = f"trains to {mean:.1f}% test accuracy (mean, with TTA, see below) in {seconds:.1f} seconds, once compiled"
-    assert f"{claim} ({rows['fast.94: compiling, once']['median']:.0f} s)" in words
+    compiling = rows["fast.94: compiling, once"]["median"]
+    claim = f"reaches {mean:.1f}% test accuracy in {seconds:.1f} seconds, after {compiling:.0f} seconds of compiling"
+    assert claim in words
     of_85 = [
         r["metrics"] for r in found if r["metrics"]["recipe"] == "fast.85" and r["config"]["epochs"] == 3
     ]
     median = statistics.median(m["total_seconds"] for m in of_85)
     accuracy = statistics.mean(m["test_accuracy"] for m in of_85)
-    assert f"# {accuracy:.0%} test accuracy, {median:.0f} s on two CPU cores" in words
+    assert f"# begin here: {accuracy:.0%} test accuracy, {median:.0f} s on two CPU cores" in words
+    of_mobilenet = [
+        bench_record.read(ROOT / "results" / f"benchmark-{name}.json")["sections"]["own_model"]["verdicts"][
+            -1
+        ]
+        for name in ("zen4", "zen3")
+    ]
+    assert all(verdict["what"].startswith("MobileNetV2") for verdict in of_mobilenet)
+    low, high = (verdict["value"] for verdict in of_mobilenet)
+    assert (
+        f"takes {low:.2f} to {high:.2f} of the time of `Model.fit` (MobileNetV2, a Zen 4 and a Zen 3)"
+        in words
+    )
 
 
 def test_the_numbers_of_other_peoples_models_are_those_of_the_record():
@@ -394,6 +400,7 @@ RECORDS = [
     record("fast.default", 4.0, 0, test_accuracy=0.88, views=6, test_accuracy_views=0.90, total_seconds=200.0, pflop=0.08),
     record("fast.default", 4.0, 1, test_accuracy=0.90, views=6, test_accuracy_views=0.92, total_seconds=300.0, pflop=0.08),
     record("leaky.baseline", 40, test_accuracy=0.85, best_val_accuracy=0.86, total_seconds=1500.0, pflop=0.33),
+    record("leaky.sgd", 20, test_accuracy=0.95, best_val_accuracy=0.95, pflop=0.1),
     record("leaky.three", 40, test_accuracy=0.87, best_val_accuracy=0.85, pflop=0.1),
     record("vgg.final", 400, test_accuracy=0.89, best_val_accuracy=None, pflop=0.1),
     record("fast.digits", 20, dataset="digits", pflop=0.1),
@@ -407,7 +414,8 @@ def test_points_are_means_over_the_seeds():
     assert (four.epochs, four.runs, four.seconds, four.pflop) == (4, 2, 250, 0.08)
     assert (four.validation, four.test, four.test_with_tta) == pytest.approx((0.8, 0.89, 0.91))
     assert (forty.epochs, forty.runs, forty.test) == (40, 1, 0.93)
-    assert {p.recipe for p in points} == {"fast.default", "leaky.baseline", "leaky.three", "vgg.final"}
+    theirs = {"leaky.baseline", "leaky.three", "leaky.sgd", "vgg.final"}
+    assert {p.recipe for p in points} == {"fast.default"} | theirs
     assert frontier.missing(RECORDS) == [2, 8, 16]
     assert frontier.missing([]) == list(frontier.EPOCHS)
 
@@ -415,7 +423,7 @@ def test_points_are_means_over_the_seeds():
 def test_a_tutorials_best_is_chosen_on_validation_images():
     found = frontier.tutorials(frontier.points_of(RECORDS))
     assert list(found) == ["tutorial 2", "tutorial 4"]
-    assert [p.recipe for p in found["tutorial 4"]] == ["leaky.baseline", "leaky.three"]
+    assert [p.recipe for p in found["tutorial 4"]] == ["leaky.baseline", "leaky.three"]  # leaky.sgd was cut
 
 
 def test_the_table_of_the_frontier():

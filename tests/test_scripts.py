@@ -79,12 +79,42 @@ def test_images_are_given_to_what_takes_them(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "commit", lambda: "aaaaaaa")
     reproduce.FLAGS(["reproduce", "--data_dir=images"])
     for name in ("fast.digits", "fast.85"):
-        reproduce.run(name, 0, None)
+        reproduce.run(name, 0, None, named=True)
     reproduce.FLAGS.unparse_flags()
     reproduce.FLAGS["data_dir"].unparse()
     digits, own = ran
     assert not any("data_dir" in word for word in digits)
     assert f"--data_dir={Path('images').absolute()}" in own
+
+
+def test_a_recipe_that_is_named_is_trained_and_shown_beside_its_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "RUNS", tmp_path / "records")
+    reproduce.FLAGS(["reproduce"])
+    reproduce.run("fast.digits", 0, 1, named=False)
+    kept = tmp_path / "records" / "fast.digits-1-0.json"
+    record = json.loads(kept.read_text())
+    assert record["command"] == "python scripts/reproduce.py fast.digits --epochs=1"
+    record["metrics"]["test_accuracy"] = 0.125
+    kept.write_text(json.dumps(record))
+    before = kept.read_bytes()
+    trained = list((tmp_path / "runs").rglob("model.keras"))
+    assert len(trained) == 1
+    capsys.readouterr()
+
+    reproduce.run("fast.digits", 0, 1, named=False)
+    assert capsys.readouterr().out == "fast.digits, seed 0: has its record\n"
+    reproduce.run("fast.digits", 0, 1, named=True)
+    now, then = capsys.readouterr().out.splitlines()
+    metrics = json.loads((trained[0].parent / "metrics.json").read_text())
+    assert f"test accuracy {100 * metrics['test_accuracy']:.2f}%" in now
+    assert "test accuracy 12.50%" in then and "--record=runs/reproduce/fast.digits-1-0" in then
+    assert kept.read_bytes() == before
+
+    trained[0].parent.rename(tmp_path / "away")
+    reproduce.run("fast.digits", 0, 1, named=True)
+    assert trained[0].exists() and kept.read_bytes() == before
+    reproduce.FLAGS.unparse_flags()
 
 
 def test_choice_of_recipes():

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar10_trainer.recipes import DEFAULT_RECIPE
+from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
 
-from .records import ROOT, Record, group
+from .records import ROOT, Record, group, is_own
 from .tables import TUTORIALS, duration, epochs_run, publish
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Point:
     source: str
     epochs: float
     epochs_run: str  # the epochs trained, and of how many
+    cut: bool  # fewer epochs than the recipe has were asked for
     runs: int
     seconds: float  # of the whole process
     pflop: float
@@ -54,6 +55,7 @@ def points_of(records: Sequence[Record]) -> list[Point]:
                 some[0]["config"]["origin"]["source"],
                 epochs,
                 epochs_run(recipe, some),
+                recipe in RECIPES and not is_own(recipe) and epochs < RECIPES[recipe].epochs,
                 len(runs),
                 statistics.median(r["total_seconds"] for r in runs),
                 statistics.mean(r["pflop"] for r in runs),
@@ -71,9 +73,9 @@ def ours(points: Sequence[Point]) -> list[Point]:
 
 
 def tutorials(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """ "tutorial 1" ... "tutorial 5" -> the points of its recipes, the best validation accuracy first."""
+    """ "tutorial 1" ... "tutorial 5" -> the points of its recipes at full length, the best validation accuracy first."""
     names = [f"tutorial {i}" for i in TUTORIALS]
-    found = {n: [p for p in points if p.source.startswith(f"{n},")] for n in names}
+    found = {n: [p for p in points if p.source.startswith(f"{n},") and not p.cut] for n in names}
     return {n: sorted(some, key=lambda p: -(p.validation or 0)) for n, some in found.items() if some}
 
 
@@ -162,17 +164,19 @@ def draw_tutorials(axes: Axes, cost: str, others: Mapping[str, Sequence[Point]])
 
     style: dict[str, Any] = {"markersize": 6, "markeredgecolor": INK, "markeredgewidth": 0.5}
     best_words = "a tutorial's recipe, best measured validation"
-    for words, colour, some in (
-        (best_words, VERMILION, [best for best, *_ in others.values()]),
-        ("its other recipes", FAINT, [p for _, *rest in others.values() for p in rest]),
+    best = {name: (getattr(p, cost), 100 * p.test) for name, (p, *_) in others.items()}
+    rest = [(getattr(p, cost), 100 * p.test) for _, *some in others.values() for p in some]
+    for words, colour, places in (
+        (best_words, VERMILION, list(best.values())),
+        ("its other recipes", FAINT, rest),
     ):
-        if some:
-            x = [getattr(p, cost) for p in some]
-            axes.plot(x, [100 * p.test for p in some], "s", color=colour, label=words, **style)
-    places = {name: (getattr(best, cost), 100 * best.test) for name, (best, *_) in others.items()}
-    for name, (x, y) in places.items():
+        if places:
+            x, y = zip(*places, strict=True)
+            above = 2.2 if colour == VERMILION else 2.1
+            axes.plot(x, y, "s", color=colour, label=words, zorder=above, **style)
+    for name, (x, y) in best.items():
         # The label is under its point where another point would cover it.
-        covered = any(x / 1.5 < u < 1.5 * x and 0 < v - y < 3 for u, v in places.values())
+        covered = any(x / 1.6 < u < 1.6 * x and 0 < v - y < 3 for u, v in [*best.values(), *rest])
         axes.annotate(name, (x, y), (0, -14 if covered else 7), color=INK, **SMALL)
 
 

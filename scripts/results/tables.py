@@ -161,6 +161,13 @@ def how_it_ended(runs: Group) -> list[str]:
     ]
 
 
+def outcome(record: Record) -> str:
+    """How one run ended, in a line: "test accuracy 93.57%, 94.53% with TTA, in 28 min on AMD EPYC, 2 cores"."""
+    test, tta, time, where, _ = how_it_ended([record])
+    with_tta = f", {tta}% with TTA" if tta else ""
+    return f"test accuracy {test}%{with_tta}, in {time} on {where}"
+
+
 def epochs_run(name: str, runs: Group) -> str:
     """The epochs that the runs trained, and of how many: "20 of 100", "14-17 of 30, stopped early"."""
     trained, given = sorted(lengths(runs)), runs[0]["config"]["epochs"]
