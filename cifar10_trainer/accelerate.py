@@ -21,7 +21,7 @@ import keras
 import tensorflow as tf
 
 from .augment import RandomLayer
-from .errors import ConfigError
+from .errors import ConfigError, one_line
 from .keras_state import keras_defaults
 from .layers import (
     FastConv2D,
@@ -137,12 +137,16 @@ def _without_softmax(operation: Any) -> keras.Layer:
 
 
 def _finish_layers(model: keras.Model, result: keras.Model) -> None:
-    """Takes over what is not a weight: which layers are frozen, and the constants of Normalization."""
+    """Takes over what is not a weight: what is frozen, and the constants of Normalization."""
     for old, new in zip(model.layers, result.layers, strict=True):
+        new.trainable = old.trainable  # of all layers within it, too
         if isinstance(old, keras.Model):
             _finish_layers(old, new)
             continue
-        new.trainable = old.trainable
+        for part, copy in zip(old._flatten_layers(), new._flatten_layers(), strict=False):
+            copy.trainable = part.trainable
+        for part, copy in zip(old.weights, new.weights, strict=True):
+            copy.trainable = part.trainable
         if isinstance(new, keras.layers.Normalization):
             new.finalize_state()
 
@@ -228,7 +232,7 @@ def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
         try:
             resized = keras.models.clone_model(model, input_tensors=images)
         except ValueError as error:
-            raise ConfigError(f"{too_deep} ({' '.join(str(error).split())[:200]})") from error
+            raise ConfigError(f"{too_deep} ({one_line(error)})") from error
         if any(0 in layer.output.shape[1:] for layer in resized.layers):  # Keras before 3.13 raises nothing
             raise ConfigError(too_deep)
         if [w.shape for w in resized.weights] != [w.shape for w in model.weights]:

@@ -49,6 +49,7 @@ class RandomLayer(keras.layers.Layer):
     def __init__(self, *, seed: int | None = None, **kwargs: Any) -> None:
         # Keras must not cast the pixels, whatever the global dtype policy is.
         kwargs.setdefault("dtype", "float32")
+        kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
         self.supports_jit = self.compilable  # what Keras's `fit` asks
         self.seed = seed
@@ -97,7 +98,7 @@ class RandomLayer(keras.layers.Layer):
         """Augments each image as its draws determine.
 
         Args:
-            images: uint8 [batch, height, width, channels].
+            images: uint8 or float [batch, height, width, channels].
             numbers: float32 [batch, draws], uniform draws from [0, 1).
 
         Returns:

@@ -104,7 +104,7 @@ def _adapted(config: Config, folds: int, n: int, log: Callable[..., None]) -> Co
     if not config.adapt:
         return config
     free = tuple(name for name in config.adapt if name != "validation_fraction")
-    before = config.override(validation_fraction=1 / folds, adapt=free)
+    before = config.override(validation_fraction=1 / folds, validation_fold=0, adapt=free)
     after = adapt(before, n, False, runtime.choose_strategy(config.strategy)[0].num_replicas_in_sync)
     text = in_words(before, after, n)
     if text:

@@ -69,7 +69,7 @@ class Engine:
         on_device: whether images live and are augmented on the device that runs the step. None: on GPUs.
         compiled: whether XLA compiles the loop of whole steps or, where it cannot, the gradient function. It can
             compile the loop if there is one replica, which makes its own batches, and if XLA supports all augmentation
-            layers. None: on GPUs.
+            layers. None: on GPUs, without synchronized batch norm.
 
     Attributes:
         sizes: the sides of the images in pixels, each for an equal share of the steps. This is progressive resizing:
@@ -165,13 +165,13 @@ class Engine:
             compiled=self.compiled,
         )
         self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
+        optim.leave_out_other_kernels(self.optimizer, self.training_model)
         if self.policy == "mixed_float16":
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         self.optimizer.build(self.training_model.trainable_variables)
         self.averages = []
         if config.averaging.every:
-            values = [*self.training_model.trainable_variables, *self._norm_statistics()]
-            self.averages = [tf.Variable(v.numpy(), trainable=False) for v in values]
+            self.averages = [tf.Variable(v.numpy(), trainable=False) for v in self._averaged_variables()]
 
     def _place_data(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Puts the training set where the batches are made: on each device, or in the host's memory."""
@@ -210,13 +210,14 @@ class Engine:
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def _norm_statistics(self) -> list[keras.Variable]:
-        """Returns the float variables that training changes without a gradient: those of batch norm."""
-        return [
+    def _averaged_variables(self) -> list[keras.Variable]:
+        """Returns the variables of which lookahead keeps averages: the weights, and the statistics of batch norm."""
+        statistics = [
             v
             for v in self.training_model.non_trainable_variables
-            if v.dtype.startswith("float") and v.path.endswith(("moving_mean", "moving_variance"))
+            if keras.backend.is_float_dtype(v.dtype) and v.path.endswith(("moving_mean", "moving_variance"))
         ]
+        return [*self.training_model.trainable_variables, *statistics]
 
     def _gradients(
         self,
@@ -287,7 +288,7 @@ class Engine:
     def _apply_non_trainable(self, non_trainable: list[PerReplica]) -> None:
         """Assigns the non-trainable variables: the mean over replicas; counters are equal on all replicas."""
         for variable, new in zip(self.training_model.non_trainable_variables, non_trainable, strict=True):
-            if not variable.dtype.startswith("float"):
+            if not keras.backend.is_float_dtype(variable.dtype):
                 new = self.strategy.experimental_local_results(new)[0]
             elif self.replicas > 1:
                 new = self.strategy.reduce(tf.distribute.ReduceOp.MEAN, new, axis=None)
@@ -303,10 +304,9 @@ class Engine:
         rule = self.config.averaging
         progress = tf.cast(self.optimizer.iterations, tf.float32) / self.steps
         keep = rule.decay**rule.every * progress**3
-        for variable, average in zip(
-            [*self.training_model.trainable_variables, *self._norm_statistics()], self.averages, strict=True
-        ):
-            new = keep * average + (1 - keep) * variable.value
+        for variable, average in zip(self._averaged_variables(), self.averages, strict=True):
+            share = tf.cast(keep, variable.dtype)
+            new = share * average + (1 - share) * variable.value
             for v in (average, variable.value):
                 self.strategy.extended.update(v, lambda v, n: v.assign(n), args=(new,))
 
@@ -455,8 +455,11 @@ class Engine:
             "loss" and "accuracy" (0-1): means over all steps since `running` was replaced.
 
         Raises:
+            ConfigError: if `count` is below 1.
             RunError: if the loss is not finite, or if memory runs out.
         """
+        if count < 1:
+            raise ConfigError(f"count is {count}; allowed: 1 or more")
         if self.step >= self.steps:
             return self.running.logs()
         _, end, size = self._phase(self.step)
@@ -516,7 +519,12 @@ class Engine:
 
         Returns:
             "loss" and "accuracy" (0-1): means over all n images.
+
+        Raises:
+            ConfigError: if there are no images.
         """
+        if len(images) == 0:
+            raise ConfigError("images has none; allowed: 1 or more")
         size = scoring.default_batch(images)
         if len(images) <= SMALL_BATCH:  # of so few images padding would be most of the work
             size = min(size, SMALL_BATCH)
@@ -579,9 +587,12 @@ class Engine:
         }
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns everything that a step reads and changes, as copies: name -> array."""
+        """Returns everything that a step reads and changes, as copies: name -> array.
+
+        Values of a dtype that NumPy does not know, such as bfloat16, are float32 there, and the same ones.
+        """
         arrays = {
-            f"{kind}/{i}": np.array(v)
+            f"{kind}/{i}": _known_to_numpy(np.array(v))
             for kind, variables in self._variables().items()
             for i, v in enumerate(variables)
         }
@@ -602,7 +613,7 @@ class Engine:
         """
         for kind, variables in self._variables().items():
             for i, v in enumerate(variables):
-                v.assign(arrays[f"{kind}/{i}"])
+                v.assign(arrays[f"{kind}/{i}"].astype(tf.as_dtype(v.dtype).as_numpy_dtype, copy=False))
         step, loss_sum, num_correct, num_images = arrays["engine"]
         self.step = int(step)
         self.running = RunningMetrics(float(loss_sum), float(num_correct), int(num_images))
@@ -620,11 +631,14 @@ class Engine:
             weights: as `get_weights` of the plain model returns them.
         """
         self.training_model.set_weights(weights)
-        averaged = [*self.training_model.trainable_variables, *self._norm_statistics()]
-        for variable, average in zip(
-            averaged, self.averages, strict=False
-        ):  # without lookahead there are none
-            average.assign(variable.numpy())
+        if self.averages:
+            for variable, average in zip(self._averaged_variables(), self.averages, strict=True):
+                average.assign(variable.numpy())
+
+
+def _known_to_numpy(array: np.ndarray) -> np.ndarray:
+    """The array or, where its dtype is an extension of NumPy's that its files do not hold, a float32 one."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def _class_weights(kind: str, labels: np.ndarray, num_classes: int) -> np.ndarray | None:

@@ -80,6 +80,11 @@ def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigErro
     return ConfigError(f"unknown {what} {shown(received)}; allowed: {', '.join(allowed)}.{hint}")
 
 
+def one_line(error: object, length: int = 200) -> str:
+    """The text of an error in one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of an error's text: for a system error, what the system calls it."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

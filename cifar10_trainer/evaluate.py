@@ -25,7 +25,7 @@ from .errors import ConfigError, RunError, cut
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder, existing
-from .scoring import predict_probabilities, score
+from .scoring import predict_probabilities, score, takes
 
 if TYPE_CHECKING:
     import keras
@@ -107,7 +107,7 @@ def evaluate_model(
     images = check_images("images", data[0])
     labels, count = check_labels("labels", data[1], len(images))
     expected, classes = tuple(model.input_shape[1:]), model.output_shape[-1]
-    if len(images) == 0 or images.shape[1:] != expected or count > classes:
+    if len(images) == 0 or not takes(model, images.shape[1:]) or count > classes:
         raise ConfigError(
             f"images has shape {images.shape} and labels has {count} classes; allowed: {('n', *expected)} with n above 0,"
             f" and at most {classes} classes"
@@ -119,7 +119,7 @@ def check_fit(model: keras.Model, dataset: datasets.Dataset) -> None:
     """Raises ConfigError where the model takes other images, or has another number of classes."""
     needs = tuple(model.input_shape[1:]), model.output_shape[-1]
     has = tuple(dataset.input_shape), dataset.num_classes
-    if needs != has:
+    if not takes(model, has[0]) or needs[1] != has[1]:
         raise ConfigError(
             f"the model takes images {needs[0]} of {needs[1]} classes, but data set {dataset.name!r} has"
             f" images {has[0]} of {has[1]} classes; allowed: the data set it was trained on (--dataset, --data_dir)"

@@ -94,7 +94,7 @@ def fast_relu(slope: float, fuses: bool) -> Activation:
     Only the activation reads its input, so TensorFlow can fuse it with the convolution or the batch norm before it.
 
     Args:
-        slope: below 0; at least 0.
+        slope: the factor of negative inputs, 0 or more.
         fuses: whether TensorFlow does that. If not, XLA compiles the activation as well.
 
     Returns:

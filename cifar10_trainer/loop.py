@@ -14,7 +14,7 @@ import numpy as np
 from . import runtime
 from .config import PRECISIONS
 from .engine import Engine, RunningMetrics
-from .errors import ConfigError, RunError, interrupted
+from .errors import ConfigError, RunError, RunInterrupted, interrupted
 from .files import parse_json
 from .hooks import Hooks
 from .run_folder import RunFolder
@@ -24,6 +24,7 @@ from .run_folder import RunFolder
 CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
 RECIPE_MODEL = "of the config"
 SAVE_SECONDS = 60.0  # the most training, in seconds, that a killed process loses
+SAVE_SHARE = 1 / 3  # the most of the time that saving takes: on a slow disk more training may be lost
 CALL_SECONDS = (
     0.5  # that one call of the graph should take: between calls, progress is shown and signals are handled
 )
@@ -69,7 +70,7 @@ class TrainingLoop:
         verbose: 0: nothing; 1: a progress bar; 2: one line per epoch.
         full_report: whether to write TensorBoard logs.
         since: when this process's part of the run began, as from `time.monotonic()`.
-        save_seconds: the most seconds of training that a killed process loses.
+        save_seconds: the most seconds of training that a killed process loses; more where a save takes over a quarter of it.
         model_digest: of somebody's own model; None: the model is that of the config.
         overwrite: whether the command asked to replace an earlier run; only for the message of an interruption.
     """
@@ -215,13 +216,17 @@ class TrainingLoop:
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
             self._end_epoch(epoch, validation, last=bool(stopped) or engine.step >= engine.steps)
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
+        self._validate_last(validation)
         self.hooks.call("on_train_end", self._last_logs, last=True)
         if self.best_epoch is None:
             self.best_epoch, self.best = self.history[-1]["epoch"], self.history[-1]["val_accuracy"]
             self._save_model()
         if self.chief:
             self.save()  # what comes now may be interrupted, too, and the training be kept
-        runtime.mean_over_workers(engine.strategy, 0)  # now the chief has saved the model
+        # No worker goes on before the chief has saved the model.
+        (caught,) = runtime.mean_over_workers(engine.strategy, bool(signals.caught))
+        if caught:
+            raise self._interrupted(signals.caught or "a signal to another worker")
 
     def _train_steps(self, steps: int, wanted: int, epoch: int) -> int:
         """Takes up to `steps` steps in one call; the number for the next call.
@@ -254,16 +259,7 @@ class TrainingLoop:
         engine, logs = self.engine, self.engine.running.logs()
         rate = float(np.asarray(engine.optimizer.learning_rate))
         if len(validation[0]) and (last or (epoch + 1) % self.config.validation_interval == 0):
-            self.hooks.call("on_test_begin")
-            began = time.monotonic()
-            images, labels = validation
-            if self.hooks.each_test_batch:
-                scores = engine.evaluate(images, labels, self.hooks.on_test_batch)
-            else:
-                scores = engine.evaluate(images, labels)
-            self._validation_cost = time.monotonic() - began
-            logs.update({f"val_{k}": v for k, v in scores.items()})
-            self.hooks.call("on_test_end", scores)
+            logs.update(self._validate(validation))
         row = {
             "epoch": epoch + 1,
             **{k: logs.get(k) for k in ("loss", "accuracy", "val_loss", "val_accuracy")},
@@ -271,13 +267,7 @@ class TrainingLoop:
         seconds = round(time.monotonic() - self._epoch_began, 3)
         self.history.append({**row, "learning_rate": rate, "seconds": seconds})
         engine.export()
-        reached = logs.get("val_accuracy")
-        if reached is not None:
-            if self._is_best(self.history[-1]):
-                self.best, self.best_epoch = reached, epoch + 1
-                self._save_model()
-            if self.target is None and reached >= self.config.target:
-                self.target = (epoch + 1, self.elapsed())
+        self._keep_best()
         self._last_logs = {**logs, "learning_rate": rate}
         self.hooks.call("on_epoch_end", epoch, self._last_logs)
         engine.running = RunningMetrics()
@@ -285,6 +275,43 @@ class TrainingLoop:
             self.folder.write_history(self.history)
             if not (last or self._wants_stop()):
                 self._save_if_due(self._call_cost)
+
+    def _validate(self, validation: Sequence[np.ndarray]) -> dict[str, float]:
+        """Returns "val_loss" and "val_accuracy" (0-1) of now."""
+        self.hooks.call("on_test_begin")
+        began = time.monotonic()
+        images, labels = validation
+        if self.hooks.each_test_batch:
+            scores = self.engine.evaluate(images, labels, self.hooks.on_test_batch)
+        else:
+            scores = self.engine.evaluate(images, labels)
+        self._validation_cost = time.monotonic() - began
+        self.hooks.call("on_test_end", scores)
+        return {f"val_{name}": value for name, value in scores.items()}
+
+    def _validate_last(self, validation: Sequence[np.ndarray]) -> None:
+        """Validates the last epoch where that was not due, and a callback then ended the run in `on_epoch_end`."""
+        last = self.history[-1]
+        if len(validation[0]) == 0 or last["val_accuracy"] is not None:
+            return
+        scores = self._validate(validation)
+        last.update(scores)
+        self._last_logs = {**(self._last_logs or {}), **scores}
+        self.engine.export()
+        self._keep_best()
+        if self.chief:
+            self.folder.write_history(self.history)
+
+    def _keep_best(self) -> None:
+        """Saves the model if the last epoch is the best one so far, and notes the first one that reaches the target."""
+        last = self.history[-1]
+        if last["val_accuracy"] is None:
+            return
+        if self._is_best(last):
+            self.best, self.best_epoch = last["val_accuracy"], last["epoch"]
+            self._save_model()
+        if self.target is None and last["val_accuracy"] >= self.config.target:
+            self.target = (last["epoch"], self.elapsed())
 
     def _is_best(self, row: dict[str, Any]) -> bool:
         """Whether an epoch is the best one so far: by validation accuracy, then by validation loss.
@@ -306,8 +333,11 @@ class TrainingLoop:
         # Not sooner: a callback may fail, or set weights, as the best ones, from which the run must not resume.
         self.hooks.call("on_train_end", self._last_logs, last=True)
         runtime.mean_over_workers(self.engine.strategy, 0)  # no worker leaves, or resumes, before that
+        raise self._interrupted(by)
+
+    def _interrupted(self, by: str) -> RunInterrupted:
         how = f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}"
-        raise interrupted(how, self.folder, self.overwrite)
+        return interrupted(how, self.folder, self.overwrite)
 
     def _save_model(self) -> None:
         if self.chief:
@@ -319,6 +349,8 @@ class TrainingLoop:
         """Saves, unless there will be time for that after what comes next. ahead: the seconds that it takes."""
         unsaved = time.monotonic() - self._saved
         due = unsaved + ahead + self._save_cost >= self._save_seconds
+        if self._save_seconds:  # 0 asks for a save after every call
+            due = due and unsaved * SAVE_SHARE >= self._save_cost
         if self.chief and due and self.engine.step != self._saved_step:
             self.save()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import archives
-from .errors import ConfigError, RunError
+from .errors import ConfigError, RunError, one_line
 from .files import parse_json, regular_file
 from .keras_state import keras_defaults
 from .machine import check_fits
@@ -200,7 +200,7 @@ def _is_shape(shape: Any, rank: int) -> bool:
 
 
 def _does_not_open(path: Path, error: Exception) -> RunError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     return RunError(f"{path} does not open as a Keras model ({reason}); name another file, or train it again")
 
 

@@ -134,11 +134,6 @@ class SGD(keras.optimizers.SGD):
         return {**super().get_config(), "l2": self.l2, "bias_multiplier": self.bias_multiplier}
 
 
-def _is_kernel(variable: keras.Variable) -> bool:
-    """Whether it is the kernel of a convolution, [h, w, in, out]. That of a depthwise one, [h, w, in, 1], is no matrix."""
-    return len(variable.shape) == 4 and variable.shape[-1] > 1
-
-
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class Muon(SGD):
     """Muon for convolution kernels, `SGD` for all other variables.
@@ -146,6 +141,9 @@ class Muon(SGD):
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) is Nesterov momentum whose update is
     orthogonalized. It treats a kernel [h, w, in, out] as a matrix [h * w * in, out], and sets the norm of the kernel to
     the square root of `out` before each update. Keras's own `Muon` leaves convolutions to AdamW.
+
+    By its shape alone, a kernel is a variable of four dimensions whose last one is above 1. `leave_out` names those that are
+    none: a depthwise kernel [h, w, in, multiplier], and a transposed one [h, w, out, in].
 
     Args:
         learning_rate: of the kernels; a number or a schedule.
@@ -166,16 +164,27 @@ class Muon(SGD):
         super().__init__(learning_rate, **kwargs)
         self.kernel_momentum = kernel_momentum
         self.sgd_ratio = sgd_ratio
+        self._left_out: list[keras.Variable] = []
+        self._others: set[int] = set()  # their indices
+
+    def leave_out(self, variables: Sequence[keras.Variable]) -> None:
+        """Treats these variables as `SGD` does, whatever their shape. It has to be called before `build`."""
+        self._left_out += variables
+
+    def _is_kernel(self, variable: keras.Variable) -> bool:
+        has_shape = len(variable.shape) == 4 and variable.shape[-1] > 1
+        return has_shape and self._get_variable_index(variable) not in self._others
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the momentum of each variable."""
         super().build(variables)
+        self._others = {i for i, v in enumerate(variables) if any(v is other for other in self._left_out)}
         if not self.momentums:  # Keras's SGD makes none if its own momentum is 0
             self.momentums = self.add_optimizer_variables(variables, "momentum")
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
         """Updates one variable in place."""
-        if _is_kernel(variable):
+        if self._is_kernel(variable):
             self._update_kernels(variable, [gradient], [variable], learning_rate)
         else:
             super().update_step(gradient, variable, learning_rate * self.sgd_ratio)
@@ -187,8 +196,8 @@ class Muon(SGD):
         learning_rate: tf.Tensor,
     ) -> None:
         """Updates all kernels in one call; Keras's own method updates the other variables one by one."""
-        kernels = [pair for pair in grads_and_vars if _is_kernel(pair[1])]
-        rest = [pair for pair in grads_and_vars if not _is_kernel(pair[1])]
+        kernels = [pair for pair in grads_and_vars if self._is_kernel(pair[1])]
+        rest = [pair for pair in grads_and_vars if not self._is_kernel(pair[1])]
         super()._distributed_tf_update_step(distribution, rest, learning_rate)
         if kernels:
             gradients, variables = zip(*kernels, strict=True)
@@ -219,6 +228,17 @@ class Muon(SGD):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
         return {**super().get_config(), "kernel_momentum": self.kernel_momentum, "sgd_ratio": self.sgd_ratio}
+
+
+def leave_out_other_kernels(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
+    """Makes Muon treat the kernels of depthwise and transposed convolutions as SGD does; other optimizers stay as they are."""
+    if not isinstance(optimizer, Muon):
+        return
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.SeparableConv2D):
+            optimizer.leave_out([layer.depthwise_kernel])
+        elif isinstance(layer, (keras.layers.DepthwiseConv2D, keras.layers.Conv2DTranspose)):
+            optimizer.leave_out([layer.kernel])
 
 
 def orthogonalize(matrices: Sequence[tf.Tensor]) -> list[tf.Tensor]:

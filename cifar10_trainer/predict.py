@@ -29,7 +29,7 @@ from .keras_state import keras_defaults
 from .machine import cpu_count
 from .model_file import PACKAGED, check_model_file, info_of, load_model
 from .run_folder import RunFolder, existing
-from .scoring import predict_probabilities
+from .scoring import predict_probabilities, takes
 
 if TYPE_CHECKING:
     import keras
@@ -129,8 +129,12 @@ def predict_images(
     resize = resize or info_of(model).resize
     if isinstance(images, np.ndarray):
         pixels, files = check_images("images", images), [str(i) for i in range(len(images))]
-        if pixels.shape[1:] != (height, width, 3):
+        if not takes(model, pixels.shape[1:]):
             raise ConfigError(f"images has shape {pixels.shape}; allowed: {('n', height, width, 3)}")
+    elif None in (height, width):
+        raise ConfigError(
+            "images are files, but the model takes images of any size; allowed: an array of images"
+        )
     else:
         files = [str(path) for path in ([images] if isinstance(images, str | Path) else images)]
         pixels = np.zeros((len(files), height, width, 3), np.uint8)

@@ -65,8 +65,14 @@ def load(
         return datasets.as_dataset(given, *beside)
     own: dict[str, Any] = {"log": log, **(options or {})}
     if config.dataset == "folder":
-        own |= {"files": resumed and resumed.read_split(), "copies": 1 + datasets.TRAINING_COPIES}
+        copies = 1 + _copies(holds_out=config.validation_fraction is not None)
+        own |= {"files": resumed and resumed.read_split(), "copies": copies}
     return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
+
+
+def _copies(holds_out: bool) -> int:
+    """The copies of the training images that a run makes: the table that batches come from, and the part of a split."""
+    return 2 if holds_out else 1
 
 
 def adapt(config: Config, data: Dataset, strategy: tf.distribute.Strategy, log: Log) -> Config:
@@ -114,7 +120,8 @@ def prepare(
     The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
     set, memory holds them once.
     """
-    size = datasets.TRAINING_COPIES * data.train_images.nbytes
+    holds_out = data.validation is None and config.validation_fraction is not None
+    size = _copies(holds_out) * data.train_images.nbytes
     check_fits(size, f"training on {len(data.train_images):,} images of {data.source}")
     images, labels, *held_out = _split(config, data)
     validation = (held_out[0], held_out[1])

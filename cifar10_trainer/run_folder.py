@@ -18,7 +18,7 @@ import numpy as np
 
 from .archives import check_npz
 from .config import Config
-from .errors import ConfigError, RunError, shown
+from .errors import ConfigError, RunError, one_line, shown
 from .files import (
     LockedFolder,
     cannot_write,
@@ -145,10 +145,14 @@ class RunFolder(LockedFolder):
         """Writes metrics.json, which makes the run a finished one, and removes the states. Raises RunError."""
         self.check_there()
         if self.history_file.exists():
-            sync(self.history_file)  # until here the state held it, too
+            try:
+                sync(self.history_file)  # until here the state held it, too
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
         write_json(self.metrics_file, metrics, durable=True, parents=False)
         for path in self._states():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the run is finished, whatever stays
+                path.unlink(missing_ok=True)
 
     # ---- history.csv
 
@@ -287,7 +291,7 @@ class RunFolder(LockedFolder):
             self._check_config_of(arrays, config, any_strategy)
             if errors:
                 log(
-                    f"{states[0]} is damaged ({_short(errors[0])}); resuming from the state before it, {path}"
+                    f"{states[0]} is damaged ({one_line(errors[0])}); resuming from the state before it, {path}"
                 )
             self._state_is_whole = path == self.state_file
             return arrays
@@ -304,12 +308,13 @@ class RunFolder(LockedFolder):
         except (ValueError, TypeError) as error:
             raise self.damaged_state(error) from error
         if difference := _difference(there, config, any_strategy):
-            raise self._foreign_state(self._states(), f"is of another configuration ({difference})")
+            why = f"is of another configuration ({difference})"
+            raise self._foreign_state(self._states(), why, _or_allow_it(difference))
 
-    def _foreign_state(self, states: list[Path], why: str) -> RunError:
+    def _foreign_state(self, states: list[Path], why: str, hint: str = "") -> RunError:
         """The one-line error for a state that does not belong to the run that is asked for."""
         return RunError(
-            f"{states[0]} {why}, so it is not resumed; choose another --workdir, or replace it with --overwrite"
+            f"{states[0]} {why}, so it is not resumed; choose another --workdir, or replace it with --overwrite{hint}"
         )
 
     def _check_same(self, config: Config, any_strategy: bool) -> None:
@@ -321,31 +326,30 @@ class RunFolder(LockedFolder):
                 f"{self.config_file} is damaged ({error}); choose another --workdir, or replace it with --overwrite"
             ) from error
         if difference := _difference(there, config, any_strategy):
-            how = ", or allow it with --allow_replica_change" if difference.startswith("strategy ") else ""
             raise ConfigError(
                 f"{self} holds an unfinished run of another configuration ({difference});"
-                f" choose another --workdir, or replace it with --overwrite{how}"
+                f" choose another --workdir, or replace it with --overwrite{_or_allow_it(difference)}"
             )
 
     def resume(
         self, config: Config, log: Callable[[str], None], any_strategy: bool = False
     ) -> tuple[Config, dict[str, np.ndarray] | None]:
-        """`unfinished_state` of `config`, with the values that the run chose for the settings in `config.adapt`."""
+        """`unfinished_state` of `config` and, where there is a state, the values that the run chose for `config.adapt`."""
+        chosen = config
         if config.adapt and self.has_run() and not self.is_finished():
-            try:
+            # What is damaged, or does not fit `config`, `unfinished_state` reports.
+            with contextlib.suppress(RunError, ValueError, TypeError):
                 there = Config.from_record(self.read_config())
-            except (RunError, ValueError, TypeError):
-                pass  # `unfinished_state` reports it
-            else:
-                config = config.override(**{name: getattr(there, name) for name in config.adapt}, adapt=())
-        return config, self.unfinished_state(config, log, any_strategy)
+                chosen = config.override(**{name: getattr(there, name) for name in config.adapt}, adapt=())
+        state = self.unfinished_state(chosen, log, any_strategy)
+        return config if state is None else chosen, state
 
     def damaged_state(self, error: Exception) -> RunError:
         """The one-line error where no state can be used."""
         files = self._states()
         is_damaged, it = ("are damaged", "both") if len(files) == 2 else ("is damaged", "it")
         return RunError(
-            f"{' and '.join(map(str, files))} {is_damaged}, or of other data ({_short(error)});"
+            f"{' and '.join(map(str, files))} {is_damaged}, or of other data ({one_line(error)});"
             f" delete {it} to begin this run again"
         )
 
@@ -358,6 +362,11 @@ def _difference(there: Config, ours: Config, any_strategy: bool) -> str:
     if any_strategy and keys == ["strategy"]:
         return ""
     return f"{keys[0]} {shown(was.get(keys[0]))}, now {shown(now.get(keys[0]))}" if keys else ""
+
+
+def _or_allow_it(difference: str) -> str:
+    """The end of an error about this difference: the flag that allows it, if there is one."""
+    return ", or allow it with --allow_replica_change" if difference.startswith("strategy ") else ""
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -373,14 +382,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise OSError(errno.EIO, f"what was written reads back damaged ({_short(error)})") from error
+        raise OSError(errno.EIO, f"what was written reads back damaged ({one_line(error)})") from error
     if damaged is not None:
         raise OSError(errno.EIO, f"what was written reads back damaged ({damaged})")
-
-
-def _short(error: Exception) -> str:
-    """The text of an error in one line."""
-    return " ".join(str(error).split())[:200]
 
 
 def _number(text: str) -> int | float | None:

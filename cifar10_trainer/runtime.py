@@ -323,7 +323,11 @@ def lost_worker(error: Exception) -> Exception:
     team = cluster.team()
     if team is not None and team.notices_loss():
         return team.loss()
-    if not isinstance(error, LOST_WORKER):
+    if team is None and isinstance(error, tf.errors.AbortedError):  # of oneDNN
+        return RunError(
+            f"TensorFlow cannot compute this here ({_last_words(error)}); try --precision=float32"
+        )
+    if team is None or not isinstance(error, LOST_WORKER):
         return error
     return cluster.LostWorkerError(
         "another worker of the cluster has ended; to resume from the last saved state, start all workers again with the"

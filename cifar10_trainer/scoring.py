@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 BATCH_SIZE = (
     500  # of images of 32x32 pixels, and smaller ones; it divides CIFAR-10's 10,000 and 5,000: little padding
 )
+
+
+def takes(model: keras.Model, shape: Sequence[int]) -> bool:
+    """Whether the model takes images of this shape, [height, width, channels]; it may take sides of any length."""
+    own = model.input_shape[1:]
+    return len(own) == len(shape) and all(a in (None, b) for a, b in zip(own, shape, strict=True))
 
 
 def default_batch(images: np.ndarray) -> int:

@@ -22,7 +22,7 @@ PRECISION_IMAGES = 500  # validation images on which the saved model is compared
 
 def warn_of_few(data: Dataset, log: Log) -> None:
     """Warns of classes with few images, or without validation images."""
-    assert data.validation is not None  # `_prepare` set it
+    assert data.validation is not None  # `preparation.prepare` set it
     names, classes = data.class_names, range(data.num_classes)
     training, held_out = (
         np.bincount(labels, minlength=data.num_classes) for labels in (data.train_labels, data.validation[1])

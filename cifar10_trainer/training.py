@@ -102,7 +102,8 @@ def train_and_evaluate(
         hdf5: whether to write the model in the older format as well, as model.h5.
         folder_options: `strict` and `max_bad` of a folder of images, see `datasets.load`.
         since: when this run's clock began, by `time.monotonic()` or `time.time()`; None: with this call.
-        save_seconds: the most seconds of training that a killed process loses; 0: the state is saved after every call.
+        save_seconds: the most seconds of training that a killed process loses; on a disk so slow that a save takes over a
+            quarter of it, about four times what a save takes. 0: the state is saved after every call.
         cluster_timeout: seconds to wait for the other workers of a cluster.
         allow_replica_change: whether a run may resume on another number of replicas or workers, at the same global batch.
 
@@ -295,7 +296,7 @@ def _metrics(
     seconds: float,
 ) -> dict[str, Any]:
     """What metrics.json holds."""
-    assert data.validation is not None  # `_prepare` set it
+    assert data.validation is not None  # `preparation.prepare` set it
     return {
         "recipe": config.recipe,
         "dataset": data.name,

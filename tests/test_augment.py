@@ -598,6 +598,17 @@ def test_keras_learns_which_layers_xla_can_compile():
     assert jit == {"flip": True, "shift": True, "rotation": False, "zoom": False, "cutout": True}
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("name", OWN_DRAWS)
+def test_images_keep_their_dtype(name, dtype):
+    images = pictures(dtype=np.uint8)
+    layer = OWN_DRAWS[name]()
+    augmented = layer(images.astype(dtype), seed=(1, 2)).numpy()
+    assert augmented.dtype == dtype
+    expected = layer(images, seed=(1, 2)).numpy().astype(np.float64)
+    np.testing.assert_allclose(augmented.astype(np.float64), expected, atol=0.6)  # rounded where it is uint8
+
+
 def test_float_images_are_not_rounded():
     """In a model, images are float32: between two pixels there are values that integers do not have."""
     images = pictures(dtype=np.float32)

@@ -127,6 +127,13 @@ def test_a_split_of_the_recipe_does_not_matter(tmp_path, digits, scripted):
     ]
 
 
+def test_a_fold_of_the_config_does_not_matter(tmp_path, digits, scripted):
+    """Also one that these folds do not have, in a config that is adapted to the number of images."""
+    config = TINY.override(validation_fraction=0.1, validation_fold=5, adapt=("validation_interval",))
+    quietly(3, tmp_path, digits, config)
+    assert [call["config"].validation_fold for call in scripted] == [0, 1, 2]
+
+
 def test_finished_folds_of_other_images_are_refused(tmp_path, digits, scripted):
     quietly(2, tmp_path, digits)
     (tmp_path / "folds.json").unlink()

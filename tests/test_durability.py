@@ -250,6 +250,27 @@ def test_no_more_than_save_seconds_are_ever_unsaved(tmp_path, digits, monkeypatc
     assert any(step % PER_EPOCH for step in steps) and len(steps) < 14
 
 
+def test_slow_saves_leave_time_for_training(tmp_path, digits, monkeypatch, step_by_step):
+    """A clock on which a step takes 5 s and a save 40 s: one third of the time at most, and no step is untrained for long."""
+    now, spent = [0.0], {"train": 0.0, "save": 0.0}
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0], time=None)
+    monkeypatch.setattr(loop, "time", clock)
+
+    def taking(seconds, kind, function):
+        def slow(*arguments, **options):
+            now[0] += seconds
+            spent[kind] += seconds
+            return function(*arguments, **options)
+
+        return slow
+
+    monkeypatch.setattr(Engine, "train", taking(5, "train", Engine.train))
+    monkeypatch.setattr(RunFolder, "write_state", taking(40, "save", RunFolder.write_state))
+    train_quietly(TINY.override(epochs=12), tmp_path, digits, save_seconds=60)
+    saves = spent["save"] / 40
+    assert saves > 4 and (spent["save"] - 40) <= 1 / 3 * (spent["save"] + spent["train"])
+
+
 def test_a_clock_that_is_set_changes_no_duration(tmp_path, digits, monkeypatch, step_by_step):
     true, calls = time.time, []
 

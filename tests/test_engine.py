@@ -660,6 +660,16 @@ def test_lookahead_averaging():
         np.testing.assert_allclose(w, v, rtol=1e-4, atol=1e-6)  # the factor in float32 and in float64
 
 
+@pytest.mark.parametrize("call", [lambda e: e.train(0), lambda e: e.train(-1)])
+def test_a_number_of_steps_below_one_is_refused(call):
+    engine = make_engine(FAST)
+    with pytest.raises(ConfigError, match=r"count is .*; allowed: 1 or more"):
+        call(engine)
+    with pytest.raises(ConfigError, match="images has none; allowed: 1 or more"):
+        engine.evaluate(np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int64))
+    assert engine.step == 0
+
+
 def test_the_clip_acts_on_the_whole_gradient():
     config = VGG.override(batch_size=32, epochs=1, optimizer__momentum=0.0, optimizer__clip_norm=0.01)
     engine = make_engine(config, 32)

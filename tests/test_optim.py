@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from cifar10_trainer import optim
 from cifar10_trainer.config import Optimizer, Schedule
-from cifar10_trainer.optim import SGD, Muon, RunSchedule, make_optimizer
+from cifar10_trainer.optim import SGD, Muon, RunSchedule, leave_out_other_kernels, make_optimizer
 
 # ---- schedules: peak 2, run of 100 steps; {step: learning rate}, computed by hand
 
@@ -307,6 +307,37 @@ def test_muon_against_its_reference(momentum, graph):
     expected = reference_sgd(start, gradients, 6 * 0.02, momentum, True, 0.01, 8.0)
     for a, b in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_muon_leaves_other_kernels_to_sgd():
+    """A depthwise kernel is one filter for each channel, and a transposed one has its outputs elsewhere."""
+    images = keras.Input((8, 8, 3))
+    layers = keras.layers
+    kinds = {
+        "conv": layers.Conv2D(4, 3, padding="same"),
+        "depthwise": layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),
+        "separable": layers.SeparableConv2D(6, 3, depth_multiplier=2, padding="same"),
+        "transposed": layers.Conv2DTranspose(5, 3, padding="same"),
+    }
+    x = images
+    for layer in kinds.values():
+        x = layer(x)
+    model, optimizer = keras.Model(images, x), Muon(0.1)
+    leave_out_other_kernels(optimizer, model)
+    optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=v.shape).astype(np.float32) for v in model.trainable_variables]
+    before = [v.numpy() for v in model.trainable_variables]
+    optimizer.apply([tf.constant(g) for g in gradients], model.trainable_variables)
+    taken = {
+        v.path
+        for v, old, g in zip(model.trainable_variables, before, gradients, strict=True)
+        if not np.allclose(
+            v.numpy(), old - 0.1 * optimizer.sgd_ratio * g * (1 + optimizer.momentum), rtol=1e-4
+        )
+    }
+    conv, pointwise = kinds["conv"].kernel, kinds["separable"].pointwise_kernel
+    assert taken == {conv.path, pointwise.path}
 
 
 def test_muon_begins_with_a_kernel_of_zeros():

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from cifar10_trainer import Config, Optimizer, load_data, train
+from cifar10_trainer import Averaging, Config, Optimizer, evaluate_model, load_data, predict_images, train
 from cifar10_trainer.accelerate import make_training_model
 from cifar10_trainer.errors import ConfigError, RunInterrupted
 from cifar10_trainer.layers import FastConv2D, FastDropout, FusedBatchNormalization
@@ -193,6 +193,52 @@ def test_another_setting_of_a_layer_is_another_model():
     assert len({digest(m) for m in (model(), model(activation="tanh"), model(rate=0.9))}) == 3
 
 
+def test_the_same_model_made_again_is_the_same_whatever_keras_draws_or_numbers():
+    def model(filters=4, dtype="float32"):
+        images = keras.Input((32, 32, 3))
+        x = keras.layers.RandomCrop(28, 28)(images)  # draws a seed, and keeps it in its configuration
+        inner = keras.layers.Conv2D(filters, 3, dtype=dtype)  # its name is in the wrapper's configuration
+        return keras.Model(images, dense_end(keras.layers.SpectralNormalization(inner)(x)))
+
+    assert digest(model()) == digest(model())
+    assert len({digest(m) for m in (model(), model(filters=5), model(dtype="mixed_bfloat16"))}) == 3
+
+
+@keras.saving.register_keras_serializable("test_own_model")
+class Block(keras.layers.Layer):
+    """A layer of two others, whose constructor does not tell which of them is frozen."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.a, self.b = keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization()
+
+    def build(self, shape):
+        self.a.build(shape)
+        self.b.build(self.a.compute_output_shape(shape))
+
+    def call(self, x):
+        return self.b(self.a(x))
+
+
+def test_what_is_frozen_within_a_layer_stays_frozen(tmp_path, digits):
+    images = keras.Input((32, 32, 3))
+    first, second, third = Block(), Block(), keras.layers.Conv2D(4, 1)
+    x = third(second(first(keras.layers.Rescaling(1 / 255)(images))))
+    model = keras.Model(images, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
+    first.a.trainable = second.b.trainable = False
+    third.kernel.trainable = False
+    twin = make_training_model(plain_model(model, (32, 32, 3), 10), "float32")
+    names = [[v.path.rpartition("/")[2] for v in m.trainable_variables] for m in (model, twin)]
+    assert names[0] == names[1] == ["gamma", "beta", "kernel", "bias", "bias", "kernel", "bias"]
+    frozen = [*first.a.weights, *second.b.weights, third.kernel]
+    before = [v.numpy() for v in frozen]
+    train(CONFIG.override(epochs=1), tmp_path, data=digits, model=model, verbose=0, full_report=False)
+    for variable, value in zip(frozen, before, strict=True):
+        np.testing.assert_array_equal(
+            variable.numpy(), value
+        )  # a frozen batch norm keeps its statistics, too
+
+
 def test_in_16_bits_the_logits_and_the_preprocessing_stay_in_32():
     trained = make_training_model(plain_model(classifier(), (32, 32, 3), 10), "mixed_bfloat16")
     policies = {type(layer).__name__: layer.dtype_policy.name for layer in trained.layers}
@@ -359,15 +405,27 @@ def test_whitening_needs_the_networks_of_this_project(tmp_path, digits):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
-def test_a_batch_norm_of_another_dtype_trains_as_it_is(dtype, tmp_path):
+def test_layers_of_another_dtype_train_as_they_are_and_resume(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)
     images = keras.Input((16, 16, 3))
     x = keras.layers.Conv2D(4, 3, dtype=dtype)(keras.layers.Rescaling(1 / 255)(images))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.BatchNormalization(dtype=dtype)(x))
     model = keras.Model(images, keras.layers.Dense(2)(x))
     data = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8), np.arange(40) % 2
-    config = CONFIG.override(epochs=1, batch_size=8)
-    metrics = train(config, tmp_path, data=data, model=model, verbose=0, full_report=False)
-    assert metrics["epochs"] == 1 and model.layers[3].moving_variance.dtype == dtype
+    config = CONFIG.override(epochs=2, batch_size=8, averaging=Averaging(every=2, decay=0.9))
+    initial = model.get_weights()
+    options = {"data": data, "verbose": 0, "full_report": False}
+    metrics = train(config, tmp_path / "whole", model=model, **options)
+    assert metrics["epochs"] == 2 and model.layers[3].moving_variance.dtype == dtype
+    assert str(model.layers[3].moving_mean.numpy()[0]) != "0.0"
+    whole = model.get_weights()
+    model.set_weights(initial)
+    with pytest.raises(RunInterrupted):
+        train(config, tmp_path / "parts", model=model, callbacks=[StopAt(5)], **options)
+    model.set_weights(initial)
+    train(config, tmp_path / "parts", model=model, **options)
+    for one, expected in zip(model.get_weights(), whole, strict=True):
+        np.testing.assert_array_equal(one, expected)
 
 
 def test_a_model_of_any_size_gets_the_layers_of_one_of_fixed_size():
@@ -386,3 +444,18 @@ def test_a_model_of_any_size_gets_the_layers_of_one_of_fixed_size():
     fixed = kinds(32, 32)
     assert FusedBatchNormalization in fixed and FastConv2D in fixed
     assert kinds(None, None) == fixed
+
+
+def test_a_model_of_any_size_is_scored_and_predicts(tmp_path):
+    images = keras.Input((None, None, 3))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(images))
+    model = keras.Model(images, keras.layers.Dense(2, activation="softmax")(x))
+    model.layers[-1].set_weights([np.array([[0, 9.0]] * 3), np.array([9.0, 0])])  # dark is 0, bright is 1
+    for side in (8, 13):
+        pixels = np.repeat(np.array([10, 250], np.uint8), side * side * 3).reshape(2, side, side, 3)
+        assert evaluate_model(model, (pixels, np.array([0, 1])))["accuracy"] == 1
+        assert [r["label"] for r in predict_images(model, pixels)] == ["0", "1"]
+    with pytest.raises(ConfigError, match=r"labels has 3 classes; allowed: \('n', None, None, 3\)"):
+        evaluate_model(model, (pixels, np.array([0, 2])))
+    with pytest.raises(ConfigError, match="images are files, but the model takes images of any size"):
+        predict_images(model, ["picture.png"])

@@ -369,6 +369,16 @@ def test_a_batch_that_does_not_fit(batch, n, replicas, text):
     assert str(caught.value) == text
 
 
+def test_an_aborted_computation_without_a_cluster_is_no_lost_worker():
+    """What oneDNN raises where a processor lacks what it was asked for."""
+    aborted = tf.errors.AbortedError(None, None, "could not create a primitive descriptor\nfor a convolution")
+    error = runtime.lost_worker(aborted)
+    assert type(error) is RunError and "worker" not in str(error)
+    assert str(error).endswith("try --precision=float32") and "primitive descriptor for a" in str(error)
+    unavailable = tf.errors.UnavailableError(None, None, "gone")
+    assert runtime.lost_worker(unavailable) is unavailable
+
+
 def test_out_of_memory_is_one_line_that_says_what_to_do():
     error = runtime.out_of_memory(RuntimeError("OOM when allocating " + "x" * 500 + "\nand a stack"))
     assert isinstance(error, RunError)

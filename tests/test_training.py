@@ -702,11 +702,14 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path, digits, step_by_step):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_signal_in_the_last_step_is_too_late(tmp_path, digits, step_by_step):
-    metrics = train_quietly(
-        TINY.override(epochs=1), tmp_path, digits, callbacks=[At(PER_EPOCH, send(signal.SIGTERM))]
-    )
-    assert metrics["epochs"] == 1 and (tmp_path / "metrics.json").exists()
+def test_a_signal_in_the_last_step_ends_the_run_before_it_is_scored(tmp_path, digits, step_by_step):
+    config = TINY.override(epochs=1)
+    with pytest.raises(RunInterrupted, match=f"stopped by SIGTERM at step {PER_EPOCH} of {PER_EPOCH}; every"):
+        train_quietly(config, tmp_path, digits, callbacks=[At(PER_EPOCH, send(signal.SIGTERM))])
+    assert not (tmp_path / "metrics.json").exists()
+    recorder = Recorder()
+    metrics = train_quietly(config, tmp_path, digits, callbacks=[recorder])
+    assert metrics["epochs"] == 1 and recorder.calls == ["train begin", "train end"]
 
 
 # --- what ends a run, and what is kept ------------------------------------------------------------------
@@ -714,12 +717,15 @@ def test_a_signal_in_the_last_step_is_too_late(tmp_path, digits, step_by_step):
 
 @pytest.mark.parametrize("late", [None, signal.SIGTERM])
 def test_early_stopping(tmp_path, digits, monkeypatch, step_by_step, late):
-    """Patience 2 after the best loss in epoch 2; kept is the best accuracy, epoch 3's. A signal comes too late."""
+    """Patience 2 after the best loss in epoch 2; kept is the best accuracy, epoch 3's. A signal in the end changes nothing."""
     script_validation(monkeypatch, [1.0, 0.5, 0.7, 0.6, 0.1, 0.1], [0.1, 0.2, 0.4, 0.3, 0.9, 0.9])
     config = TINY.override(early_stopping=2, epochs=6, target=0.4)
     recorder = Recorder()
-    callbacks = [recorder] if late is None else [recorder, At(4 * PER_EPOCH, send(late), "epoch")]
-    metrics = train_quietly(config, tmp_path, digits, callbacks=callbacks)
+    if late is not None:
+        with pytest.raises(RunInterrupted):
+            late_signal = At(4 * PER_EPOCH, send(late), "epoch")
+            train_quietly(config, tmp_path, digits, callbacks=[recorder, late_signal])
+    metrics = train_quietly(config, tmp_path, digits, callbacks=[recorder])
     assert metrics["epochs"] == len(read_history(tmp_path)) == 4
     assert (metrics["best_epoch"], metrics["best_val_accuracy"], metrics["epoch_at_target"]) == (3, 0.4, 3)
     assert_same_weights(saved_weights(tmp_path), recorder.weights[2])
@@ -861,6 +867,28 @@ def test_validation_every_other_epoch_and_at_the_end(tmp_path, digits):
     assert metrics["best_epoch"] in (2, 3)
     assert_same_weights(saved_weights(tmp_path), recorder.weights[metrics["best_epoch"] - 1])
     assert metrics["test_accuracy"] is metrics["test_loss"] is metrics["test_accuracy_views"] is None
+
+
+def test_a_run_that_a_callback_stops_validates_its_last_epoch(tmp_path, digits, step_by_step):
+    """Epoch 2 is not due, and the stop comes after it."""
+
+    def stop():
+        callback.model.stop_training = True
+
+    callback, recorder = At(2 * PER_EPOCH, stop, "epoch"), Recorder()
+    config = TINY.override(validation_interval=5, epochs=6, target=0.01)
+    metrics = train_quietly(config, tmp_path / "stopped", digits, callbacks=[callback, recorder])
+    whole = train_quietly(TINY.override(validation_interval=5, epochs=2), tmp_path / "whole", digits)
+    rows, expected = (read_history(tmp_path / name) for name in ("stopped", "whole"))
+    # The rate of one epoch differs, as the schedule of six does; so only what there is can be compared.
+    assert [row["val_accuracy"] is not None for row in rows] == [False, True]
+    assert [row["val_accuracy"] is not None for row in expected] == [False, True]
+    assert (
+        metrics["best_epoch"] == metrics["epoch_at_target"] == metrics["epochs"] == whole["best_epoch"] == 2
+    )
+    assert metrics["best_val_accuracy"] == rows[1]["val_accuracy"]
+    assert recorder.calls[-4:] == ["epoch 1 end", "test begin", "test end", "train end"]
+    assert_same_weights(saved_weights(tmp_path / "stopped"), recorder.weights[1])
 
 
 def test_two_runs_are_equal_whatever_the_steps_a_call(tmp_path, digits, monkeypatch):
@@ -1080,6 +1108,58 @@ def test_a_drawer_that_grew_does_not_change_a_run_that_resumes(tmp_path, drawer)
     parts = train_and_evaluate(config, tmp_path / "parts", data_dir=str(drawer), verbose=0, full_report=False)
     assert parts["n_train"] == whole["n_train"] == 26 and parts["epochs"] == whole["epochs"] == 3
     assert_same_weights(saved_weights(tmp_path / "parts"), saved_weights(tmp_path / "whole"))
+
+
+def test_a_drawer_that_grew_before_the_first_state_is_a_new_run(tmp_path, drawer):
+    """Nothing was trained, so the settings follow from the pictures of now."""
+    config = TINY.override(dataset="folder", image_size=16, batch_size=64, adapt=("batch_size",))
+    options = {"data_dir": str(drawer), "verbose": 0, "full_report": False}
+    before = train_and_evaluate(config, tmp_path / "before", **options)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(epoch, logs):
+        raise Killed
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=kill)
+    with pytest.raises(Killed):
+        train_and_evaluate(config, tmp_path / "run", callbacks=[callback], **options)
+    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "state.npz").exists()
+    for i in range(400):
+        Image.new("RGB", (30, 30), COLOURS["lime"]).save(drawer / "lime" / f"0{i}.png")
+    train_and_evaluate(config, tmp_path / "run", **options)
+    train_and_evaluate(config, tmp_path / "new", **options)
+    sizes = [
+        json.loads((tmp_path / name / "config.json").read_text())["batch_size"] for name in ("run", "new")
+    ]
+    assert sizes[0] == sizes[1] != json.loads((tmp_path / "before" / "config.json").read_text())["batch_size"]
+    assert before["n_train"] <= 30
+
+
+def test_another_recipe_in_the_folder_of_an_adapted_run_is_named(tmp_path, digits):
+    """The interval of validations that the first run chose does not fit the early stopping of the other."""
+    adapted = TINY.override(adapt=("validation_interval",), recipe="one", epochs=101)
+    with pytest.raises(RunInterrupted):
+        train_quietly(adapted, tmp_path, digits, callbacks=[At(1, send(signal.SIGTERM))])
+    file = tmp_path / "config.json"
+    record = json.loads(file.read_text())
+    assert record["validation_interval"] > 1
+    other = TINY.override(adapt=("validation_interval",), recipe="two", early_stopping=2)
+    with pytest.raises(
+        ConfigError, match=r"an unfinished run of another configuration \(recipe 'one', now 'two'\)"
+    ):
+        train_quietly(other, tmp_path, digits)
+
+
+def test_a_state_of_another_strategy_says_what_allows_it(tmp_path, digits):
+    """A run whose config.json knows of the change, and whose state does not yet."""
+    with pytest.raises(RunInterrupted):
+        train_quietly(TINY, tmp_path, digits, callbacks=[At(1, send(signal.SIGTERM))])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "strategy": "mirrored"}))
+    with pytest.raises(RunError, match="or allow it with --allow_replica_change"):
+        train_quietly(TINY.override(strategy="mirrored"), tmp_path, digits)
 
 
 # --- faults that were here once -------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from keras_tuner.engine.trial import Trial
 from cifar10_trainer import adaptation, datasets, files, models, runtime
 from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
-from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
+from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted, one_line
 from cifar10_trainer.run_folder import RunFolder
 from cifar10_trainer.training import train_and_evaluate
 
@@ -353,5 +353,5 @@ def _reason(error: Exception) -> str:
     """Why a trial failed, in one line of at most 300 characters and the name of the error."""
     if isinstance(error, tf.errors.ResourceExhaustedError | MemoryError):
         error = runtime.out_of_memory(error if str(error) else MemoryError("no memory"))
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     return text if isinstance(error, ConfigError | RunError) else f"{type(error).__name__}: {text}"

@@ -12,7 +12,7 @@ from ..config import DATASETS
 from ..errors import ConfigError, unknown
 from . import cifar10, digits, folder
 from .arrays import as_dataset, from_arrays
-from .base import TRAINING_COPIES, Dataset, fingerprint, split
+from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .folder import rows as file_rows
 from .folder import size_of as folder_size
@@ -20,7 +20,6 @@ from .images import read_image
 
 __all__ = [
     "CIFAR10_CLASSES",
-    "TRAINING_COPIES",
     "Dataset",
     "as_dataset",
     "file_rows",

@@ -11,9 +11,6 @@ import numpy as np
 from ..config import SPLITS
 from ..errors import ConfigError, RunError, shown, unknown
 
-# Of the training images that a run makes beside the data set: the split, and the table of it that batches come from.
-TRAINING_COPIES = 2
-
 
 @dataclass(frozen=True, eq=False)
 class Dataset:

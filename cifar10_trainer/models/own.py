@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 
 ALLOWED = (
     "allowed: a functional or built Sequential Keras model with one image input [batch, height, width, channels] and one"
@@ -92,7 +92,8 @@ def logits_before_softmax(model: keras.Model) -> keras.KerasTensor | None:
 def digest(model: keras.Model) -> str:
     """Makes eight letters and digits that stand for the layers of `model`, their settings and the shapes of their weights.
 
-    The names of the layers do not count, because Keras numbers them anew for each model.
+    The names of the layers do not count, because Keras numbers them anew for each model, nor do their seeds, which Keras
+    draws where none is given: a run that resumes takes its random numbers from the state that it saved.
     """
     return hashlib.sha256(json.dumps(_described(model), default=str).encode()).hexdigest()[:8]
 
@@ -103,9 +104,21 @@ def _described(model: keras.Model) -> list[Any]:
         if isinstance(layer, keras.Model):
             described.append(_described(layer))
         else:
-            settings = {k: v for k, v in layer.get_config().items() if k != "name"}
+            settings = _settings({"trainable": layer.trainable, **layer.get_config()})
             described.append([type(layer).__name__, settings, [list(w.shape) for w in layer.weights]])
     return described
+
+
+def _settings(config: Any) -> Any:
+    """The configuration of a layer, without the names and seeds of the layer and of those within it."""
+    if isinstance(config, (list, tuple)):
+        return [_settings(x) for x in config]
+    if not isinstance(config, dict):
+        return config
+    left_out = (
+        ("name", "seed") if "trainable" in config else ()
+    )  # other objects have telling names, as dtype policies
+    return {key: _settings(value) for key, value in config.items() if key not in left_out}
 
 
 def _functional(model: Any) -> keras.Model:
@@ -144,10 +157,9 @@ def _check_layers(model: keras.Model) -> None:
         try:
             type(layer).from_config(layer.get_config())
         except Exception as error:
-            text = " ".join(str(error).split())[:200]
             raise ConfigError(
                 f"model has the layer {layer.name!r}, and {type(layer).__name__}.from_config(layer.get_config()) fails"
-                f" ({text}); allowed: layers whose get_config returns all arguments of their constructor"
+                f" ({one_line(error)}); allowed: layers whose get_config returns all arguments of their constructor"
             ) from error
 
 

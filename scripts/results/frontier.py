@@ -171,9 +171,9 @@ def draw_tutorials(axes: Axes, cost: str, others: Mapping[str, Sequence[Point]])
         ("its other recipes", FAINT, rest),
     ):
         if places:
-            x, y = zip(*places, strict=True)
+            costs, accuracies = zip(*places, strict=True)
             above = 2.2 if colour == VERMILION else 2.1
-            axes.plot(x, y, "s", color=colour, label=words, zorder=above, **style)
+            axes.plot(costs, accuracies, "s", color=colour, label=words, zorder=above, **style)
     for name, (x, y) in best.items():
         # The label is under its point where another point would cover it.
         covered = any(x / 1.6 < u < 1.6 * x and 0 < v - y < 3 for u, v in [*best.values(), *rest])
