@@ -216,6 +216,10 @@ class TrainingLoop:
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
             self._end_epoch(epoch, validation, last=bool(stopped) or engine.step >= engine.steps)
             (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
+        self._finish(validation, signals)
+
+    def _finish(self, validation: Sequence[np.ndarray], signals: runtime.Signals) -> None:
+        """What follows the last epoch, until model and state are saved. Raises RunInterrupted after a signal."""
         self._validate_last(validation)
         self.hooks.call("on_train_end", self._last_logs, last=True)
         if self.best_epoch is None:
@@ -224,7 +228,7 @@ class TrainingLoop:
         if self.chief:
             self.save()  # what comes now may be interrupted, too, and the training be kept
         # No worker goes on before the chief has saved the model.
-        (caught,) = runtime.mean_over_workers(engine.strategy, bool(signals.caught))
+        (caught,) = runtime.mean_over_workers(self.engine.strategy, bool(signals.caught))
         if caught:
             raise self._interrupted(signals.caught or "a signal to another worker")
 
