@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from . import cli, cluster, datasets, launch
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
-from .errors import ConfigError, cut, reason_of, shown, unknown
+from .errors import ConfigError, RunError, cut, reason_of, shown, unknown
 from .files import parse_json, regular_file
 from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES, recipe_for_folder
@@ -197,12 +199,31 @@ def read_config(path: str) -> Config:
 
 def default_recipe(log: Callable[[str], None]) -> str:
     """The recipe where no flag names one. For a folder it depends on the images in it, and `log` receives why."""
+    begun = _unfinished_recipe()
+    if begun is not None:
+        log(f"recipe: {begun}: that of the unfinished run in {FLAGS.workdir}")
+        return begun
     size = datasets.folder_size(FLAGS.data_dir) if FLAGS.dataset == "folder" else None
     if size is None:
         return DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
     name, reason = recipe_for_folder(size.images / size.classes, FLAGS.image_size or 32)
     log(f"recipe: {name}: {reason}")
     return name
+
+
+def _unfinished_recipe() -> str | None:
+    """The recipe of the unfinished run on a folder in --workdir, which its pictures of today might not suggest."""
+    if FLAGS.dataset != "folder" or FLAGS.workdir is None or FLAGS.overwrite:
+        return None
+    from .run_folder import RunFolder
+
+    first_fold = Path(FLAGS.workdir) / f"fold-1-of-{FLAGS.folds}"
+    for folder in (RunFolder(FLAGS.workdir), RunFolder(first_fold)):
+        with contextlib.suppress(RunError, OSError):
+            recipe = folder.read_config().get("recipe")
+            if recipe in RECIPES and not RunFolder(FLAGS.workdir).is_finished():
+                return str(recipe)
+    return None
 
 
 def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
@@ -237,7 +258,7 @@ def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
         if FLAGS[flag].value is not None
     }
     if FLAGS.final_fit:
-        if "validation_fraction" in changes:
+        if "validation_fraction" in changes or _is_set("validation_fraction"):
             raise ConfigError("--final_fit and --validation_fraction; allowed: one of the two")
         changes["validation_fraction"] = None
     elif changes.get("validation_fraction") == 0:
@@ -280,11 +301,16 @@ def list_recipes() -> None:
         print("  ".join(cells))
 
 
+def _is_set(name: str) -> bool:
+    """Whether --set sets this field of the Config."""
+    return any(setting.partition("=")[0] == name for setting in FLAGS.set)
+
+
 def check_folds() -> None:
     """Raises ConfigError where a flag is given that cross-validation does not have."""
     several = ("workers", "local_workers", "allow_replica_change")
     for flag in ("final_fit", "hdf5", "validation_fraction", *several):
-        if FLAGS.folds is not None and FLAGS[flag].present:
+        if FLAGS.folds is not None and (FLAGS[flag].present or _is_set(flag)):
             raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, ClassVar, TypeAlias
 
 import keras
@@ -23,12 +24,22 @@ import numpy as np
 import tensorflow as tf
 
 from .config import FILLS, Augmentation
-from .errors import ConfigError, unknown
+from .errors import ConfigError, check_type, unknown
 
 BLACK, GREY = 0, 127  # pixel values, 0-255
 ALIGNMENT = 64  # bytes; TensorFlow copies an array that begins elsewhere
 
 Matrix: TypeAlias = tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+
+def _check_range(name: str, value: Any, kind: type, low: float, high: float = math.inf) -> None:
+    """Raises ConfigError where the value is no number of the kind, or out of range."""
+    words = ("whole number" if kind is Integral else "number") + (
+        f", {low} or more" if high == math.inf else f" from {low} to {high:g}"
+    )
+    check_type(name, value, kind, f"a {words}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {value}; allowed: a {words}")
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
@@ -174,8 +185,7 @@ class RandomShift(Reindex):
         super().__init__(**kwargs)
         if fill not in FILLS:
             raise unknown("fill", fill, FILLS)
-        if pixels < 0:
-            raise ConfigError(f"pixels is {pixels}; allowed: 0 or more")
+        _check_range("pixels", pixels, Integral, 0)
         self.pixels = pixels
         self.fill = fill
 
@@ -223,15 +233,20 @@ class Projective(RandomLayer):
             `scipy.ndimage`), "nearest" repeats the border, "constant" is black.
 
     Raises:
-        ConfigError: if `fill` is unknown.
+        ConfigError: if `fill` is unknown, or the amount out of range.
+
+    Attributes:
+        most: the largest amount.
     """
 
+    most: ClassVar[float] = math.inf
     compilable = False  # XLA has no kernel for ImageProjectiveTransformV3
 
     def __init__(self, amount: float, fill: str = "reflect", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if fill not in FILLS:
             raise unknown("fill", fill, FILLS)
+        _check_range("amount", amount, Real, 0, self.most)
         self.amount = amount
         self.fill = fill
 
@@ -283,6 +298,7 @@ class RandomZoom(Projective):
     """Zooms so that 1 - amount to 1 + amount of an image's height is visible and, independently, of its width."""
 
     draws = 2
+    most = 1.0
 
     def matrix(self, numbers: tf.Tensor) -> Matrix:
         """See `Projective.matrix`."""
@@ -298,13 +314,17 @@ class RandomCutout(RandomLayer):
     The centre of the square is anywhere in the image, so a part of the square may lie outside.
 
     Args:
-        size: the side of the square, in pixels.
+        size: the side of the square, in pixels, 0 or more.
+
+    Raises:
+        ConfigError: if the size is out of range.
     """
 
     draws = 2
 
     def __init__(self, size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        _check_range("size", size, Integral, 0)
         self.size = size
 
     def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from . import __version__, process
-from .errors import VALUE_LENGTH, ConfigError, RunError, cut, shown
+from .errors import VALUE_LENGTH, ConfigError, RunError, cut, reason_of, shown
 from .keras_state import check_backend
 
 
@@ -219,7 +219,9 @@ def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
     if flag_values["debug"].value:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, ConfigError | RunError):
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"cannot use {cut(error.filename, 500)}: {reason_of(error)}; choose another (--debug shows the traceback)"
+    elif not isinstance(error, ConfigError | RunError):
         text = f"{type(error).__name__}: {cut(text, 500)} (--debug shows the traceback)"
     print(f"error: {text}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1

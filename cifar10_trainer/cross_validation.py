@@ -6,6 +6,7 @@ Each training image is a validation image of exactly one run. The test images ar
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 import statistics
 import time
@@ -20,7 +21,7 @@ from . import cluster, datasets, machine, preparation, process, runtime
 from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
-from .errors import ConfigError, RunError, RunInterrupted, interrupted
+from .errors import ConfigError, RunError, RunInterrupted, check_type, interrupted
 from .files import write_json
 from .keras_state import keras_defaults
 from .loop import SAVE_SECONDS
@@ -72,10 +73,13 @@ def cross_validate(
         as `train_and_evaluate`.
     """
     preparation.check_arguments(config, data, dataset, data_dir, (class_names,))
+    check_type("folds", folds, numbers.Integral, "a whole number from 2 on")
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
     workdir = _place(config, workdir, overwrite)
     given, beside = dataset or data, (None, None, class_names)
-    found = preparation.load(config, given, beside, data_dir, None, folder_options, log)
+    first = RunFolder(workdir / _folder(folds, 0))
+    resumed = first if first.has_run() and not overwrite else None
+    found = preparation.load(config, given, beside, data_dir, resumed, folder_options, log)
     data = _without_test_images(found, folds)
     config = _adapted(config, folds, len(data.train_labels), log)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}

@@ -80,6 +80,13 @@ def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigErro
     return ConfigError(f"unknown {what} {shown(received)}; allowed: {', '.join(allowed)}.{hint}")
 
 
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], allowed: str) -> None:
+    """Raises ConfigError where `value` has none of the types. True and False are no numbers; NumPy's numbers are."""
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ConfigError(f"{name} is {shown(value)}; allowed: {allowed}")
+
+
 def one_line(error: object, length: int = 200) -> str:
     """The text of an error in one line, cut to `length` characters."""
     return " ".join(str(error).split())[:length]

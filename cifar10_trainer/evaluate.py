@@ -9,6 +9,7 @@ The model is a plain Keras file. TensorFlow is imported only after all arguments
 from __future__ import annotations
 
 import json
+import numbers
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ from . import cli, datasets, measures, report
 from .config import DATASETS, RESIZES, check_views
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels
-from .errors import ConfigError, RunError, cut
+from .datasets.folder import is_cut
+from .errors import ConfigError, RunError, check_type, cut
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder, existing
-from .scoring import predict_probabilities, score, takes
+from .scoring import check_model, predict_probabilities, score, takes
 
 if TYPE_CHECKING:
     import keras
@@ -84,7 +86,8 @@ def evaluate_model(
 
     Args:
         model: maps raw pixels [batch, height, width, 3] to probabilities [batch, classes].
-        data: a data set, whose test images are scored, or (images uint8 [n, height, width, 3], labels integers [n]).
+        data: a data set, whose test images are scored, (images uint8 [n, height, width, 3], labels integers [n]), or a finite
+            `tf.data.Dataset` of such pairs.
         views: 1, 2 or 6.
         views_share: the share of the images, those of which the model is least sure, that get the further views.
         batch_size: images in a batch; None: 500 of 32x32 pixels, fewer of larger ones.
@@ -92,11 +95,14 @@ def evaluate_model(
     Returns:
         {"accuracy": 0-1, "loss": the mean cross-entropy in nats, "n": the number of images}.
     Raises:
-        ConfigError: if the images do not fit the model or there are none.
+        ConfigError: if an argument has another type or range, or if the images do not fit the model or there are none.
         RunError: if the outputs are not probabilities.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; allowed: 1 or more, or None")
+    check_model(model)
+    if batch_size is not None:
+        check_type("batch_size", batch_size, numbers.Integral, "1 or more, or None")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; allowed: 1 or more, or None")
     if isinstance(data, datasets.Dataset):
         check_fit(model, data)
         if len(data.test_labels) == 0:
@@ -104,8 +110,9 @@ def evaluate_model(
                 f"{data.source} has no test images; allowed: a Dataset that has, or (images, labels)"
             )
         data = data.test_images, data.test_labels
-    images = check_images("images", data[0])
-    labels, count = check_labels("labels", data[1], len(images))
+    pixels, true = datasets.pair("evaluation", data)
+    images = check_images("images", pixels)
+    labels, count = check_labels("labels", true, len(images))
     expected, classes = tuple(model.input_shape[1:]), model.output_shape[-1]
     if len(images) == 0 or not takes(model, images.shape[1:]) or count > classes:
         raise ConfigError(
@@ -193,7 +200,8 @@ def load_images(
     """The data set to score. A folder is read as the run read it: its files, in the parts that the run used them for.
 
     Files that came into the folder since then are in no part. Where --data_dir names another folder, which lacks files of
-    the run, it is read as a data set of its own.
+    the run, it is read as a data set of its own, of which all pictures are scored. Of a folder without a run a fifth of
+    <class>/* is scored, because the model may have been trained on the others.
 
     Args:
         name, data_dir: of the data set.
@@ -215,7 +223,15 @@ def load_images(
         print(f"the images are those of {where}; files that came later are in no part", file=sys.stderr)
     has_test = any(part == "test" for _, _, part in rows or ())
     only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
-    return datasets.load(name, data_dir, size, resize, files=rows, only=only)
+    cut = bool(rows) or not settings or FLAGS.split not in (None, "test")
+    found = datasets.load(name, data_dir, size, resize, files=rows, only=only, cut=cut)
+    if not rows and cut and is_cut(found):
+        print(
+            f"{found.source}: a fifth of each class is scored, the test images of a training on this folder; to score all, move"
+            " the classes into test/, beside a train/ with the same ones",
+            file=sys.stderr,
+        )
+    return found
 
 
 def measured(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:

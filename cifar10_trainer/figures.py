@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,9 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the PNG file `path`, whole or not at all, and empties the figure. Makes its folder."""
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")  # names of classes in a script that the font lacks
+        figure.savefig(png, format="png", dpi=DPI, facecolor="white")
     write_atomic(path, png.getvalue())
     figure.clear()  # its parts refer to one another, so their memory would wait for the garbage collector
 

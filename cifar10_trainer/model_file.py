@@ -15,6 +15,7 @@ import functools
 import importlib
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import archives
-from .errors import ConfigError, RunError, one_line
+from .errors import ConfigError, RunError, check_type, one_line
 from .files import parse_json, regular_file
 from .keras_state import keras_defaults
 from .machine import check_fits
@@ -101,6 +102,9 @@ def load_model(path: str | Path | None = None) -> keras.Model:
         ConfigError: if there is no such file, or the model has other shapes.
         RunError: if the file does not open as a model.
     """
+    check_type(
+        "path", PACKAGED if path is None else path, (str, os.PathLike), "a .keras or .h5 file, or None"
+    )
     path = check_model_file(PACKAGED if path is None else path)
     import keras
 

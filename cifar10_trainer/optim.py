@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -10,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from .config import Optimizer, Schedule
+from .errors import ConfigError, check_type
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
@@ -23,11 +25,18 @@ class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         peak: the highest learning rate.
-        steps: the length of the run.
+        steps: the length of the run, 1 or more.
         schedule: the factor over the run, from 0 to 1; a mapping of a `Schedule`'s fields after deserialization.
+
+    Raises:
+        ConfigError: if an argument has another type or range.
     """
 
     def __init__(self, peak: float, steps: int, schedule: Schedule | Mapping[str, Any]) -> None:
+        check_type("steps", steps, numbers.Integral, "a whole number, 1 or more")
+        check_type("schedule", schedule, (Schedule, Mapping), "a Schedule")
+        if steps < 1:
+            raise ConfigError(f"steps is {steps}; allowed: a whole number, 1 or more")
         self.peak = peak
         self.steps = steps
         self.schedule = schedule if isinstance(schedule, Schedule) else Schedule(**schedule)
@@ -162,6 +171,9 @@ class Muon(SGD):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, **kwargs)
+        check_type("kernel_momentum", kernel_momentum, numbers.Real, "from 0 to less than 1")
+        if not 0 <= kernel_momentum < 1:
+            raise ConfigError(f"kernel_momentum is {kernel_momentum}; allowed: from 0 to less than 1")
         self.kernel_momentum = kernel_momentum
         self.sgd_ratio = sgd_ratio
         self._left_out: list[keras.Variable] = []

@@ -23,7 +23,7 @@ import tensorflow as tf
 from . import augment
 from .config import Augmentation
 from .datasets.arrays import check_images, check_labels
-from .errors import ConfigError, shown
+from .errors import ConfigError, check_type, shown
 from .keras_state import keras_defaults
 from .machine import cpu_count
 
@@ -274,6 +274,7 @@ def make_dataset(
     images = check_images("images", images)
     labels, num_classes = check_labels("labels", labels, len(images))
     augmentation = Augmentation() if augmentation is None else augmentation
+    check_type("augmentation", augmentation, Augmentation, "an Augmentation, or None")
     _check_dataset(images, batch_size, augmentation, seed, epochs, one_hot)
     sampler = EpochSampler(len(images), batch_size, seed, augmentation)
     batch_maker = BatchMaker(augmentation, num_classes)

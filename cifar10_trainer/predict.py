@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,12 @@ from .config import RESIZES
 from .datasets.arrays import check_images
 from .datasets.folder import find_pictures
 from .datasets.images import SUFFIXES, open_formats, readable
-from .errors import ConfigError, RunError, reason_of
+from .errors import ConfigError, RunError, check_type, reason_of
 from .keras_state import keras_defaults
 from .machine import cpu_count
 from .model_file import PACKAGED, check_model_file, info_of, load_model
 from .run_folder import RunFolder, existing
-from .scoring import predict_probabilities, takes
+from .scoring import check_model, predict_probabilities, takes
 
 if TYPE_CHECKING:
     import keras
@@ -56,7 +56,12 @@ _define(
     enum_values=RESIZES,
 )  # fmt: skip
 _define(flags.DEFINE_integer, "top_k", "how many labels to show for each image", 3, lower_bound=1)
-_define(flags.DEFINE_boolean, "json", "print one JSON object a line", False)
+_define(
+    flags.DEFINE_boolean,
+    "json",
+    "print one JSON object a line, with all labels unless --top_k is given",
+    False,
+)
 
 USAGE = """usage: python -m cifar10_trainer.predict [--workdir=RUN | --model=FILE] IMAGE... [flags]
 
@@ -124,13 +129,18 @@ def predict_images(
         RunError: if a file is not an image.
         ConfigError: if the class names do not fit the model.
     """
+    check_model(model)
     height, width, _ = model.input_shape[1:]
     names = _check_class_names(model, class_names)
     resize = resize or info_of(model).resize
+    if not isinstance(images, str | Path | np.ndarray):
+        images = list(images) if isinstance(images, Iterable) else [images]
+        for image in images:
+            check_type("an image", image, (str, Path), "files, or one array uint8 [n, height, width, 3]")
     if isinstance(images, np.ndarray):
         pixels, files = check_images("images", images), [str(i) for i in range(len(images))]
         if not takes(model, pixels.shape[1:]):
-            raise ConfigError(f"images has shape {pixels.shape}; allowed: {('n', height, width, 3)}")
+            raise ConfigError(f"images has shape {images.shape}; allowed: {('n', height, width, 3)}")
     elif None in (height, width):
         raise ConfigError(
             "images are files, but the model takes images of any size; allowed: an array of images"
@@ -146,7 +156,9 @@ def predict_images(
 def _check_class_names(model: keras.Model, class_names: Sequence[str] | None) -> tuple[str, ...]:
     """The class names; for None those of the model's file, else numbers. Raises ConfigError where they do not fit."""
     classes = model.output_shape[-1]
-    names = tuple(class_names or info_of(model).class_names or map(str, range(classes)))
+    names = info_of(model).class_names or tuple(map(str, range(classes)))
+    if class_names is not None:
+        names = tuple(map(str, class_names))
     if len(names) != classes or len(set(names)) != classes:
         raise ConfigError(
             f"{len(names)} class names ({', '.join(names)}) for a model of {classes} classes;"
@@ -257,6 +269,9 @@ def main(argv: list[str]) -> None:
         unreadable += len(errors)
         if FLAGS.json:
             for result in block:
+                if FLAGS["top_k"].present:
+                    ranked = list(result["probabilities"].items())
+                    result = {**result, "probabilities": dict(ranked[: FLAGS.top_k])}
                 print(json.dumps(result))
         else:
             results += block  # the widths of the table depend on all of them

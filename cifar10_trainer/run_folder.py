@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,11 @@ def existing(workdir: str | os.PathLike[str]) -> RunFolder:
     return folder
 
 
+def holds_run(names: Collection[str]) -> bool:
+    """Whether a folder with entries of these names is a run folder."""
+    return RUN_FILES[-1] in names and any(name in names for name in RUN_FILES[:-1])
+
+
 class RunFolder(LockedFolder):
     """The folder of one run.
 
@@ -111,6 +116,15 @@ class RunFolder(LockedFolder):
     def remove_run(self) -> None:
         """Removes what an earlier run wrote, where config.json shows that there was one. Raises RunError."""
         remove_files(self.path, self.config_file.name, RUN_FILES[:-1])
+
+    def check_no_others_files(self) -> None:
+        """Raises ConfigError where the folder holds files of a run's names, and no run: they may be somebody's own."""
+        found = [name for name in RUN_FILES[2:-1] if (self.path / name).exists()]
+        if found and not self.has_run():
+            raise ConfigError(
+                f"{self} holds {found[0]}, but no run, which has a {self.config_file.name}; choose another --workdir, or move"
+                f" {found[0]} away"
+            )
 
     # ---- config.json and metrics.json
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import check_views
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .keras_state import keras_defaults
 
 if TYPE_CHECKING:
@@ -18,6 +18,27 @@ if TYPE_CHECKING:
 BATCH_SIZE = (
     500  # of images of 32x32 pixels, and smaller ones; it divides CIFAR-10's 10,000 and 5,000: little padding
 )
+
+
+def check_model(model: Any) -> None:
+    """Raises ConfigError where it is no Keras model of images that returns a row of numbers for each."""
+    taken: Any = getattr(model, "input_shape", None)
+    given: Any = getattr(model, "output_shape", None)
+    if not (_is_shape(taken, 4) and taken[3] == 3 and _is_shape(given, 2)):
+        maps = f", which maps {taken} to {given}" if taken and given else ""
+        raise ConfigError(
+            f"model is {type(model).__name__}{maps}; allowed: a built Keras model that maps (batch, height, width, 3) to"
+            " (batch, classes)"
+        )
+
+
+def _is_shape(shape: Any, rank: int) -> bool:
+    """Whether it is one shape of this rank, and not those of several inputs or outputs."""
+    return (
+        isinstance(shape, tuple)
+        and len(shape) == rank
+        and all(n is None or isinstance(n, int) for n in shape)
+    )
 
 
 def takes(model: keras.Model, shape: Sequence[int]) -> bool:
@@ -44,7 +65,7 @@ def _logits(model: keras.Model) -> Any:
     import keras
     import tensorflow as tf
 
-    from .models.own import logits_before_softmax
+    from .models.own import SUM_TOLERANCE, logits_before_softmax
 
     logits = logits_before_softmax(model) if getattr(model, "outputs", None) else None
     if logits is not None:
@@ -53,8 +74,10 @@ def _logits(model: keras.Model) -> Any:
 
     def log_outputs(images: Any) -> Any:
         outputs = tf.cast(model(images, training=False), tf.float32)
-        # A negative output is not a probability: it becomes NaN, which predict_probabilities reports.
-        return tf.where(outputs < 0, float("nan"), tf.math.log(tf.maximum(outputs, 1e-30)))
+        # What are no probabilities becomes NaN, which predict_probabilities reports.
+        sums = tf.reduce_sum(outputs, axis=-1, keepdims=True)
+        bad = (outputs < 0) | (tf.abs(sums - 1) > SUM_TOLERANCE)
+        return tf.where(bad, float("nan"), tf.math.log(tf.maximum(outputs, 1e-30)))
 
     return log_outputs
 
@@ -132,7 +155,7 @@ def predict_with_and_without(
     without, with_views = (tf.nn.softmax(logits).numpy() for logits in (plain, averaged))
     if not (np.isfinite(without).all() and np.isfinite(with_views).all()):
         raise RunError(
-            "the model's outputs are not probabilities (negative or NaN);"
+            "the model's outputs are not probabilities (negative, NaN, or of another sum than 1);"
             " its training diverged, or it has no softmax at its end"
         )
     return without, with_views

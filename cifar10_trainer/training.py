@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import numbers
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from . import (
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine
-from .errors import ConfigError, interrupted
+from .errors import ConfigError, check_type, interrupted
 from .files import cannot_write
 from .hooks import check_callbacks
 from .loop import SAVE_SECONDS, TrainingLoop, saved_precision
@@ -125,10 +126,13 @@ def train_and_evaluate(
     flags = {"overwrite": overwrite, "allow_replica_change": allow_replica_change}
     team, strategy = runtime.choose_devices(config, cluster_timeout, log, flags)
     chief = runtime.is_chief(strategy)
+    if workdir is not None:
+        check_type("workdir", workdir, (str, os.PathLike), "a folder, or None")
     folder = RunFolder(workdir or _new_folder(config, strategy))
 
     alone, locked = _only_run(config, model, log), folder.lock() if chief else contextlib.nullcontext()
     with alone, runtime.reporting_errors(team), locked, _interruptible(folder, overwrite) as training_is_over:
+        folder.check_no_others_files()
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         policy = runtime.agree_on_precision(config.precision, saved_precision(saved), team, log)
         # ---- data and model
@@ -188,6 +192,7 @@ def _log_of(verbose: int) -> Log:
 
 
 def _check_save_seconds(seconds: float) -> None:
+    check_type("save_seconds", seconds, numbers.Real, f"a number from 0 to {MAX_SAVE_SECONDS:,}")
     if not 0 <= seconds <= MAX_SAVE_SECONDS:
         raise ConfigError(f"save_seconds is {seconds}; allowed: from 0 to {MAX_SAVE_SECONDS:,}")
 

@@ -37,7 +37,7 @@ DATA = from_arrays((IMAGES, LABELS), validation=(IMAGES[:2], LABELS[:2]), test=(
     [
         (
             {"train_images": IMAGES.astype(np.float32) / 255},
-            "train images has dtype float32 and values up to 1",
+            "train images has dtype float32 and values from 0 to 1; allowed: uint8",
         ),
         ({"test_images": IMAGES[2:, ..., :1]}, "the Dataset has test images (4, 8, 10, 1)"),
         ({"validation": (IMAGES[:2, :5], LABELS[:2])}, "the Dataset has validation images (2, 5, 10, 3)"),
@@ -94,7 +94,7 @@ def test_a_finite_tf_data_set(batch):
     [
         (
             (IMAGES / 255, LABELS),
-            "dtype float64 and values up to 1; allowed: uint8, raw pixels 0-255; for pixels 0-1",
+            "dtype float64 and values from 0 to 1; allowed: uint8, raw pixels 0-255; for pixels 0-1",
         ),
         (
             (IMAGES.astype(np.float32), LABELS),
@@ -169,6 +169,39 @@ def test_no_data_and_dictionaries_are_one_line():
     data = tf.data.Dataset.from_tensor_slices(({"x": IMAGES}, LABELS))
     with pytest.raises(ConfigError, match=r"allowed: \(images, labels\)"):
         from_arrays(data)
+
+
+def test_floats_of_other_ranges_get_no_recipe_that_would_spoil_them():
+    for images in (IMAGES / 127.5 - 1, (IMAGES / 255 - 0.5) / 0.2, IMAGES * 2.0):
+        with pytest.raises(ConfigError, match="neither 0-1 nor 0-255, so undo their scaling first") as error:
+            from_arrays((images, LABELS))
+        assert f"from {images.min():.4g} to {images.max():.4g}" in str(error.value)
+
+
+def test_what_is_ragged_is_one_line():
+    with pytest.raises(ConfigError, match=r"train images is no array .*; allowed: all of one shape"):
+        from_arrays(([IMAGES[0], IMAGES[1, :5]], [0, 1]))
+    with pytest.raises(ConfigError, match="train labels is no array"):
+        from_arrays((IMAGES[:2], [[1, 0], [1]]))
+    pictures = [IMAGES[:2], IMAGES[:2, :5]]
+    data = tf.data.Dataset.from_generator(
+        lambda: ((x, LABELS[:2]) for x in pictures),
+        output_signature=(tf.TensorSpec((None, None, None, 3), tf.uint8), tf.TensorSpec((None,), tf.int64)),
+    )
+    with pytest.raises(ConfigError, match=r"train data has elements of different shapes .*; allowed: of one"):
+        from_arrays(data)
+
+
+@pytest.mark.parametrize("names", ["abc", 5])
+def test_names_of_classes_are_a_list(names):
+    with pytest.raises(ConfigError, match=r"class_names is .*; allowed: a list with a name for each class"):
+        from_arrays((IMAGES, LABELS), class_names=names)
+
+
+@pytest.mark.parametrize("names", [("a", "b", "a"), (0, 1, 2)])
+def test_a_dataset_has_different_names_of_classes(names):
+    with pytest.raises(ConfigError, match=r"class_names is \(.*\); allowed: different strings"):
+        dataclasses.replace(DATA, class_names=names)
 
 
 def test_parts_must_fit_together():

@@ -387,8 +387,23 @@ def test_unknown_fill(kind):
         kind(1, fill="reflct")
 
 
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: RandomShift(2.5), "pixels is 2.5; allowed: a whole number, 0 or more"),
+        (lambda: RandomCutout(-3), "size is -3; allowed: a whole number, 0 or more"),
+        (lambda: RandomCutout("8"), "size is '8'; allowed"),
+        (lambda: RandomRotation(-1), "amount is -1; allowed: a number, 0 or more"),
+        (lambda: RandomZoom(5.0), "amount is 5.0; allowed: a number from 0 to 1"),
+    ],
+)
+def test_amounts_out_of_range_are_one_line(make, text):
+    with pytest.raises(ConfigError, match=text):
+        make()
+
+
 def test_impossible_shifts():
-    with pytest.raises(ConfigError, match="pixels is -1; allowed: 0 or more"):
+    with pytest.raises(ConfigError, match="pixels is -1; allowed: a whole number, 0 or more"):
         RandomShift(-1)
     RandomShift(8)(some_images(1, 9, 9), seed=(0, 0))
     with pytest.raises(ConfigError, match=r"9 pixels of 9x12.*less than the shorter side"):

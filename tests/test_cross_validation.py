@@ -10,6 +10,7 @@ import statistics
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cifar10_trainer import __main__ as command
 from cifar10_trainer import (
@@ -25,6 +26,7 @@ from cifar10_trainer import (
 from cifar10_trainer.config import Config, Optimizer
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 from cifar10_trainer.recipes import RECIPES
+from cifar10_trainer.run_folder import RunFolder
 from cifar10_trainer.training import train_and_evaluate
 
 TINY = RECIPES["fast.digits"].override(
@@ -222,6 +224,34 @@ def test_folds_that_cannot_be(tmp_path, digits, scripted, folds):
     with pytest.raises(ConfigError, match=f"folds is {folds}; allowed: from 2 to the {smallest} images"):
         quietly(folds, tmp_path, digits)
     assert not scripted and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folds", ["3", 2.5, None])
+def test_folds_are_a_whole_number(tmp_path, digits, scripted, folds):
+    with pytest.raises(ConfigError, match=f"folds is {folds!r}; allowed: a whole number from 2 on"):
+        quietly(folds, tmp_path, digits)
+
+
+def test_a_folder_that_grew_does_not_change_the_folds_that_are_left(tmp_path, scripted):
+    """They take the files of the first one."""
+    pictures = tmp_path / "pictures"
+    for name, level in (("dark", 30), ("light", 220)):
+        (pictures / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (8, 8), (level + i, level, level)).save(pictures / name / f"{i}.png")
+    config = TINY.override(dataset="folder", image_size=8)
+    options = {"data_dir": str(pictures), "verbose": 0}
+    cross_validate(config, 2, tmp_path / "whole", **options)
+    first = scripted[0]["dataset"]
+    half = RunFolder(tmp_path / "half" / "fold-1-of-2")
+    half.path.mkdir(parents=True)
+    half.write_config({**config.to_dict()}, resumed=False)
+    half.write_split(datasets.file_rows(first))
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(pictures / "dark" / "new.png")
+    cross_validate(config, 2, tmp_path / "half", **options)
+    np.testing.assert_array_equal(scripted[2]["dataset"].train_images, first.train_images)
+    cross_validate(config, 2, tmp_path / "new", **options)
+    assert len(scripted[4]["dataset"].train_images) > len(first.train_images)
 
 
 def test_a_folder_with_validation_images_of_its_own_has_no_folds(tmp_path, digits, scripted):

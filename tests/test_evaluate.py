@@ -183,6 +183,19 @@ def test_what_is_no_probability_is_reported():
         evaluate.predict_probabilities(no_softmax, some_images(2))
 
 
+@pytest.mark.parametrize(
+    ("classes", "activation", "bias"),
+    [(1, "sigmoid", [0.3]), (2, "sigmoid", [0.03, 0.3]), (2, None, [19.4, 19.9])],
+)
+def test_outputs_that_are_no_probabilities_are_no_scores(classes, activation, bias):
+    inputs = keras.Input((SIZE, SIZE, 3))
+    outputs = keras.layers.Dense(classes, activation=activation)(keras.layers.Flatten()(inputs))
+    model = keras.Model(inputs, outputs)
+    model.set_weights([np.zeros((75, classes)), np.array(bias)])
+    with pytest.raises(RunError, match="of another sum than 1"):
+        evaluate.predict_probabilities(model, some_images(2))
+
+
 def test_views_must_be_one_of_three():
     with pytest.raises(ConfigError, match="views is 3; allowed: 1, 2, 6"):
         evaluate.predict_probabilities(linear_model()[0], some_images(1), views=3)
@@ -369,6 +382,39 @@ def test_files_of_a_run_that_another_folder_lacks_are_told(run_folder, tmp_path,
     )
     assert run(["--workdir", run_folder, f"--data_dir={tmp_path / 'data'}"]) == 0
     assert "lacks files of the run, so it is read as a data set of its own" in capsys.readouterr().err
+
+
+def test_new_pictures_are_all_scored_and_those_of_a_folder_without_a_run_a_fifth(
+    run_folder, tmp_path, capsys
+):
+    for name in COLOURS:
+        paint(tmp_path / "new" / name, name, 10)
+    assert run(["--workdir", run_folder, f"--data_dir={tmp_path / 'new'}"]) == 0
+    assert "30 test images" in capsys.readouterr().out
+    argv = ["--model", run_folder / "model.keras", "--dataset=folder", f"--data_dir={tmp_path / 'new'}"]
+    assert run(argv) == 0
+    captured = capsys.readouterr()
+    assert "6 test images" in captured.out and "a fifth of each class is scored" in captured.err
+    (tmp_path / "parts" / "train").mkdir(parents=True)
+    shutil.copytree(tmp_path / "new", tmp_path / "parts" / "train", dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "new", tmp_path / "parts" / "test")
+    argv[-1] = f"--data_dir={tmp_path / 'parts'}"
+    assert run(argv) == 0
+    captured = capsys.readouterr()
+    assert "30 test images" in captured.out and "a fifth" not in captured.err
+
+
+def test_evaluate_model_takes_a_tf_data_set_and_refuses_other_things():
+    model, _, _ = linear_model()
+    images, labels = some_images(4), np.arange(4) % CLASSES
+    pairs = tf.data.Dataset.from_tensor_slices((images, labels))
+    expected = evaluate.evaluate_model(model, (images, labels))
+    assert evaluate.evaluate_model(model, pairs.batch(3)) == expected
+    for data in (None, {"x": images}, (images, labels, labels)):
+        with pytest.raises(ConfigError, match=r"evaluation data is .*; allowed: \(images, labels\)"):
+            evaluate.evaluate_model(model, data)
+    with pytest.raises(ConfigError, match="batch_size is '5'; allowed: 1 or more, or None"):
+        evaluate.evaluate_model(model, (images, labels), batch_size="5")
 
 
 def test_evaluate_model_refuses():

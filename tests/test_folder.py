@@ -43,7 +43,53 @@ def colours(pixels):
     return {tuple(image[0, 0].tolist()) for image in pixels}
 
 
+def test_unknown_options_are_refused_before_anything_is_read(fruit):
+    for options, text in (
+        ({"resize": "stretch"}, "unknown resize 'stretch'; allowed: squash, crop, pad"),
+        ({"resize": None}, "unknown resize None"),
+        ({"only": "tst"}, "unknown only 'tst'; allowed: train, validation, test. Did you mean 'test'"),
+        ({"image_size": "32"}, "image_size is '32'; allowed: a whole number from 8 to 512"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            datasets.load("folder", fruit, **options)
+
+
 # ---- layouts
+
+
+def run_in(path):
+    """A run folder as it is on the disk, with a figure in it; a picture for who does not know."""
+    draw(path / "figures" / "sample_images.png", (1, 2, 3))
+    (path / "config.json").write_text("{}")
+    (path / "history.csv").write_text("")
+
+
+def test_runs_among_the_pictures_are_no_class(fruit):
+    expected, _ = load(fruit)
+    run_in(fruit / "runs" / "one")
+    (fruit / "runs" / "begins").mkdir()
+    run_in(fruit / "apple" / "two")
+    data, said = load(fruit)
+    assert data.class_names == expected.class_names
+    np.testing.assert_array_equal(data.train_images, expected.train_images)
+    assert "2 run folder" in said[0] and "1 folder runs" in said[0]
+    (fruit / "pear").mkdir()
+    with pytest.raises(RunError, match=r"the class folder .*pear is empty"):
+        load(fruit)
+
+
+def test_runs_beside_train_are_left_out(fruit, tmp_path):
+    (tmp_path / "root").mkdir()
+    shutil.move(fruit, tmp_path / "root" / "train")
+    run_in(tmp_path / "root" / "runs" / "one")
+    data, said = load(tmp_path / "root")
+    assert len(data.class_names) == 3 and "folder runs" in said[0]
+
+
+def test_pictures_that_are_all_to_be_scored(fruit):
+    data, _ = load(fruit, cut=False)
+    assert np.bincount(data.test_labels).tolist() == [10, 20, 5] and len(data.train_labels) == 0
+    assert folder.is_cut(data) and data.class_names == ("apple", "lemon", "plum")
 
 
 def test_of_simple_class_folders_a_fifth_of_each_class_is_for_the_test(fruit):

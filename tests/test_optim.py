@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from cifar10_trainer import optim
 from cifar10_trainer.config import Optimizer, Schedule
+from cifar10_trainer.errors import ConfigError
 from cifar10_trainer.optim import SGD, Muon, RunSchedule, leave_out_other_kernels, make_optimizer
 
 # ---- schedules: peak 2, run of 100 steps; {step: learning rate}, computed by hand
@@ -307,6 +308,19 @@ def test_muon_against_its_reference(momentum, graph):
     expected = reference_sgd(start, gradients, 6 * 0.02, momentum, True, 0.01, 8.0)
     for a, b in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: RunSchedule(0.1, 0, Schedule()), "steps is 0; allowed: a whole number, 1 or more"),
+        (lambda: RunSchedule(0.1, 10, "cosine"), "schedule is 'cosine'; allowed: a Schedule"),
+        (lambda: Muon(kernel_momentum=2), "kernel_momentum is 2; allowed: from 0 to less than 1"),
+    ],
+)
+def test_arguments_out_of_range_are_one_line(make, text):
+    with pytest.raises(ConfigError, match=text):
+        make()
 
 
 def test_muon_leaves_other_kernels_to_sgd():

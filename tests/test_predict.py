@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar10_trainer import cli, predict
+from cifar10_trainer import cli, evaluate_model, predict
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.model_file import ModelInfo, write_model
 
@@ -118,6 +118,13 @@ def test_top_k(folder, capsys, top_k, shown):
     head, row = capsys.readouterr().out.splitlines()
     assert ("then" in head) == (top_k > 1)
     assert len(row.split()) == 3 + 2 * shown
+
+
+def test_top_k_of_json(folder, capsys):
+    argv = ["--model", folder / "model.keras", "--json", "--top_k=2", folder / "images" / "a.png"]
+    assert run(argv) == 0
+    probabilities = json.loads(capsys.readouterr().out)["probabilities"]
+    assert len(probabilities) == 2 and next(iter(probabilities)) == "red"
 
 
 def label(argv, capsys):
@@ -243,9 +250,33 @@ def test_arrays_of_images_are_checked_as_everywhere():
     alike = predict.predict_images(model, grey), predict.predict_images(model, np.stack([grey] * 3, axis=-1))
     assert alike[0] == alike[1]
     for images, text in (
-        (grey / 255, "images has dtype float64 and values up to 0; allowed: uint8"),
+        (grey / 255, "images has dtype float64 and values from 0 to 0; allowed: uint8"),
         (grey.astype(np.int64), r"convert pixels 0-255 with images.astype\('uint8'\)"),
-        (grey[:, 1:], "images has shape"),
+        (grey[:, 1:], r"images has shape \(2, 5, 4\); allowed"),
+        ([grey[0], grey[1]], "an image is array.*; allowed: files, or one array"),
+        (None, "an image is None; allowed: files, or one array"),
     ):
         with pytest.raises(ConfigError, match=text):
             predict.predict_images(model, images)
+
+
+def two_inputs():
+    a, b = (keras.Input((6, 4, 3)) for _ in range(2))
+    return keras.Model([a, b], keras.layers.Dense(3)(keras.layers.Flatten()(keras.layers.Add()([a, b]))))
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("model.keras", "model is str; allowed: a built Keras model"),
+        (None, "model is NoneType; allowed"),
+        (keras.Sequential([keras.layers.Dense(3)]), "model is Sequential; allowed: a built Keras model"),
+        (two_inputs(), r"which maps \[\(None, 6, 4, 3\), \(None, 6, 4, 3\)\] to \(None, 3\); allowed"),
+    ],
+)
+def test_what_is_no_image_classifier_is_one_line(model, text):
+    images = np.zeros((2, 6, 4, 3), np.uint8)
+    with pytest.raises(ConfigError, match=text):
+        predict.predict_images(model, images)
+    with pytest.raises(ConfigError, match=text):
+        evaluate_model(model, (images, np.array([0, 1])))

@@ -434,6 +434,30 @@ def test_another_configuration_is_not_resumed(tmp_path, digits, change, reason):
     assert "--overwrite" in str(info.value) and "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["model.keras", "metrics.json", "history.csv", "report.html", "figures"])
+def test_somebodys_own_files_stay(name, overwrite, tmp_path, digits):
+    """A folder that holds no run, but files with the names that a run gives to its own."""
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ConfigError, match=f"holds {name}, but no run, .*; choose another --workdir, or move"):
+        train_quietly(TINY, tmp_path, digits, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"save_seconds": "60"}, "save_seconds is '60'; allowed: a number from 0"),
+        ({"save_seconds": None}, "save_seconds is None; allowed"),
+        ({"workdir": 123}, "workdir is 123; allowed: a folder"),
+    ],
+)
+def test_arguments_of_other_types_are_one_line(arguments, text, tmp_path, digits):
+    with pytest.raises(ConfigError, match=text):
+        train_and_evaluate(TINY, dataset=digits, verbose=0, **{"workdir": tmp_path, **arguments})
+
+
 def test_overwrite_leaves_alone_what_is_no_run(tmp_path, digits):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "mine").touch()

@@ -519,6 +519,35 @@ def test_invalid_spaces(bad, says, digits, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_trial": 3}, "unknown setting 'max_trial'; allowed: .* Did you mean 'max_trials'"),
+        ({"max_trials": "3"}, "max_trials is '3'; allowed: a whole number, 1 or more"),
+        ({"max_trials": 1.5}, "max_trials is 1.5; allowed"),
+        ({"seed": None}, "seed is None; allowed: a whole number, 0 or more"),
+        ({"target": "0.8"}, "target is '0.8'; allowed: an accuracy"),
+        ({"workdir": None}, "workdir is None; allowed: a folder"),
+        ({"workers": 2, "space": lambda hp: TINY}, "space is <function.*no worker process can import"),
+        ({"dataset": "digits"}, "train data is str; allowed"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings, says, digits, tmp_path):
+    arguments = {"space": space, "dataset": digits, "workdir": str(tmp_path / "w"), "verbose": 0, **settings}
+    with pytest.raises(ConfigError, match=says):
+        tune(**arguments)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_search_over_arrays(digits, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.8], calls))
+    pair = digits.train_images, digits.train_labels
+    for dataset in (pair, lambda: pair):
+        tune(space, dataset, workdir=str(tmp_path / str(len(calls))), max_trials=1, verbose=0)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("name", ["search.json", "trials/search_state.json"])
 def test_a_damaged_file_is_named(name, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))

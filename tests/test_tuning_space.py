@@ -145,6 +145,12 @@ def test_an_empty_space_is_refused():
         (FAST, {"filters": (0, 64)}, "filters begins at 0; allowed: whole numbers from 1"),
         (FAST, {"filters": (-8, 64)}, "filters begins at -8"),
         (FAST, {"label_smoothing": (0.5, 1.5)}, "label_smoothing is 1.5"),
+        (
+            FAST,
+            {"dropout": (0.33, 0.34)},
+            "0.33:0.34, narrower than its step; allowed: 0.05 or more from low",
+        ),
+        (FAST, {"filters": (9, 10)}, "filters is 9:10, narrower than its step; allowed: 8 or more from low"),
         (RECIPES["practical.baseline"], {"weight_decay": None}, "weight_decay"),  # it has none to multiply
         (RECIPES["practical.baseline"], {"augmentation": None}, "augmentation changes nothing"),
         (RECIPES["transfer.vgg16"], {"filters": None}, "unknown option of transfer 'filters'"),

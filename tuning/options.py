@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 from dataclasses import dataclass
 
 from cifar10_trainer.cluster.place import host_and_port
-from cifar10_trainer.errors import ConfigError, unknown
+from cifar10_trainer.errors import ConfigError, check_type, unknown
 
 TUNERS = {
     "random": "random values",
@@ -64,6 +66,16 @@ class Options:
     verbose: int = 1
 
     def __post_init__(self) -> None:
+        for name, kind, words in (
+            ("max_trials", numbers.Integral, "a whole number, 1 or more"),
+            ("seed", numbers.Integral, "a whole number, 0 or more"),
+            ("target", numbers.Real, "an accuracy greater than 0 and at most 1 (85% is 0.85)"),
+            ("lease", numbers.Real, f"1 to {MAX_SECONDS} seconds"),
+            ("chief_timeout", numbers.Real, f"1 to {MAX_SECONDS} seconds"),
+            ("workers", (numbers.Integral, type(None)), "a whole number, 1 or more, or None"),
+            ("workdir", (str, os.PathLike), "a folder"),
+        ):
+            check_type(name, getattr(self, name), kind, words)
         choices = {"tuner": tuple(TUNERS), "objective": tuple(OBJECTIVES), "role": ROLES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

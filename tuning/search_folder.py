@@ -119,6 +119,6 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[s
     for key in dict.fromkeys([*a, *b]):
         was, now = a.get(key), b.get(key)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from _differences(was, now)
+            yield from ((f"{key}.{inner}", a, b) for inner, a, b in _differences(was, now))
         elif was != now:
             yield key, was, now

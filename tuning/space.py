@@ -117,7 +117,11 @@ class Space:
                     raise ConfigError(
                         f"{str(error).rstrip('.')}; or leave {name} out: --space={rest}"
                     ) from None
-            low, high, _ = self._range(name)
+            low, high, step = self._range(name)
+            if not SPACE[name].log and step is not None and high - low < step * (1 - 1e-9):
+                raise ConfigError(
+                    f"the range of {name} is {low:g}:{high:g}, narrower than its step; allowed: {step:g} or more from low to high"
+                )
             if isinstance(low, int) and low < 1:
                 raise ConfigError(f"the range of {name} begins at {low}; allowed: whole numbers from 1")
             if name == "dropout" and not (low >= 0 and high < 1):

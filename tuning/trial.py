@@ -105,6 +105,11 @@ def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any]
     return json.loads(json.dumps(description)), hp
 
 
+def load(dataset: DatasetOrLoader) -> Dataset:
+    """The data set, or what the function returns; (images, labels) become one. Raises ConfigError where it is neither."""
+    return datasets.as_dataset(dataset() if callable(dataset) else dataset)
+
+
 def make_search_oracle(
     description: dict[str, Any], hp: kt.HyperParameters, options: Options
 ) -> oracle.SearchOracle:

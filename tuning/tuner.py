@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import keras_tuner as kt
 from cifar10_trainer import process
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
-from cifar10_trainer.errors import RunError, RunInterrupted, interrupted
+from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted, interrupted, shown, unknown
 from cifar10_trainer.training import Log
 
 from . import chief
@@ -28,12 +29,16 @@ from .trial import (
     DatasetOrLoader,
     SpaceFunction,
     describe_search,
+    load,
     make_config,
     make_search_oracle,
 )
 from .worker import project_errors, run_worker
 
 FIXED_OPTIONS = ("tuner", "objective", "seed", "baseline")  # they stay the same when a search is resumed
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
 
     Args:
         space: a function that draws hyperparameters from KerasTuner's `hp`, and returns the Config to train.
-        dataset: the images, or a function that loads them, which each process calls once.
+        dataset: the images, as a Dataset or (images, labels), or a function that loads them, which each process calls once.
         settings: the fields of `Options`, by keyword: workdir, tuner, max_trials, target, workers and so on. `patience` is
             the old name of chief_timeout. With workers, `space` and `dataset` must be picklable, as the functions of a
             module are.
@@ -79,13 +84,18 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
     """
     if "patience" in settings and "chief_timeout" not in settings:
         settings["chief_timeout"] = settings.pop("patience")
+    for name in settings:
+        if name not in OPTION_NAMES:
+            raise unknown("setting", name, OPTION_NAMES)
     options = Options(**settings)
+    if options.local_workers or options.role == "chief":
+        _check_picklable(space=space, dataset=dataset)
     if options.role == "worker":
         # The id does not contain the name of the host: KerasTuner takes an id with "chief" in it for the chief's.
         run_worker(space, dataset, options, f"worker-{uuid.uuid4().hex}")
         return None
     log: Log = print if options.verbose else (lambda text: None)
-    data = dataset() if callable(dataset) else dataset
+    data = load(dataset)
     description, hp = describe_search(space, data)
     folder = SearchFolder(options.workdir)
     with folder.lock():
@@ -113,6 +123,17 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
             progress = f"stopped: {len(oracle.end_order)} of {options.max_trials} trials are done"
             raise interrupted(progress, folder, options.overwrite) from error
         return _conclude(leaderboard, hp, options)
+
+
+def _check_picklable(**functions: Any) -> None:
+    """Raises ConfigError where a function cannot be sent to a worker process, which imports it by its name."""
+    for name, function in functions.items():
+        try:
+            pickle.dumps(function if callable(function) else None)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{name} is {shown(function)}, which no worker process can import; allowed with workers: a function of a module"
+            ) from error
 
 
 def _log_start(leaderboard: Leaderboard, hp: kt.HyperParameters, data: Dataset, options: Options) -> None:

@@ -112,7 +112,7 @@ def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options,
 
     assert options.chief is not None
     oracle_client.TIMEOUT = options.chief_timeout  # KerasTuner's is an hour, and it has no argument for it
-    data = dataset() if callable(dataset) else dataset
+    data = trial.load(dataset)
     description, hp = trial.describe_search(space, data)
     with distributed(tuner_id, options.chief), project_errors(options):
         oracle = trial.make_search_oracle(description, hp, options)

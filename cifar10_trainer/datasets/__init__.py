@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from typing import Any
 
 from ..config import DATASETS
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, check_type, unknown
 from . import cifar10, digits, folder
-from .arrays import as_dataset, from_arrays
+from .arrays import as_dataset, from_arrays, pair
 from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .folder import rows as file_rows
@@ -27,6 +28,7 @@ __all__ = [
     "folder_size",
     "from_arrays",
     "load",
+    "pair",
     "read_ahead",
     "read_image",
     "split",
@@ -60,7 +62,7 @@ def load(
             TFDS, Keras and torchvision, and a download. For folder, the folder. digits accepts only None.
         image_size: the side in pixels, 8 to 512, that images of a folder are resized to; 32 for the other data sets.
         resize: how images of a folder are resized, "squash", "crop" or "pad", see `read_image`.
-        folder_options: for a folder: `strict`, `max_bad`, `files`, `only`, `copies`, `log` of `folder.load_folder`. Unless `log`
+        folder_options: for a folder: `strict`, `max_bad`, `files`, `only`, `cut`, `copies`, `log` of `folder.load_folder`. Unless `log`
             receives them, lines on files that are left out go to stderr.
 
     Returns:
@@ -72,6 +74,7 @@ def load(
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
+    check_type("image_size", image_size, numbers.Integral, "a whole number from 8 to 512")
     if name == "folder":
         if not 8 <= image_size <= 512:
             raise ConfigError(f"image_size is {image_size}; allowed: from 8 to 512")

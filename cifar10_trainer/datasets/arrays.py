@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, cut, shown
+from ..errors import ConfigError, cut, one_line, shown
 from ..machine import check_fits
 from .base import Dataset
 
@@ -45,7 +45,7 @@ def from_arrays(
         raise ConfigError("train data is None; allowed: (images, labels), or a finite tf.data.Dataset")
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if part is not None:
-            images, labels = _pair(name, part)
+            images, labels = pair(name, part)
             images = check_images(f"{name} images", images)
             checked, columns = check_labels(f"{name} labels", labels, len(images))
             parts[name], count = (images, checked), max(count, columns)
@@ -72,7 +72,13 @@ def _class_names(class_names: Sequence[str] | None, count: int, labels: np.ndarr
             f"labels go up to {count - 1}, but there are only {len(labels)} training images; allowed: classes"
             " numbered from 0, each with a training image"
         )
-    names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(max(count, 2))))
+    if class_names is not None:
+        if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+            raise ConfigError(
+                f"class_names is {shown(class_names)}; allowed: a list with a name for each class"
+            )
+        class_names = tuple(map(str, class_names))
+    names = class_names if class_names is not None else tuple(map(str, range(max(count, 2))))
     if len(names) < max(count, 2) or len(set(names)) != len(names):
         raise ConfigError(
             f"class_names is {shown(names)}, but the labels go up to {count - 1}; allowed: at least {max(count, 2)} different names"
@@ -123,8 +129,8 @@ def _check(data: Dataset) -> None:
             )
 
 
-def _pair(name: str, part: Any) -> Pair:
-    """(images, labels) of a pair or of a tf.data.Dataset."""
+def pair(name: str, part: Any) -> Pair:
+    """(images, labels) of a pair or of a tf.data.Dataset. Raises ConfigError where it is neither."""
     tf = sys.modules.get("tensorflow")  # a tf.data.Dataset exists only where TensorFlow was imported
     if tf is not None and isinstance(part, tf.data.Dataset):
         return _collect(name, part, tf)
@@ -163,7 +169,20 @@ def _collect(name: str, data: Any, tf: Any) -> Pair:
     if not elements:
         raise ConfigError(f"{name} data has no elements; allowed: one image or more")
     join = np.concatenate if ranks[0] == 4 or ranks == (3, 2) else np.stack
-    return join([x for x, _ in elements]), join([np.asarray(y) for _, y in elements])
+    try:
+        return join([x for x, _ in elements]), join([np.asarray(y) for _, y in elements])
+    except ValueError as error:
+        raise ConfigError(
+            f"{name} data has elements of different shapes ({one_line(error)}); allowed: of one"
+        ) from error
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    """The values as an array. Raises ConfigError where they are ragged."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ConfigError(f"{name} is no array ({one_line(error)}); allowed: all of one shape") from error
 
 
 def check_images(name: str, images: Any) -> np.ndarray:
@@ -179,13 +198,17 @@ def check_images(name: str, images: Any) -> np.ndarray:
     Raises:
         ConfigError: on another shape or dtype.
     """
-    array = np.asarray(images)
+    array = _array(name, images)
     if array.dtype.kind == "f":
-        high = float(array.max()) if array.size else 0.0
-        how = "(images * 255).round().astype('uint8')" if high <= 1 else "images.round().astype('uint8')"
+        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+        if low >= 0 and high <= 1:
+            how = "for pixels 0-1 convert them with (images * 255).round().astype('uint8')"
+        elif low >= 0 and high <= 255:
+            how = "for pixels 0-255 convert them with images.round().astype('uint8')"
+        else:
+            how = "these are neither 0-1 nor 0-255, so undo their scaling first"
         raise ConfigError(
-            f"{name} has dtype {array.dtype} and values up to {high:.4g}; allowed: uint8, raw pixels 0-255; for pixels"
-            f" {'0-1' if high <= 1 else '0-255'} convert them with {how}"
+            f"{name} has dtype {array.dtype} and values from {low:.4g} to {high:.4g}; allowed: uint8, raw pixels 0-255; {how}"
         )
     if array.dtype != np.uint8:
         how = "; convert pixels 0-255 with images.astype('uint8')" if array.dtype.kind in "iu" else ""
@@ -214,7 +237,7 @@ def check_labels(name: str, labels: Any, n: int) -> tuple[np.ndarray, int]:
     Raises:
         ConfigError: on another shape, dtype or range.
     """
-    array = np.asarray(labels)
+    array = _array(name, labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim not in (1, 2) or len(array) != n:

@@ -31,6 +31,7 @@ class Dataset:
         resize: of a folder: how its pictures got their size, see `read_image`.
 
     Raises:
+        ConfigError: if the class names are not different strings.
         RunError: if a class name is not UTF-8, as the name of a folder may be.
     """
 
@@ -46,7 +47,10 @@ class Dataset:
     resize: str = "squash"
 
     def __post_init__(self) -> None:
-        for name in self.class_names:
+        names = self.class_names
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise ConfigError(f"class_names is {shown(names)}; allowed: different strings")
+        for name in names:
             try:
                 name.encode()
             except UnicodeEncodeError as error:

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, RunError, reason_of
+from ..config import RESIZES
+from ..errors import ConfigError, RunError, reason_of, unknown
 from ..machine import check_fits, cpu_count
+from ..run_folder import holds_run
 from .base import Dataset, stratified_mask
 from .images import SUFFIXES, Unreadable, decode, looks_like_image, open_formats, readable
 
@@ -76,6 +78,7 @@ def load_folder(
     max_bad: float = MAX_BAD,
     files: Sequence[Row] | None = None,
     only: str | None = None,
+    cut: bool = True,
     copies: int = 1,
     log: Log | None = None,
 ) -> Dataset:
@@ -86,7 +89,7 @@ def load_folder(
     images, the same ones for every seed of a run. The pictures of a class may lie in folders within its folder.
 
     Args:
-        data_dir: the folder.
+        data_dir: the folder. Run folders in it are left out.
         size: the side in pixels that each picture is resized to.
         resize: how, see `read_image`.
         strict: whether to refuse files that are no pictures, and pictures that cannot be read, rather than to leave them
@@ -94,6 +97,7 @@ def load_folder(
         max_bad: the share of pictures that cannot be read, 0-1, up to which they are left out.
         files: the files of an earlier run, as `rows` returns them: these are read, all of them, and no others.
         only: the part to read, "train", "validation" or "test"; the others are left empty. None: all.
+        cut: False: the pictures of <class>/* are all test images, and there are none to train on.
         copies: how many of the pixels memory must hold, those that the caller will make included.
         log: receives lines on what is left out, and on the progress; None: they go to stderr.
 
@@ -101,18 +105,27 @@ def load_folder(
         The data set, with classes and files in sorted order, and with `Dataset.files`.
 
     Raises:
-        ConfigError: if the folder does not exist, has two folders for one part or a further folder with classes, or if val/ or
+        ConfigError: if an argument is not allowed, or if the folder does not exist, has two folders for one part or a further folder with classes, or if val/ or
             test/ has a class that train/ has not.
         RunError: if there are fewer than two classes, an empty class, a picture outside the classes, too many that cannot
             be read, or too many for the memory.
     """
     if not 0 <= max_bad < 1:
         raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
+    if resize not in RESIZES:
+        raise unknown("resize", resize, RESIZES)
+    if only not in (None, *_NAMES):
+        raise unknown("only", only, _NAMES)
     root, log = _existing(data_dir), log or _to_stderr
     found = _find(root, files)
     _check_names_differ(found.files["train"], root)
     _log_left_out(found.left_out, root, strict, log)
     pairs = found.pairs(only)
+    if found.cut and not cut:
+        only, pairs = (
+            "test",
+            {"train": [], "test": [pair for part in found.pairs().values() for pair in part]},
+        )
     total = sum(map(len, pairs.values()))
     check_fits(
         copies * total * size * size * 3, f"{readable(root)}, {total:,} pictures of {size} x {size} pixels"
@@ -272,12 +285,22 @@ def _classes(
         inside = os.path.relpath(place, root)
         classes[name] = _in_order(inside + path[len(place) :] for path in find_pictures(place, left_out))
         if not classes[name]:
-            raise RunError(
-                f"the class folder {readable(folder / name)} is empty; put images into it, or remove it"
-            )
+            if not _holds_runs_only(folder / name):
+                raise RunError(
+                    f"the class folder {readable(folder / name)} is empty; put images into it, or remove it"
+                )
+            del classes[name]
+            left_out[f"folder {readable(name)}"] += 1
     if not classes:
         raise RunError(f"{readable(folder)} holds no class folders; allowed: {LAYOUT}")
     return classes
+
+
+def _holds_runs_only(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one of runs: it holds no file of its own, but folders that are runs or, as one that begins, empty."""
+    folders, files = _entries(folder, Counter())
+    inside = [_entries(os.path.join(folder, name), Counter()) for name in folders]
+    return bool(folders) and not files and all(not (a or b) or holds_run([*a, *b]) for a, b in inside)
 
 
 def _leave_out(files: list[str], left_out: Counter[str]) -> None:
@@ -290,7 +313,8 @@ def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None 
 
     Links are followed, and each folder is read once, so that links in a circle end; a link to a folder around this one is
     left alone. A file is taken for a picture by its
-    ending or, without one, by its first bytes. A name with the ending of a picture counts, whatever it is.
+    ending or, without one, by its first bytes. A name with the ending of a picture counts, whatever it is. The figures
+    of runs are no pictures: run folders are left out.
 
     Args:
         folder: where to begin.
@@ -305,6 +329,9 @@ def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None 
             continue
         seen.add(_identity(current))
         folders, files = _entries(current, left_out)
+        if holds_run([*folders, *files]):
+            left_out["run folder"] += 1
+            continue
         waiting += [os.path.join(current, name) for name in reversed(folders)]
         for name in files:
             path, ending = os.path.join(current, name), os.path.splitext(name)[1].lower()
@@ -461,6 +488,12 @@ def _recorded(rows: Sequence[Row]) -> _Found:
 def _in_order(files: Iterable[str]) -> list[str]:
     """Sorted by the names of folders and files."""
     return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def is_cut(data: Dataset) -> bool:
+    """Whether the test images are those that `load_folder` has cut from <class>/*."""
+    files = (data.files or {}).get("test", ())
+    return any(file.split(os.sep, 1)[0].casefold() not in _PART_OF for file in files)
 
 
 def rows(data: Dataset) -> list[Row]:

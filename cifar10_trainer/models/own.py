@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import keras
+import numpy as np
 
 from ..errors import ConfigError, one_line
 
+SUM_TOLERANCE = 0.02  # of probabilities in 16 bits
 ALLOWED = (
     "allowed: a functional or built Sequential Keras model with one image input [batch, height, width, channels] and one"
     " output [batch, classes], softmax or logits"
@@ -47,8 +49,13 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
         )
     _check_ending(functional)
     _check_layers(functional)
+    if not functional.trainable_variables:
+        raise ConfigError(
+            "model has no weights to train; allowed: one with a layer that is trainable and has weights"
+        )
     if softmax_of(functional) is not None:
         return functional
+    _check_logits(functional)
     taken = {layer.name for layer in functional.layers}
     name = next(n for n in ("probabilities", "probabilities_of_the_run") if n not in taken)
     softmax = keras.layers.Activation("softmax", dtype="float32", name=name)
@@ -163,6 +170,18 @@ def _check_layers(model: keras.Model) -> None:
             ) from error
 
 
+def _check_logits(model: keras.Model) -> None:
+    """Raises ConfigError where the outputs are probabilities, though no softmax is the last layer: a second one would follow."""
+    images = np.random.default_rng(0).integers(0, 256, (2, *model.input_shape[1:]))
+    outputs = model(keras.ops.cast(images, model.inputs[0].dtype), training=False)
+    outputs = keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
+    if (outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=SUM_TOLERANCE):
+        raise ConfigError(
+            f"model returns probabilities, but its last layer, {_last_operation(model).name!r}, is no softmax; allowed: a softmax"
+            ' at the very end, as Activation("softmax", dtype="float32"), or logits'
+        )
+
+
 def _check_ending(model: keras.Model) -> None:
     """Raises ConfigError if the model ends in an activation other than softmax, also inside its last layer."""
     last = _last_operation(model)
@@ -171,6 +190,6 @@ def _check_ending(model: keras.Model) -> None:
         return
     activation = getattr(last, "activation", None)
     if softmax_of(model) is None and activation not in (None, keras.activations.linear):
-        raise ConfigError(
-            f"model ends in the activation {getattr(activation, '__name__', activation)}; {ALLOWED}"
-        )
+        name = getattr(activation, "__name__", str(activation))
+        hint = ', as activation="softmax"' if name.startswith("softmax") else ""  # of keras.ops, tf.nn
+        raise ConfigError(f"model ends in the activation {name}; {ALLOWED}{hint}")
