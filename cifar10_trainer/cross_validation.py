@@ -73,13 +73,11 @@ def cross_validate(
         as `train_and_evaluate`.
     """
     preparation.check_arguments(config, data, dataset, data_dir, (class_names,))
-    check_type("folds", folds, numbers.Integral, "a whole number from 2 on")
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
     workdir = _place(config, workdir, overwrite)
     given, beside = dataset or data, (None, None, class_names)
-    first = RunFolder(workdir / _folder(folds, 0))
-    resumed = first if first.has_run() and not overwrite else None
-    found = preparation.load(config, given, beside, data_dir, resumed, folder_options, log)
+    first = None if overwrite else _first_run(workdir, folds)
+    found = preparation.load(config, given, beside, data_dir, first, folder_options, log)
     data = _without_test_images(found, folds)
     config = _adapted(config, folds, len(data.train_labels), log)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
@@ -132,6 +130,12 @@ def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -
 def _fold(config: Config, folds: int, i: int) -> Config:
     """`config` with part i of the training images held out, from 0."""
     return config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
+
+
+def _first_run(workdir: Path, folds: int) -> RunFolder | None:
+    """The run of the first fold, whose files the others take; None where it has not begun."""
+    first = RunFolder(workdir / _folder(folds, 0))
+    return first if first.has_run() else None
 
 
 def _folder(folds: int, i: int) -> str:
@@ -196,6 +200,7 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 def _without_test_images(data: Dataset, folds: int) -> Dataset:
     """`data` without its test images. Raises ConfigError where `folds` is out of range."""
+    check_type("folds", folds, numbers.Integral, "a whole number from 2 on")
     smallest = int(np.bincount(data.train_labels).min())
     if not 2 <= folds <= smallest:
         raise ConfigError(f"folds is {folds}; allowed: from 2 to the {smallest} images of the smallest class")

@@ -100,10 +100,17 @@ class RunFolder(LockedFolder):
 
         Removes the temporary files that killed runs left.
 
-        Raises FolderBusyError where another run is in it, RunError where it cannot be written to.
+        Raises FolderBusyError where another run is in it, RunError where it cannot be written to, ConfigError where it holds
+        files of a run's names and no run: they may be somebody's own.
         """
         busy = f"another run is at work in {self}; wait for its end, or choose another folder with --workdir"
         with self._locked(busy):
+            found = [name for name in RUN_FILES[2:-1] if (self.path / name).exists()]
+            if found and not self.has_run():
+                raise ConfigError(
+                    f"{self} holds {found[0]}, but no run, which has a {self.config_file.name}; choose another --workdir, or move"
+                    f" {found[0]} away"
+                )
             yield
 
     def _tidy(self) -> None:
@@ -116,15 +123,6 @@ class RunFolder(LockedFolder):
     def remove_run(self) -> None:
         """Removes what an earlier run wrote, where config.json shows that there was one. Raises RunError."""
         remove_files(self.path, self.config_file.name, RUN_FILES[:-1])
-
-    def check_no_others_files(self) -> None:
-        """Raises ConfigError where the folder holds files of a run's names, and no run: they may be somebody's own."""
-        found = [name for name in RUN_FILES[2:-1] if (self.path / name).exists()]
-        if found and not self.has_run():
-            raise ConfigError(
-                f"{self} holds {found[0]}, but no run, which has a {self.config_file.name}; choose another --workdir, or move"
-                f" {found[0]} away"
-            )
 
     # ---- config.json and metrics.json
 

@@ -126,13 +126,10 @@ def train_and_evaluate(
     flags = {"overwrite": overwrite, "allow_replica_change": allow_replica_change}
     team, strategy = runtime.choose_devices(config, cluster_timeout, log, flags)
     chief = runtime.is_chief(strategy)
-    if workdir is not None:
-        check_type("workdir", workdir, (str, os.PathLike), "a folder, or None")
-    folder = RunFolder(workdir or _new_folder(config, strategy))
+    folder = _folder(workdir, config, strategy)
 
     alone, locked = _only_run(config, model, log), folder.lock() if chief else contextlib.nullcontext()
     with alone, runtime.reporting_errors(team), locked, _interruptible(folder, overwrite) as training_is_over:
-        folder.check_no_others_files()
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         policy = runtime.agree_on_precision(config.precision, saved_precision(saved), team, log)
         # ---- data and model
@@ -322,8 +319,11 @@ def _metrics(
     }
 
 
-def _new_folder(config: Config, strategy: tf.distribute.Strategy) -> str:
-    """runs/<recipe>-<time>. Raises ConfigError in a cluster, whose workers would each have another."""
+def _folder(workdir: str | os.PathLike | None, config: Config, strategy: tf.distribute.Strategy) -> RunFolder:
+    """The run folder; for None runs/<recipe>-<time>. Raises ConfigError for None in a cluster: each worker would have another."""
+    if workdir:
+        check_type("workdir", workdir, (str, os.PathLike), "a folder, or None")
+        return RunFolder(workdir)
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError("workdir is None; allowed with several workers: a folder that all of them share")
-    return f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return RunFolder(f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -82,12 +82,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         FolderBusyError: if another process searches in the folder.
         RunError: if all trials failed, or a signal stopped the search (RunInterrupted).
     """
-    if "patience" in settings and "chief_timeout" not in settings:
-        settings["chief_timeout"] = settings.pop("patience")
-    for name in settings:
-        if name not in OPTION_NAMES:
-            raise unknown("setting", name, OPTION_NAMES)
-    options = Options(**settings)
+    options = _options(settings)
     if options.local_workers or options.role == "chief":
         _check_picklable(space=space, dataset=dataset)
     if options.role == "worker":
@@ -123,6 +118,16 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
             progress = f"stopped: {len(oracle.end_order)} of {options.max_trials} trials are done"
             raise interrupted(progress, folder, options.overwrite) from error
         return _conclude(leaderboard, hp, options)
+
+
+def _options(settings: dict[str, Any]) -> Options:
+    """The options of these names. Raises ConfigError where a name or a value is not allowed."""
+    if "patience" in settings and "chief_timeout" not in settings:
+        settings["chief_timeout"] = settings.pop("patience")
+    for name in settings:
+        if name not in OPTION_NAMES:
+            raise unknown("setting", name, OPTION_NAMES)
+    return Options(**settings)
 
 
 def _check_picklable(**functions: Any) -> None:

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..config import RESIZES
-from ..errors import ConfigError, RunError, reason_of, unknown
+from ..errors import ConfigError, RunError, check_type, reason_of, unknown
 from ..machine import check_fits, cpu_count
 from ..run_folder import holds_run
 from .base import Dataset, stratified_mask
@@ -52,15 +53,18 @@ class _Found:
     cut: bool  # whether validation and test images are cut from "train"
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def pairs(self, only: str | None = None) -> dict[str, list[tuple[str, int]]]:
-        """Part -> (file, label) of each picture; "train" and "test" are among the parts. only: the part that is not empty."""
+    def pairs(self, only: str | None = None, cut: bool = True) -> dict[str, list[tuple[str, int]]]:
+        """Part -> (file, label) of each picture; "train" and "test" are among the parts.
+
+        only: the part that is not empty. cut: whether test images may be cut from "train", or all are test images there.
+        """
         numbers = {name: label for label, name in enumerate(self.files["train"])}
         pairs = {
             part: [(file, numbers[name]) for name, inside in classes.items() for file in inside]
             for part, classes in self.files.items()
         }
         if self.cut:
-            pairs["train"], pairs["test"] = _cut(pairs["train"])
+            pairs["train"], pairs["test"] = _cut(pairs["train"]) if cut else ([], pairs["train"])
         pairs.setdefault("test", [])
         return {part: pairs[part] if only in (None, part) else [] for part in pairs}
 
@@ -110,22 +114,12 @@ def load_folder(
         RunError: if there are fewer than two classes, an empty class, a picture outside the classes, too many that cannot
             be read, or too many for the memory.
     """
-    if not 0 <= max_bad < 1:
-        raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
-    if resize not in RESIZES:
-        raise unknown("resize", resize, RESIZES)
-    if only not in (None, *_NAMES):
-        raise unknown("only", only, _NAMES)
+    _check_options(max_bad, resize, only)
     root, log = _existing(data_dir), log or _to_stderr
     found = _find(root, files)
     _check_names_differ(found.files["train"], root)
     _log_left_out(found.left_out, root, strict, log)
-    pairs = found.pairs(only)
-    if found.cut and not cut:
-        only, pairs = (
-            "test",
-            {"train": [], "test": [pair for part in found.pairs().values() for pair in part]},
-        )
+    pairs = found.pairs(only, cut)
     total = sum(map(len, pairs.values()))
     check_fits(
         copies * total * size * size * 3, f"{readable(root)}, {total:,} pictures of {size} x {size} pixels"
@@ -133,7 +127,18 @@ def load_folder(
     bad: list[tuple[str, str]] = []
     read = {part: _read(root, pairs[part], size, resize, bad, log) for part in pairs}
     _check_bad(bad, total, 0.0 if strict or files is not None else max_bad, root, log)
-    return _assemble(root, found, read, resize, check=only is None)
+    return _assemble(root, found, read, resize, check=only is None and cut)
+
+
+def _check_options(max_bad: float, resize: str, only: str | None) -> None:
+    """Raises ConfigError where an argument of `load_folder` is not allowed."""
+    check_type("max_bad", max_bad, Real, "at least 0 and less than 1")
+    if not 0 <= max_bad < 1:
+        raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
+    if resize not in RESIZES:
+        raise unknown("resize", resize, RESIZES)
+    if only not in (None, *_NAMES):
+        raise unknown("only", only, _NAMES)
 
 
 def _assemble(root: Path, found: _Found, read: dict[str, _Part], resize: str, *, check: bool) -> Dataset:
