@@ -106,7 +106,7 @@ class RunFolder(LockedFolder):
         busy = f"another run is at work in {self}; wait for its end, or choose another folder with --workdir"
         with self._locked(busy):
             found = [name for name in RUN_FILES[2:-1] if (self.path / name).exists()]
-            if found and not self.has_run():
+            if found and not self.has_run() and not self._states():
                 raise ConfigError(
                     f"{self} holds {found[0]}, but no run, which has a {self.config_file.name}; choose another --workdir, or move"
                     f" {found[0]} away"
@@ -143,7 +143,8 @@ class RunFolder(LockedFolder):
         self.check_there()
         if not resumed:
             try:
-                for path in (*self._states(), self.metrics_file, self.history_file, self.model_file):
+                # The states last: they show that the others are no files of somebody's own.
+                for path in (self.metrics_file, self.history_file, self.model_file, *self._states()):
                     path.unlink(missing_ok=True)
             except OSError as error:
                 raise cannot_write(self.path, error) from error
