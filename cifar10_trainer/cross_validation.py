@@ -22,7 +22,7 @@ from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
 from .errors import ConfigError, RunError, RunInterrupted, check_type, interrupted
-from .files import write_json
+from .files import free_name, write_json
 from .keras_state import keras_defaults
 from .loop import SAVE_SECONDS
 from .run_folder import RunFolder
@@ -119,7 +119,7 @@ def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
     usual = f"runs/{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(os.path.expanduser(workdir or usual))
+    folder = Path(os.path.expanduser(workdir)) if workdir else free_name(usual)
     if (folder / FOLDS_FILE).exists() and not overwrite:
         raise ConfigError(
             f"{folder} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"

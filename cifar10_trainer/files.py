@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import itertools
 import json
 import os
 import re
@@ -86,6 +87,12 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = False, parents: b
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def free_name(path: str | os.PathLike[str]) -> Path:
+    """`path` or, where something is there, `path`-2, `path`-3 and so on: the first name that is free."""
+    names = itertools.chain([path], (f"{os.fspath(path)}-{i}" for i in itertools.count(2)))
+    return next(Path(name) for name in names if not os.path.lexists(name))
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -230,7 +230,8 @@ def write_model(model: keras.Model, path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    model.save(path)
+    with _without_absls_warnings():  # Keras's on the older format, which somebody asked for
+        model.save(path)
     values = info_of(model).to_dict(model)
     if path.suffix.lower() == ".keras":
         with archives.rewriting(path) as members:
@@ -243,6 +244,18 @@ def write_model(model: keras.Model, path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file.attrs["model_config"] = json.dumps(portable(json.loads(file.attrs["model_config"])))
         file.attrs[KEY] = json.dumps(values)
+
+
+@contextlib.contextmanager
+def _without_absls_warnings() -> Iterator[None]:
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def portable(config: Any) -> Any:

@@ -156,11 +156,13 @@ def choose_precision(requested: str) -> tuple[str, str]:
     bfloat16 where the processor multiplies it natively and is measured to be faster with it, else float32. The
     measurement uses TensorFlow's devices, so `choose_strategy` comes before this.
     """
+    gpus = tf.config.get_visible_devices("GPU")
     if requested != "auto":
-        return requested, "as asked"
+        return requested, "as asked" + (
+            "; slow on a CPU" if requested == "mixed_float16" and not gpus else ""
+        )
     if (fixed := _auto.get()) is not None:
         return fixed, "the runs before it have it"
-    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         text = ".".join(str(c) for c in capability)

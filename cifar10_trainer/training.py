@@ -34,7 +34,7 @@ from .config import Config
 from .datasets import Dataset
 from .engine import Engine
 from .errors import ConfigError, check_type, interrupted
-from .files import cannot_write
+from .files import cannot_write, free_name
 from .hooks import check_callbacks
 from .loop import SAVE_SECONDS, TrainingLoop, saved_precision
 from .model_file import load_model
@@ -326,4 +326,4 @@ def _folder(workdir: str | os.PathLike | None, config: Config, strategy: tf.dist
         return RunFolder(workdir)
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError("workdir is None; allowed with several workers: a folder that all of them share")
-    return RunFolder(f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return RunFolder(free_name(f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))

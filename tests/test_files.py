@@ -25,6 +25,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_free_name(tmp_path):
+    path = tmp_path / "run"
+    assert files.free_name(path) == path
+    path.mkdir()
+    (tmp_path / "run-2").symlink_to("nowhere")
+    assert files.free_name(str(path)) == tmp_path / "run-3"
+
+
 def test_a_folder_is_held_by_one_and_goes_when_it_is_empty(tmp_path):
     folder, calls = tmp_path / "a" / "b", []
     with folder_lock(folder, lambda: calls.append("busy")):

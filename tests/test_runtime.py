@@ -225,6 +225,9 @@ def test_a_strategy_of_one_machine_has_its_chief_here():
 def test_precision_as_asked(requested, devices):
     devices(1, {"compute_capability": (9, 0)})
     assert runtime.choose_precision(requested) == (requested, "as asked")
+    devices(0, {})
+    slow = "; slow on a CPU" if requested == "mixed_float16" else ""
+    assert runtime.choose_precision(requested) == (requested, f"as asked{slow}")
 
 
 @pytest.mark.parametrize(

@@ -350,9 +350,10 @@ def test_a_run_as_on_one_gpu(tmp_path, digits, monkeypatch, capsys):
     assert found["test_accuracy"] == pytest.approx(usual["test_accuracy"], abs=0.1)
 
 
-def test_hdf5_is_the_same_model_once_more(tmp_path, digits):
+def test_hdf5_is_the_same_model_once_more(tmp_path, digits, caplog):
     """Both formats open by Keras, by evaluate and by predict, and say the same."""
     train_quietly(TINY.override(epochs=0.5), tmp_path, digits, hdf5=True)
+    assert not [record for record in caplog.records if "HDF5" in record.getMessage()]  # quiet is quiet
     image = tmp_path / "digit.png"
     Image.fromarray(digits.test_images[0]).save(image)
     answers = []
