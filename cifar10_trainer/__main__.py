@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -15,7 +13,7 @@ from absl import flags
 from . import cli, cluster, datasets, launch
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
 from .errors import ConfigError, RunError, cut, reason_of, shown, unknown
-from .files import parse_json, regular_file
+from .files import new_workdir, parse_json, regular_file
 from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES, recipe_for_folder
 
@@ -215,15 +213,16 @@ def _unfinished_recipe() -> str | None:
     """The recipe of the unfinished run on a folder in --workdir, which its pictures of today might not suggest."""
     if FLAGS.dataset != "folder" or FLAGS.workdir is None or FLAGS.overwrite:
         return None
-    from .run_folder import RunFolder
+    from .run_folder import FOLDS_FILE, RunFolder, fold_folder
 
-    first_fold = Path(FLAGS.workdir) / f"fold-1-of-{FLAGS.folds}"
-    for folder in (RunFolder(FLAGS.workdir), RunFolder(first_fold)):
-        with contextlib.suppress(RunError, OSError):
-            recipe = folder.read_config().get("recipe")
-            if recipe in RECIPES and not RunFolder(FLAGS.workdir).is_finished():
-                return str(recipe)
-    return None
+    run = RunFolder(FLAGS.workdir)
+    finished = run.is_finished()
+    if FLAGS.folds is not None:
+        finished, run = (run.path / FOLDS_FILE).exists(), fold_folder(run.path, FLAGS.folds, 0)
+    recipe = None
+    with contextlib.suppress(RunError, OSError):
+        recipe = run.read_config().get("recipe")
+    return recipe if isinstance(recipe, str) and recipe in RECIPES and not finished else None
 
 
 def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
@@ -308,10 +307,14 @@ def _is_set(name: str) -> bool:
 
 def check_folds() -> None:
     """Raises ConfigError where a flag is given that cross-validation does not have."""
+    if FLAGS.folds is None:
+        return
     several = ("workers", "local_workers", "allow_replica_change")
-    for flag in ("final_fit", "hdf5", "validation_fraction", *several):
-        if FLAGS.folds is not None and (FLAGS[flag].present or _is_set(flag)):
-            raise ConfigError(f"--folds and --{flag}; allowed: one of the two")
+    given = [name for name in ("final_fit", "hdf5", "validation_fraction", *several) if FLAGS[name].present]
+    fields = ("validation_fraction", "validation_split", "validation_fold")
+    given += [f"set {name}" for name in fields if _is_set(name)]
+    if given:
+        raise ConfigError(f"--folds and --{given[0]}; allowed: one of the two")
 
 
 def join_flags(config: Config) -> None:
@@ -354,7 +357,7 @@ def start_local_workers(config: Config) -> None:
     """The command again, in --local_workers processes. Raises their error."""
     argv = launch.arguments_without(sys.argv[1:], "local_workers")
     if FLAGS.workdir is None:  # one for all
-        argv.append(f"--workdir=runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        argv.append(f"--workdir={new_workdir(config.recipe)}")
     launch.run_local_workers(FLAGS.local_workers, argv)
 
 

@@ -143,8 +143,10 @@ def _finish_layers(model: keras.Model, result: keras.Model) -> None:
         if isinstance(old, keras.Model):
             _finish_layers(old, new)
             continue
-        for part, copy in zip(old._flatten_layers(), new._flatten_layers(), strict=False):
-            copy.trainable = part.trainable
+        parts, copies = list(old._flatten_layers()), list(new._flatten_layers())
+        if len(parts) == len(copies):  # the flags of the weights follow in any case
+            for part, copy in zip(parts, copies, strict=True):
+                copy.trainable = part.trainable
         for part, copy in zip(old.weights, new.weights, strict=True):
             copy.trainable = part.trainable
         if isinstance(new, keras.layers.Normalization):

@@ -24,22 +24,12 @@ import numpy as np
 import tensorflow as tf
 
 from .config import FILLS, Augmentation
-from .errors import ConfigError, check_type, unknown
+from .errors import ConfigError, check_number, unknown
 
 BLACK, GREY = 0, 127  # pixel values, 0-255
 ALIGNMENT = 64  # bytes; TensorFlow copies an array that begins elsewhere
 
 Matrix: TypeAlias = tuple[tuple[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-
-
-def _check_range(name: str, value: Any, kind: type, low: float, high: float = math.inf) -> None:
-    """Raises ConfigError where the value is no number of the kind, or out of range."""
-    words = ("whole number" if kind is Integral else "number") + (
-        f", {low} or more" if high == math.inf else f" from {low} to {high:g}"
-    )
-    check_type(name, value, kind, f"a {words}")
-    if not low <= value <= high:
-        raise ConfigError(f"{name} is {value}; allowed: a {words}")
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
@@ -185,7 +175,7 @@ class RandomShift(Reindex):
         super().__init__(**kwargs)
         if fill not in FILLS:
             raise unknown("fill", fill, FILLS)
-        _check_range("pixels", pixels, Integral, 0)
+        check_number("pixels", pixels, Integral, 0)
         self.pixels = pixels
         self.fill = fill
 
@@ -246,7 +236,7 @@ class Projective(RandomLayer):
         super().__init__(**kwargs)
         if fill not in FILLS:
             raise unknown("fill", fill, FILLS)
-        _check_range("amount", amount, Real, 0, self.most)
+        check_number("amount", amount, Real, 0, self.most)
         self.amount = amount
         self.fill = fill
 
@@ -324,7 +314,7 @@ class RandomCutout(RandomLayer):
 
     def __init__(self, size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _check_range("size", size, Integral, 0)
+        check_number("size", size, Integral, 0)
         self.size = size
 
     def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:

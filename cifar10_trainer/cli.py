@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import inspect
 import math
@@ -219,8 +220,8 @@ def _failed(error: Exception, flag_values: flags.FlagValues) -> int:
     if flag_values["debug"].value:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"cannot use {cut(error.filename, 500)}: {reason_of(error)}; choose another (--debug shows the traceback)"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        text = f"cannot use {cut(error.filename)}: {reason_of(error)}; choose a shorter name"
     elif not isinstance(error, ConfigError | RunError):
         text = f"{type(error).__name__}: {cut(text, 500)} (--debug shows the traceback)"
     print(f"error: {text}", file=sys.stderr)

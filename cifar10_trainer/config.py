@@ -285,23 +285,19 @@ class Config(_Section):
     dataset: str = "cifar10"
     image_size: int = 32  # the side, in pixels, to which the images of a folder are resized
     resize: str = "squash"  # how: "squash" the whole image, "crop" to its middle, or "pad" it with black
-    validation_fraction: float | None = (
-        0.1  # of the training images; None: train on all of them, and keep the last weights
-    )
-    validation_split: str = (
-        "stratified"  # the same share of each class; "last": the last images, as tutorials do
-    )
+    # of the training images; None: train on all of them, and keep the last weights
+    validation_fraction: float | None = 0.1
+    # the same share of each class; "last": the last images, as tutorials do
+    validation_split: str = "stratified"
     validation_fold: int = 0  # stratified: which of the 1 / validation_fraction parts is held out, from 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     # model
     architecture: str = "fast"
-    options: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # keyword arguments of the architecture's build function
-    pixels: str = (
-        "standardised"  # minus the channel mean, over the deviation; "centred": minus the mean; "unit": 0-1
-    )
+    # keyword arguments of the architecture's build function
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # minus the channel mean, over the deviation; "centred": minus the mean; "unit": 0-1
+    pixels: str = "standardised"
     whitening: bool = False  # set the layer "whitening" to the patch whitening of the images, and freeze it
 
     # optimisation
@@ -319,14 +315,12 @@ class Config(_Section):
     early_stopping: int | None = None  # stop after so many epochs without a better val_loss
     validation_interval: int = 1  # epochs between validations; the last epoch always has one
     views: int = 1  # test-time augmentation (TTA), the mean over views: 2 adds the mirror image, 6 also diagonal shifts
-    views_share: float = (
-        1.0  # of the images, those of which the model is least sure, that get the further views
-    )
+    # of the images, those of which the model is least sure, that get the further views
+    views_share: float = 1.0
     target: float = 0.85  # the validation accuracy, 0-1, at which the time is reported
     seed: int = 0
-    adapt: tuple[
-        str, ...
-    ] = ()  # the settings, of ADAPTABLE, that the run chooses by the number of its images
+    # the settings, of ADAPTABLE, that the run chooses by the number of its images
+    adapt: tuple[str, ...] = ()
 
     # where it runs
     strategy: str = "auto"

@@ -22,13 +22,12 @@ from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
 from .errors import ConfigError, RunError, RunInterrupted, check_type, interrupted
-from .files import free_name, write_json
+from .files import new_workdir, write_json
 from .keras_state import keras_defaults
 from .loop import SAVE_SECONDS
-from .run_folder import RunFolder
+from .run_folder import FOLDS_FILE, RunFolder, fold_folder
 from .training import train_and_evaluate
 
-FOLDS_FILE = "folds.json"
 TAKEN = (
     "n_validation",
     "epochs",
@@ -76,8 +75,8 @@ def cross_validate(
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
     workdir = _place(config, workdir, overwrite)
     given, beside = dataset or data, (None, None, class_names)
-    first = None if overwrite else _first_run(workdir, folds)
-    found = preparation.load(config, given, beside, data_dir, first, folder_options, log)
+    first = None if overwrite else _first_run(workdir, folds, data_dir)
+    found = preparation.load(config, given, beside, data_dir, first, first is not None, folder_options, log)
     data = _without_test_images(found, folds)
     config = _adapted(config, folds, len(data.train_labels), log)
     more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
@@ -89,7 +88,7 @@ def cross_validate(
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             log(f"-- fold {i + 1} of {folds}")
             more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
-            metrics = _run(_fold(config, folds, i), workdir / _folder(folds, i), since=since, **more)
+            metrics = _run(_fold(config, folds, i), fold_folder(workdir, folds, i).path, since=since, **more)
             more["policy"] = metrics["precision"]
             accuracy = metrics["best_val_accuracy"]
             log(f"   {100 * accuracy:.2f}%\n")
@@ -118,8 +117,7 @@ def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -
     """The folder of all runs. Raises ConfigError on a cluster, and where a finished cross-validation is there to be kept."""
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
-    usual = f"runs/{config.recipe}-folds-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(os.path.expanduser(workdir)) if workdir else free_name(usual)
+    folder = Path(os.path.expanduser(workdir)) if workdir else new_workdir(f"{config.recipe}-folds")
     if (folder / FOLDS_FILE).exists() and not overwrite:
         raise ConfigError(
             f"{folder} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
@@ -132,14 +130,16 @@ def _fold(config: Config, folds: int, i: int) -> Config:
     return config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
 
 
-def _first_run(workdir: Path, folds: int) -> RunFolder | None:
-    """The run of the first fold, whose files the others take; None where it has not begun."""
-    first = RunFolder(workdir / _folder(folds, 0))
-    return first if first.has_run() else None
-
-
-def _folder(folds: int, i: int) -> str:
-    return f"fold-{i + 1}-of-{folds}"
+def _first_run(workdir: Path, folds: int, data_dir: str | None) -> RunFolder | None:
+    """The run of the first fold, whose files the others take; None where it has not trained, or on another folder."""
+    first = fold_folder(workdir, folds, 0)
+    if not first.has_trained():
+        return None
+    try:
+        there = first.read_config().get("data_dir")
+    except RunError:  # what follows reports it
+        return None
+    return first if there == preparation.recorded_path(data_dir) else None
 
 
 def _remove_the_others(workdir: Path, folds: int) -> keras.callbacks.Callback:
@@ -153,7 +153,7 @@ def _remove_the_others(workdir: Path, folds: int) -> keras.callbacks.Callback:
         (workdir / FOLDS_FILE).unlink(missing_ok=True)
         for folder in sorted(workdir.glob("fold-*-of-*")):
             run = RunFolder(folder)
-            if folder.name != _folder(folds, 0) and run.has_run():
+            if folder != fold_folder(workdir, folds, 0).path and run.has_run():
                 with run.lock():
                     run.remove_run()
 

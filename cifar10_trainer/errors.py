@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 import re
 from collections.abc import Collection
+from typing import Any
 
 VALUE_LENGTH = 100  # characters of a value that an error shows
 PATH_LENGTH = 500  # of a word with a slash: a path, or a flag with one, that a user will copy
@@ -85,6 +88,27 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], allowed
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ConfigError(f"{name} is {shown(value)}; allowed: {allowed}")
+
+
+def check_number(
+    name: str, value: Any, kind: type, low: float, high: float = math.inf, *, words: str | None = None
+) -> None:
+    """Raises ConfigError where `value` is no number of this kind from `low` to `high`.
+
+    Args:
+        name: what the error calls it.
+        value: what was received.
+        kind: numbers.Integral or numbers.Real.
+        low, high: the range, both included.
+        words: what is allowed; None: made from the kind and the range.
+    """
+    whole = "a whole number" if kind is numbers.Integral else "a number"
+    words = words or (
+        f"{whole}, {low:g} or more" if high == math.inf else f"{whole} from {low:g} to {high:g}"
+    )
+    check_type(name, value, kind, words)
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {shown(value)}; allowed: {words}")
 
 
 def one_line(error: object, length: int = 200) -> str:

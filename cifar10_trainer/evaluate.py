@@ -9,9 +9,9 @@ The model is a plain Keras file. TensorFlow is imported only after all arguments
 from __future__ import annotations
 
 import json
-import numbers
 import sys
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from absl import flags
 from . import cli, datasets, measures, report
 from .config import DATASETS, RESIZES, check_views
 from .datasets.arrays import SOURCE as ARRAYS
-from .datasets.arrays import check_images, check_labels
+from .datasets.arrays import check_images, check_labels, pair
 from .datasets.folder import is_cut
-from .errors import ConfigError, RunError, check_type, cut
+from .errors import ConfigError, RunError, check_number, cut
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder, existing
@@ -100,9 +100,7 @@ def evaluate_model(
     """
     check_model(model)
     if batch_size is not None:
-        check_type("batch_size", batch_size, numbers.Integral, "1 or more, or None")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; allowed: 1 or more, or None")
+        check_number("batch_size", batch_size, Integral, 1, words="1 or more, or None")
     if isinstance(data, datasets.Dataset):
         check_fit(model, data)
         if len(data.test_labels) == 0:
@@ -110,7 +108,7 @@ def evaluate_model(
                 f"{data.source} has no test images; allowed: a Dataset that has, or (images, labels)"
             )
         data = data.test_images, data.test_labels
-    pixels, true = datasets.pair("evaluation", data)
+    pixels, true = pair("evaluation", data)
     images = check_images("images", pixels)
     labels, count = check_labels("labels", true, len(images))
     expected, classes = tuple(model.input_shape[1:]), model.output_shape[-1]
@@ -200,8 +198,8 @@ def load_images(
     """The data set to score. A folder is read as the run read it: its files, in the parts that the run used them for.
 
     Files that came into the folder since then are in no part. Where --data_dir names another folder, which lacks files of
-    the run, it is read as a data set of its own, of which all pictures are scored. Of a folder without a run a fifth of
-    <class>/* is scored, because the model may have been trained on the others.
+    the run, it is read as a data set of its own. If it has none of them, all pictures of <class>/* are scored, else a
+    fifth, as of a folder without a run: the model may have been trained on the others.
 
     Args:
         name, data_dir: of the data set.
@@ -212,20 +210,26 @@ def load_images(
     if name != "folder":  # the others have one size
         return datasets.load(name, data_dir)
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
-    if rows and FLAGS.data_dir and not all((Path(FLAGS.data_dir) / file).exists() for file, *_ in rows):
-        print(
-            f"{FLAGS.data_dir} lacks files of the run, so it is read as a data set of its own",
-            file=sys.stderr,
-        )
-        rows = None
+    # All pictures of <class>/* may be scored where the model was trained on none of them.
+    others = bool(settings) and settings.get("data_name", settings.get("dataset")) != "folder"
+    if rows and FLAGS.data_dir:
+        there = [(Path(FLAGS.data_dir) / file).exists() for file, *_ in rows]
+        if not all(there):
+            print(
+                f"{FLAGS.data_dir} lacks files of the run, so it is read as a data set of its own",
+                file=sys.stderr,
+            )
+            rows, others = None, not any(there)
     if rows:
         where = RunFolder(FLAGS.workdir).split_file
         print(f"the images are those of {where}; files that came later are in no part", file=sys.stderr)
     has_test = any(part == "test" for _, _, part in rows or ())
     only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
-    cut = bool(rows) or not settings or FLAGS.split not in (None, "test")
-    found = datasets.load(name, data_dir, size, resize, files=rows, only=only, cut=cut)
-    if not rows and cut and is_cut(found):
+    scores_test = FLAGS.split in (None, "test")
+    found = datasets.load(
+        name, data_dir, size, resize, files=rows, only=only, cut=not (others and scores_test)
+    )
+    if not rows and not others and scores_test and is_cut(found):
         print(
             f"{found.source}: a fifth of each class is scored, the test images of a training on this folder; to score all, move"
             " the classes into test/, beside a train/ with the same ones",

@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ KINDS = {  # what a user's path may be instead of a regular file
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-JSON_BYTES = (
-    64 << 20
-)  # of the largest JSON file that is read; a search of thousands of trials has a few megabytes
+# of the largest JSON file that is read; a search of thousands of trials has a few megabytes
+JSON_BYTES = 64 << 20
 
 
 def regular_file(path: str | os.PathLike[str], limit: float | None = None) -> Path:
@@ -89,9 +89,10 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = False, parents: b
             temporary.unlink(missing_ok=True)
 
 
-def free_name(path: str | os.PathLike[str]) -> Path:
-    """`path` or, where something is there, `path`-2, `path`-3 and so on: the first name that is free."""
-    names = itertools.chain([path], (f"{os.fspath(path)}-{i}" for i in itertools.count(2)))
+def new_workdir(name: str) -> Path:
+    """runs/<name>-<time>, where nothing is yet; of two runs that begin in the same second the later one gets "-2"."""
+    path = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([path], (f"{path}-{i}" for i in itertools.count(2)))
     return next(Path(name) for name in names if not os.path.lexists(name))
 
 

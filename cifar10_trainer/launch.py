@@ -19,9 +19,8 @@ from . import cluster
 from .errors import ConfigError, RunError
 from .process import passing_on
 
-PATIENCE = (
-    20.0  # seconds in which the others end by themselves after one has failed; then again after SIGTERM
-)
+# seconds in which the others end by themselves after one has failed; then again after SIGTERM
+PATIENCE = 20.0
 
 
 def run_local_workers(count: int, argv: Sequence[str]) -> None:

@@ -25,9 +25,8 @@ CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_count
 RECIPE_MODEL = "of the config"
 SAVE_SECONDS = 60.0  # the most training, in seconds, that a killed process loses
 SAVE_SHARE = 1 / 3  # the most of the time that saving takes: on a slow disk more training may be lost
-CALL_SECONDS = (
-    0.5  # that one call of the graph should take: between calls, progress is shown and signals are handled
-)
+# that one call of the graph should take: between calls, progress is shown and signals are handled
+CALL_SECONDS = 0.5
 
 
 class EpochLines(keras.callbacks.Callback):

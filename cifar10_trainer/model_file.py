@@ -102,10 +102,9 @@ def load_model(path: str | Path | None = None) -> keras.Model:
         ConfigError: if there is no such file, or the model has other shapes.
         RunError: if the file does not open as a model.
     """
-    check_type(
-        "path", PACKAGED if path is None else path, (str, os.PathLike), "a .keras or .h5 file, or None"
-    )
-    path = check_model_file(PACKAGED if path is None else path)
+    path = PACKAGED if path is None else path
+    check_type("path", path, (str, os.PathLike), "a .keras or .h5 file, or None")
+    path = check_model_file(path)
     import keras
 
     try:
@@ -124,7 +123,7 @@ def load_model(path: str | Path | None = None) -> keras.Model:
         raise _does_not_open(path, error) from error
     received: Any = getattr(model, "input_shape", None)
     given: Any = getattr(model, "output_shape", None)
-    if not (_is_shape(received, 4) and received[3] == 3 and _is_shape(given, 2)):
+    if not (is_shape(received, 4) and received[3] == 3 and is_shape(given, 2)):
         raise ConfigError(
             f"the model in {path} maps {received} to {given};"
             " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes)"
@@ -199,8 +198,10 @@ def bounded_weights(check: Callable[[int], None]) -> Iterator[None]:
         yield
 
 
-def _is_shape(shape: Any, rank: int) -> bool:
-    return isinstance(shape, tuple) and len(shape) == rank and all(isinstance(n, int) for n in shape[1:])
+def is_shape(shape: Any, rank: int, fixed: bool = True) -> bool:
+    """Whether it is one shape of this rank, and not those of several inputs. fixed: whether all but the batch must be known."""
+    allowed = int if fixed else (int, type(None))
+    return isinstance(shape, tuple) and len(shape) == rank and all(isinstance(n, allowed) for n in shape[1:])
 
 
 def _does_not_open(path: Path, error: Exception) -> RunError:

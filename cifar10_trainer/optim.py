@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from .config import Optimizer, Schedule
-from .errors import ConfigError, check_type
+from .errors import check_number, check_type
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
@@ -33,10 +33,8 @@ class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, peak: float, steps: int, schedule: Schedule | Mapping[str, Any]) -> None:
-        check_type("steps", steps, numbers.Integral, "a whole number, 1 or more")
+        check_number("steps", steps, Integral, 1)
         check_type("schedule", schedule, (Schedule, Mapping), "a Schedule")
-        if steps < 1:
-            raise ConfigError(f"steps is {steps}; allowed: a whole number, 1 or more")
         self.peak = peak
         self.steps = steps
         self.schedule = schedule if isinstance(schedule, Schedule) else Schedule(**schedule)
@@ -156,7 +154,7 @@ class Muon(SGD):
 
     Args:
         learning_rate: of the kernels; a number or a schedule.
-        kernel_momentum: the momentum of the kernels, from 0 to less than 1.
+        kernel_momentum: the momentum of the kernels, from 0 to 1.
         sgd_ratio: the learning rate of all other variables, as a multiple of `learning_rate`.
         **kwargs: further arguments of `SGD`; they act on all other variables.
     """
@@ -171,17 +169,15 @@ class Muon(SGD):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, **kwargs)
-        check_type("kernel_momentum", kernel_momentum, numbers.Real, "from 0 to less than 1")
-        if not 0 <= kernel_momentum < 1:
-            raise ConfigError(f"kernel_momentum is {kernel_momentum}; allowed: from 0 to less than 1")
+        check_number("kernel_momentum", kernel_momentum, Real, 0, 1)
         self.kernel_momentum = kernel_momentum
         self.sgd_ratio = sgd_ratio
-        self._left_out: list[keras.Variable] = []
-        self._others: set[int] = set()  # their indices
+        self._left_out: set[int] = set()  # identities of variables, until `build` knows their indices
+        self._others: set[int] = set()
 
     def leave_out(self, variables: Sequence[keras.Variable]) -> None:
         """Treats these variables as `SGD` does, whatever their shape. It has to be called before `build`."""
-        self._left_out += variables
+        self._left_out.update(map(id, variables))
 
     def _is_kernel(self, variable: keras.Variable) -> bool:
         has_shape = len(variable.shape) == 4 and variable.shape[-1] > 1
@@ -190,7 +186,7 @@ class Muon(SGD):
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the momentum of each variable."""
         super().build(variables)
-        self._others = {i for i, v in enumerate(variables) if any(v is other for other in self._left_out)}
+        self._others = {i for i, v in enumerate(variables) if id(v) in self._left_out}
         if not self.momentums:  # Keras's SGD makes none if its own momentum is 0
             self.momentums = self.add_optimizer_variables(variables, "momentum")
 

@@ -51,28 +51,25 @@ def load(
     given: Any,
     beside: tuple[Any, ...],
     data_dir: str | None,
-    resumed: RunFolder | None,
+    folder: RunFolder | None,
+    resumed: bool,
     options: Mapping[str, Any] | None,
     log: Log,
 ) -> Dataset:
     """The data set that the caller has given or, where that is None, the one of the config.
 
     The caller holds one of the config by no other name than that of the result, or its images stay in memory beside
-    those of the split. beside: what `datasets.as_dataset` takes beside `given`. resumed: the folder of the run that goes
+    those of the split. beside: what `datasets.as_dataset` takes beside `given`. folder: of the run. resumed: whether it goes
     on, with the files that it began with.
     """
     if given is not None:
         return datasets.as_dataset(given, *beside)
     own: dict[str, Any] = {"log": log, **(options or {})}
     if config.dataset == "folder":
-        copies = 1 + _copies(holds_out=config.validation_fraction is not None)
-        own |= {"files": resumed and resumed.read_split(), "copies": copies}
+        files = folder.read_split() if folder and resumed else None
+        # The data set, and the table that batches come from; `prepare` looks again when it knows whether it splits.
+        own |= {"files": files, "workdir": folder and folder.path, "copies": 2}
     return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
-
-
-def _copies(holds_out: bool) -> int:
-    """The copies of the training images that a run makes: the table that batches come from, and the part of a split."""
-    return 2 if holds_out else 1
 
 
 def adapt(config: Config, data: Dataset, strategy: tf.distribute.Strategy, log: Log) -> Config:
@@ -120,8 +117,9 @@ def prepare(
     The training images of the data set that it returns are the engine's own. So where the caller keeps no other data
     set, memory holds them once.
     """
-    holds_out = data.validation is None and config.validation_fraction is not None
-    size = _copies(holds_out) * data.train_images.nbytes
+    # The table that batches come from, and where images are held out the part that trains.
+    splits = data.validation is None and config.validation_fraction is not None
+    size = (1 + splits) * data.train_images.nbytes
     check_fits(size, f"training on {len(data.train_images):,} images of {data.source}")
     images, labels, *held_out = _split(config, data)
     validation = (held_out[0], held_out[1])
@@ -183,6 +181,11 @@ def agree_on_data(
     team.agree(**common, **{"step to resume from, in the workdir": resumed})
 
 
+def recorded_path(data_dir: str | None) -> str | None:
+    """`data_dir` as config.json has it: from anywhere the same folder."""
+    return data_dir and str(Path(data_dir).expanduser().absolute())
+
+
 def describe_run(
     config: Config,
     data: Dataset,
@@ -195,7 +198,7 @@ def describe_run(
     return {
         **config.to_dict(),
         "class_names": list(data.class_names),
-        "data_dir": data_dir and str(Path(data_dir).expanduser().absolute()),
+        "data_dir": recorded_path(data_dir),
         "data_name": data.name,
         "data_source": data.source,
         "fingerprint": fingerprint,

@@ -53,6 +53,7 @@ RUN_FILES = (
     "tensorboard",
     "config.json",
 )
+FOLDS_FILE = "folds.json"  # of a finished cross-validation, in the folder around those of its runs
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 SPLIT_COLUMNS = ("file", "class", "part")
 
@@ -65,9 +66,20 @@ def existing(workdir: str | os.PathLike[str]) -> RunFolder:
     return folder
 
 
+def fold_folder(workdir: Path, folds: int, i: int) -> RunFolder:
+    """The run folder of fold i, from 0, of a cross-validation in `workdir`."""
+    return RunFolder(workdir / f"fold-{i + 1}-of-{folds}")
+
+
 def holds_run(names: Collection[str]) -> bool:
-    """Whether a folder with entries of these names is a run folder."""
-    return RUN_FILES[-1] in names and any(name in names for name in RUN_FILES[:-1])
+    """Whether a folder with files of these names is that of a run, a cross-validation or a search."""
+    begun = RUN_FILES[-1] in names and not {
+        "model.keras",
+        "state.npz",
+        "history.csv",
+        "split.csv",
+    }.isdisjoint(names)
+    return begun or FOLDS_FILE in names or "search.json" in names
 
 
 class RunFolder(LockedFolder):
@@ -105,13 +117,18 @@ class RunFolder(LockedFolder):
         """
         busy = f"another run is at work in {self}; wait for its end, or choose another folder with --workdir"
         with self._locked(busy):
-            found = [name for name in RUN_FILES[2:-1] if (self.path / name).exists()]
-            if found and not self.has_run() and not self._states():
-                raise ConfigError(
-                    f"{self} holds {found[0]}, but no run, which has a {self.config_file.name}; choose another --workdir, or move"
-                    f" {found[0]} away"
-                )
+            self._check_whose()
             yield
+
+    def _check_whose(self) -> None:
+        """Raises ConfigError where no run is in the folder, but files that one would replace."""
+        files = (self.model_file, self.metrics_file, self.history_file, self.report_file)
+        found = [path.name for path in files if path.exists()]
+        if found and not self.has_run() and not self._states():
+            raise ConfigError(
+                f"{self} holds {', '.join(found)}, but no run, which has a {self.config_file.name}; choose another --workdir,"
+                " or move them away"
+            )
 
     def _tidy(self) -> None:
         (self.path / ".writable").touch()
@@ -133,6 +150,10 @@ class RunFolder(LockedFolder):
     def is_finished(self) -> bool:
         """Whether the run in the folder is finished."""
         return self.metrics_file.exists()
+
+    def has_trained(self) -> bool:
+        """Whether a run in the folder is finished, or can be resumed at a step."""
+        return self.has_run() and (self.is_finished() or bool(self._states()))
 
     def read_config(self) -> dict[str, Any]:
         """The record in config.json: the Config, and what the run found (`config.RECORDED`). Raises RunError."""

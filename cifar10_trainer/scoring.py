@@ -11,34 +11,25 @@ import numpy as np
 from .config import check_views
 from .errors import ConfigError, RunError
 from .keras_state import keras_defaults
+from .model_file import is_shape
 
 if TYPE_CHECKING:
     import keras
 
-BATCH_SIZE = (
-    500  # of images of 32x32 pixels, and smaller ones; it divides CIFAR-10's 10,000 and 5,000: little padding
-)
+# of images of 32x32 pixels, and smaller ones; it divides CIFAR-10's 10,000 and 5,000: little padding
+BATCH_SIZE = 500
 
 
 def check_model(model: Any) -> None:
     """Raises ConfigError where it is no Keras model of images that returns a row of numbers for each."""
     taken: Any = getattr(model, "input_shape", None)
     given: Any = getattr(model, "output_shape", None)
-    if not (_is_shape(taken, 4) and taken[3] == 3 and _is_shape(given, 2)):
+    if not (is_shape(taken, 4, fixed=False) and taken[3] == 3 and is_shape(given, 2)):
         maps = f", which maps {taken} to {given}" if taken and given else ""
         raise ConfigError(
             f"model is {type(model).__name__}{maps}; allowed: a built Keras model that maps (batch, height, width, 3) to"
             " (batch, classes)"
         )
-
-
-def _is_shape(shape: Any, rank: int) -> bool:
-    """Whether it is one shape of this rank, and not those of several inputs or outputs."""
-    return (
-        isinstance(shape, tuple)
-        and len(shape) == rank
-        and all(n is None or isinstance(n, int) for n in shape)
-    )
 
 
 def takes(model: keras.Model, shape: Sequence[int]) -> bool:

@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import numbers
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import keras
@@ -33,8 +32,8 @@ from . import (
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine
-from .errors import ConfigError, check_type, interrupted
-from .files import cannot_write, free_name
+from .errors import ConfigError, check_number, check_type, interrupted
+from .files import cannot_write, new_workdir
 from .hooks import check_callbacks
 from .loop import SAVE_SECONDS, TrainingLoop, saved_precision
 from .model_file import load_model
@@ -133,8 +132,8 @@ def train_and_evaluate(
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         policy = runtime.agree_on_precision(config.precision, saved_precision(saved), team, log)
         # ---- data and model
-        given, resumed = dataset if data is None else data, folder if saved else None
-        found = preparation.load(config, given, beside, data_dir, resumed, folder_options, log)
+        given, resumed = dataset if data is None else data, saved is not None
+        found = preparation.load(config, given, beside, data_dir, folder, resumed, folder_options, log)
         config = preparation.adapt(config, found, strategy, log)
         fingerprint = datasets.fingerprint(found)
         preparation.agree_on_data(team, found, fingerprint, model, saved)
@@ -189,9 +188,7 @@ def _log_of(verbose: int) -> Log:
 
 
 def _check_save_seconds(seconds: float) -> None:
-    check_type("save_seconds", seconds, numbers.Real, f"a number from 0 to {MAX_SAVE_SECONDS:,}")
-    if not 0 <= seconds <= MAX_SAVE_SECONDS:
-        raise ConfigError(f"save_seconds is {seconds}; allowed: from 0 to {MAX_SAVE_SECONDS:,}")
+    check_number("save_seconds", seconds, Real, 0, MAX_SAVE_SECONDS, words=f"from 0 to {MAX_SAVE_SECONDS:,}")
 
 
 @contextlib.contextmanager
@@ -326,4 +323,4 @@ def _folder(workdir: str | os.PathLike | None, config: Config, strategy: tf.dist
         return RunFolder(workdir)
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise ConfigError("workdir is None; allowed with several workers: a folder that all of them share")
-    return RunFolder(free_name(f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    return RunFolder(new_workdir(config.recipe))

@@ -162,10 +162,12 @@ def main() -> None:
         missing = [method for method in FLAGS.methods if method not in there]
         if not missing:
             continue
+        each = min(count, MOST) if name == "digits" else count
+        if each != count and (name, each, seed) in wanted:  # the same pictures
+            continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "pictures"
             write_pictures(folder, name, count, seed)
-            each = min(count, MOST) if name == "digits" else count
             for method in missing:
                 scratch = Path(temporary) / method
                 scratch.mkdir()

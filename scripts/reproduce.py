@@ -47,12 +47,16 @@ def chosen(names: list[str]) -> list[str]:
     for name in names:
         if name not in RECIPES:
             raise unknown("recipe", name, RECIPES)
+        if RECIPES[name].dataset == "folder":
+            raise ConfigError(
+                f"{name} trains on a folder of pictures; allowed: recipes for CIFAR-10 or the digits"
+            )
     if FLAGS.source is not None:
         names = names + [n for n, c in RECIPES.items() if f"tutorial {FLAGS.source}," in c.origin.source]
         if not names:
             raise ConfigError(f"source is {FLAGS.source}; allowed: 1 to 5")
     if FLAGS.all:
-        names = list(RECIPES)
+        names = [n for n, c in RECIPES.items() if c.dataset != "folder"]
     if not names:
         raise ConfigError(
             "no recipe; allowed: names of recipes, --source=1..5, --all, --record=RUN or --table"
@@ -85,8 +89,14 @@ def run(name: str, seed: int, epochs: float | None, named: bool) -> None:
     if record.exists() and not named:
         print(f"{name}, seed {seed}: has its record")
         return
+    from cifar10_trainer.run_folder import RunFolder
+
     workdir, at = records.ROOT / "runs" / "reproduce" / record.stem, records.commit()
-    train(config, workdir)
+    if RunFolder(workdir).is_finished():
+        print(f"{workdir.relative_to(records.ROOT)} is finished; delete it to train again")
+        at = ""  # of the code of then
+    else:
+        train(config, workdir)
     if record.exists():
         print(beside(json.loads(record.read_text()), workdir))
         return
@@ -99,12 +109,8 @@ def run(name: str, seed: int, epochs: float | None, named: bool) -> None:
 def train(config: Config, workdir: Path) -> None:
     """Trains a recipe in a process of its own, because the time of a run counts from the start of its process.
 
-    Resumes the run in the folder `workdir`; does nothing where it is finished.
+    Resumes the run in the folder `workdir`.
     """
-    from cifar10_trainer.run_folder import RunFolder
-
-    if RunFolder(workdir).is_finished():
-        return
     command = [sys.executable, "-m", "cifar10_trainer", f"--recipe={config.recipe}", f"--seed={config.seed}"]
     command += [f"--epochs={config.epochs:g}", f"--workdir={workdir}"]
     if FLAGS.data_dir and config.dataset != "digits":  # the digits are embedded

@@ -177,19 +177,25 @@ def test_an_unfinished_run_on_a_folder_keeps_its_recipe(place, tmp_path, capsys)
     run = tmp_path / "run" / place
     run.mkdir(parents=True)
     (run / "config.json").write_text('{"recipe": "leaky.three"}')
-    argv = ["--dataset=folder", f"--data_dir={tmp_path}", f"--workdir={tmp_path / 'run'}", "--folds=3"]
+    argv = ["--dataset=folder", f"--data_dir={tmp_path}", f"--workdir={tmp_path / 'run'}"]
+    argv += ["--folds=3"] if place else []
     assert config_of(*argv).recipe == "leaky.three"
     assert config_of(*argv, "--overwrite").recipe == DEFAULT.recipe
     assert config_of(*argv, "--recipe=fast.85").recipe == "fast.85"
-    (tmp_path / "run" / "metrics.json").write_text("{}")
-    assert config_of(*argv).recipe == DEFAULT.recipe  # a finished run; what follows refuses it
+    (run / "config.json").write_text('{"recipe": []}')
+    assert config_of(*argv).recipe == DEFAULT.recipe
+    (run / "config.json").write_text('{"recipe": "leaky.three"}')
+    (tmp_path / "run" / ("folds.json" if place else "metrics.json")).write_text("{}")
+    assert config_of(*argv).recipe == DEFAULT.recipe  # it is finished; what follows refuses it
 
 
 @pytest.mark.parametrize("flag", ["--final_fit", "--folds=2"])
 def test_a_share_that_another_flag_replaces_is_refused_however_it_is_set(flag, trained, capsys):
-    for share in ("--validation_fraction=0.3", "--set=validation_fraction=0.3"):
+    shares = ["--validation_fraction=0.3", "--set=validation_fraction=0.3"]
+    shares += ["--set=validation_fold=1", "--set=validation_split=last"] if "folds" in flag else []
+    for share in shares:
         assert invoke("--dataset=digits", flag, share) == 2
-        assert "validation_fraction; allowed: one of the two" in capsys.readouterr().err
+        assert "; allowed: one of the two" in capsys.readouterr().err
 
 
 # ---- several workers

@@ -252,8 +252,9 @@ def test_versions_are_compared_when_workers_meet(monkeypatch, places):
         assert str(mine) == str(theirs)
         assert f"the workers differ in cifar10-trainer: {__version__} on worker 0" in str(mine)
         assert "0.9 on worker 1" in str(mine)
+        assert cluster.team() is None, "another call meets and compares again"
     finally:
-        for team in (*others, cluster._team):
+        for team in others:
             team.close()
 
 

@@ -251,7 +251,7 @@ def test_no_more_than_save_seconds_are_ever_unsaved(tmp_path, digits, monkeypatc
 
 
 def test_slow_saves_leave_time_for_training(tmp_path, digits, monkeypatch, step_by_step):
-    """A clock on which a step takes 5 s and a save 40 s: one third of the time at most, and no step is untrained for long."""
+    """A clock on which a step takes 5 s and a save 40 s, of 60: saves take a third of the time at most."""
     now, spent = [0.0], {"train": 0.0, "save": 0.0}
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0], time=None)
     monkeypatch.setattr(loop, "time", clock)

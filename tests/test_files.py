@@ -25,12 +25,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_free_name(tmp_path):
-    path = tmp_path / "run"
-    assert files.free_name(path) == path
-    path.mkdir()
-    (tmp_path / "run-2").symlink_to("nowhere")
-    assert files.free_name(str(path)) == tmp_path / "run-3"
+def test_a_folder_for_a_run_is_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files.time, "strftime", lambda form: "20260102-030405")
+    first = files.new_workdir("fast.85")
+    assert str(first) == "runs/fast.85-20260102-030405"
+    first.mkdir(parents=True)
+    (tmp_path / f"{first}-2").symlink_to("nowhere")
+    assert str(files.new_workdir("fast.85")) == f"{first}-3"
 
 
 def test_a_folder_is_held_by_one_and_goes_when_it_is_empty(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -296,6 +297,26 @@ def test_large_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "out of memory while .* was read; use a smaller --image_size"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files; try again"),
+    ],
+)
+def test_an_error_of_the_machine_is_no_damaged_picture(error, says, tmp_path, monkeypatch):
+    """Else up to 5% of the pictures would be left out."""
+
+    def failing(*arguments):
+        raise error
+
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+    monkeypatch.setattr(images, "_pixels", failing)
+    with pytest.raises(RunError, match=says):
+        images.decode(path, (4, 4), "squash")
 
 
 def test_names_that_are_not_utf_8(tmp_path):

@@ -239,6 +239,31 @@ def test_what_is_frozen_within_a_layer_stays_frozen(tmp_path, digits):
         )  # a frozen batch norm keeps its statistics, too
 
 
+def test_a_head_that_begins_with_equal_outputs_is_none_of_probabilities():
+    images = keras.Input((8, 8, 3))
+    head = keras.layers.Dense(
+        4, kernel_initializer="zeros", bias_initializer=keras.initializers.Constant(0.25)
+    )
+    model = plain_model(keras.Model(images, head(keras.layers.Flatten()(images))), (8, 8, 3), 4)
+    assert model.layers[-1].activation is keras.activations.softmax
+
+
+def test_another_frozen_part_is_another_model():
+    def model(freeze):
+        images = keras.Input((8, 8, 3))
+        block = Block()
+        model = keras.Model(images, keras.layers.Dense(4)(keras.layers.Flatten()(block(images))))
+        freeze(block)
+        return digest(model)
+
+    parts = [
+        lambda b: None,
+        lambda b: setattr(b.a, "trainable", False),
+        lambda b: setattr(b.a.bias, "trainable", False),
+    ]
+    assert len({model(part) for part in parts}) == 3
+
+
 def test_in_16_bits_the_logits_and_the_preprocessing_stay_in_32():
     trained = make_training_model(plain_model(classifier(), (32, 32, 3), 10), "mixed_bfloat16")
     policies = {type(layer).__name__: layer.dtype_policy.name for layer in trained.layers}
@@ -359,6 +384,7 @@ def refused():
     )
     by_function = keras.layers.Dense(10, activation=keras.ops.softmax)(flat)
     yield keras.Model(one, by_function), 'ends in the activation softmax; .* as activation="softmax"'
+    yield keras.Model(one, keras.ops.sigmoid(dense(flat))), "model ends in the operation Sigmoid; allowed"
     fixed = keras.Model(one, keras.layers.Dense(10)(flat))
     fixed.trainable = False
     yield fixed, "model has no weights to train"
@@ -402,7 +428,7 @@ def test_a_layer_that_no_file_can_hold_is_refused_in_a_line(layer, text, nested,
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("case", range(13))
+@pytest.mark.parametrize("case", range(14))
 def test_what_the_engine_cannot_train_is_refused_in_a_line(case, tmp_path, digits):
     model, text = list(refused())[case]
     with pytest.raises(ConfigError, match=text) as caught:
@@ -429,7 +455,7 @@ def test_layers_of_another_dtype_train_as_they_are_and_resume(dtype, tmp_path, m
     options = {"data": data, "verbose": 0, "full_report": False}
     metrics = train(config, tmp_path / "whole", model=model, **options)
     assert metrics["epochs"] == 2 and model.layers[3].moving_variance.dtype == dtype
-    assert str(model.layers[3].moving_mean.numpy()[0]) != "0.0"
+    assert float(model.layers[3].moving_mean.numpy()[0]) != 0
     whole = model.get_weights()
     model.set_weights(initial)
     with pytest.raises(RunInterrupted):

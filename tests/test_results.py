@@ -81,6 +81,26 @@ def test_keep_refuses_what_it_does_not_know(tmp_path, config, error):
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "says"),
+    [
+        # A setting at its default is left out of config.json, also where the recipe has another value, and the reverse.
+        ("fast.94_narrow", {"views_share": 1.0}, "with views_share 1.0, where the recipe has 0.25"),
+        (
+            "fast.default",
+            {"class_weights": "balanced"},
+            "with class_weights 'balanced', where the recipe has 'none'",
+        ),
+    ],
+)
+def test_keep_compares_all_settings(recipe, changes, says, tmp_path):
+    config = {**RECIPES[recipe].override(**changes).to_dict(), "environment": {}, "command": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(RunError, match=says):
+        records.read_run(RunFolder(tmp_path))
+
+
 def test_a_record_gives_way_to_its_like_only(tmp_path, monkeypatch):
     record = json.loads((ROOT / "results" / "runs" / "fast.85-3-0.json").read_text())
     monkeypatch.setattr(records, "RUNS", tmp_path / "records")

@@ -105,7 +105,8 @@ def test_a_recipe_that_is_named_is_trained_and_shown_beside_its_record(tmp_path,
     reproduce.run("fast.digits", 0, 1, named=False)
     assert capsys.readouterr().out == "fast.digits, seed 0: has its record\n"
     reproduce.run("fast.digits", 0, 1, named=True)
-    now, then = capsys.readouterr().out.splitlines()
+    done, now, then = capsys.readouterr().out.splitlines()
+    assert done == "runs/reproduce/fast.digits-1-0 is finished; delete it to train again"
     metrics = json.loads((trained[0].parent / "metrics.json").read_text())
     assert f"test accuracy {100 * metrics['test_accuracy']:.2f}%" in now
     assert "test accuracy 12.50%" in then and "--record=runs/reproduce/fast.digits-1-0" in then
@@ -124,6 +125,13 @@ def test_choice_of_recipes():
         reproduce.chosen(["leaky.baselin"])
     with pytest.raises(ConfigError, match="no recipe; allowed"):
         reproduce.chosen([])
+    with pytest.raises(ConfigError, match=r"transfer\.cifar trains on a folder of pictures; allowed"):
+        reproduce.chosen(["transfer.cifar"])
+    flags(["reproduce", "--all"])
+    names = reproduce.chosen([])
+    flags.unparse_flags()
+    flags["all"].unparse()
+    assert "transfer.cifar" not in names and {"fast.digits", "vgg.final"} <= set(names)
     flags(["reproduce", "--source=3"])
     assert reproduce.chosen([]) == ["course.baseline"]
     flags(["reproduce", "--source=9"])

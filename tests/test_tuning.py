@@ -21,7 +21,7 @@ from cifar10_trainer import RECIPES, Config, adaptation, datasets, machine, prec
 from cifar10_trainer.__main__ import read_config
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from cifar10_trainer.training import train_and_evaluate
-from tuning import Options, oracle, trial, tune
+from tuning import Options, leaderboard, oracle, trial, tune
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
 from tuning.search_folder import SearchFolder
@@ -78,6 +78,12 @@ def test_the_result_has_its_name_of_version_1_0_0_too():
 
 
 # ---- what a search leaves --------------------------------------------------------------------------------------
+
+
+def test_counts_are_exact_in_the_leaderboard():
+    """And accuracies, which are float32 numbers, have seven digits."""
+    assert leaderboard._rounded(14_848_586.0) == 14_848_586
+    assert leaderboard._rounded(float(np.float32(0.8534))) == 0.8534
 
 
 def test_the_leaderboard(finished):
@@ -539,6 +545,13 @@ def test_wrong_settings_are_one_line(settings, says, digits, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_numbers_of_numpy_are_python_numbers_in_the_record(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
+    settings = {"seed": np.int64(3), "max_trials": np.int32(1), "target": np.float32(0.5)}
+    tune(space, digits, workdir=str(tmp_path), verbose=0, **settings)
+    assert json.loads((tmp_path / "search.json").read_text())["seed"] == 3
+
+
 def test_a_search_over_arrays(digits, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.8], calls))
@@ -747,5 +760,15 @@ def test_a_search_of_a_folder_suits_its_number_of_images(tmp_path, capsys):
         assert search.suited_to_folder(base, search.options_from_flags(base.recipe)) == base
         (work / "search.json").write_text(json.dumps({"defaults": suited.to_dict()}))
         assert search.suited_to_folder(base, search.options_from_flags(base.recipe)).batch_size == 8
+
+        # What is adapted may leave batch and epochs as they are, and change the share that is held out.
+        (work / "search.json").unlink()
+        search.FLAGS([*argv, "--epochs=5", "--recipe=transfer.cifar"])
+        base = search.base_from_flags().override(batch_size=8)
+        suited = search.suited_to_folder(base, search.options_from_flags(base.recipe))
+        assert (suited.batch_size, suited.epochs) == (base.batch_size, base.epochs)
+        assert suited.validation_fraction == 0.2 != base.validation_fraction
+        (work / "search.json").write_text(json.dumps({"defaults": suited.to_dict()}))
+        assert search.suited_to_folder(base, search.options_from_flags(base.recipe)) == suited
     finally:
         restore_flags(search.FLAGS)

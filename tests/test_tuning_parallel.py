@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from PIL import Image
 
 import tuning
 from cifar10_trainer.errors import RunError
-from tuning.chief import MAX_DEATHS, WorkerPool, listening_address, serving
+from tuning.chief import MAX_DEATHS, WorkerPool, listening_address, run_chief, serving
 from tuning.options import LOOPBACK, Options
 from tuning.oracle import make_oracle
 from tuning.worker import project_errors
@@ -236,6 +237,36 @@ def test_the_server_of_trials_ends_with_the_search(tmp_path):
     assert listening_address(address) == address
     with serving(oracle, address):  # as a search that resumes in the same process does
         pass
+
+
+@pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\) is deprecated:DeprecationWarning")
+def test_a_chief_whose_folder_goes_ends_with_that_error(tmp_path):
+    """The error is raised in a thread of the server, where only a worker on another machine hears of it."""
+    hp = kt.HyperParameters()
+    hp.Float("x", 0.0, 1.0)
+    options = {"epochs": 1, "hyperparameters": hp, "max_trials": 3, "file": tmp_path / "state.json"}
+    oracle = make_oracle("random", objective=kt.Objective("val_accuracy", "max"), **options)
+    oracle._set_project_dir(str(tmp_path), "trials")
+
+    def gone():
+        raise RunError("the folder has gone")
+
+    oracle.check = gone
+    address = listening_address(None)
+    pool = WorkerPool(None, None, Options(role="chief", chief=address), address, print)
+    request = protos.get_service().CreateTrialRequest(tuner_id="elsewhere")
+
+    def ask():
+        with grpc.insecure_channel(address) as channel, contextlib.suppress(grpc.RpcError):
+            protos.get_service_grpc().OracleStub(channel).CreateTrial(
+                request, wait_for_ready=True, timeout=60
+            )
+
+    worker = threading.Thread(target=ask)
+    worker.start()
+    with pytest.raises(RunError, match="the folder has gone"):
+        run_chief(oracle, pool, address)
+    worker.join()
 
 
 def test_a_port_that_is_taken_is_not_shared():

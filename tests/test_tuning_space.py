@@ -131,6 +131,14 @@ def test_what_parse_refuses(text, says):
     assert "\n" not in str(error.value)
 
 
+def test_large_whole_numbers_stay_whole():
+    space = Space(FAST, {"batch_size": (1000, 200_000)})
+    hp = kt.HyperParameters()
+    space(hp)
+    hp.values["batch_size"] = 128_000
+    assert space(hp).batch_size == 128_000
+
+
 def test_an_empty_space_is_refused():
     with pytest.raises(ConfigError, match="the space is empty"):
         parse([])

@@ -161,12 +161,14 @@ def run_chief(oracle: SearchOracle, pool: WorkerPool, address: str) -> None:
         address: the HOST:PORT to listen on.
 
     Raises:
-        RunError: if the address is in use, or the workers of the pool fail.
+        RunError: if the address is in use, the workers of the pool fail, or the oracle did.
     """
     oracle.save()
     with serving(oracle, address):
         try:
             while not oracle.stopped:
+                if oracle.failure is not None:  # in a thread of the server; only a worker has heard of it
+                    raise oracle.failure
                 pool.ensure_running((len(oracle.trials), len(oracle.end_order)))
                 time.sleep(0.2)
             local = {f"worker{number}" for number in range(pool.count)}

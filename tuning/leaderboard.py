@@ -62,7 +62,7 @@ def make_row(trial: Trial, ended: float | None = None, names: Sequence[str] = ()
         names: the hyperparameters in their order, which a trial from a worker does not keep.
 
     Returns:
-        The row, with metrics rounded to seven digits: they are float32 numbers.
+        The row, with metrics rounded to seven digits, as they are float32 numbers, but for counts.
     """
     done = trial.status == TrialStatus.COMPLETED
     failed = trial.status == TrialStatus.FAILED
@@ -73,10 +73,14 @@ def make_row(trial: Trial, ended: float | None = None, names: Sequence[str] = ()
         status="completed" if done else "failed" if failed else "unfinished",
         folder=trial_folder(trial.trial_id),
         values={k: values[k] for k in dict.fromkeys([*names, *values]) if k in values},
-        metrics={m: float(f"{trial.metrics.get_best_value(m):.7g}") for m in METRICS} if done else {},
+        metrics={m: _rounded(trial.metrics.get_best_value(m)) for m in METRICS} if done else {},
         ended=ended,
         reason=lines[-1] if failed else "",
     )
+
+
+def _rounded(value: float) -> float:
+    return float(value) if float(value).is_integer() else float(f"{value:.7g}")
 
 
 def format_value(value: Any) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numbers
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from cifar10_trainer.cluster.place import host_and_port
+from cifar10_trainer.config import python_value
 from cifar10_trainer.errors import ConfigError, check_type, unknown
 
 TUNERS = {
@@ -75,7 +77,9 @@ class Options:
             ("workers", (numbers.Integral, type(None)), "a whole number, 1 or more, or None"),
             ("workdir", (str, os.PathLike), "a folder"),
         ):
-            check_type(name, getattr(self, name), kind, words)
+            value: Any = getattr(self, name)
+            check_type(name, value, kind, words)
+            object.__setattr__(self, name, python_value(value))  # search.json takes no numbers of NumPy
         choices = {"tuner": tuple(TUNERS), "objective": tuple(OBJECTIVES), "role": ROLES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -10,13 +10,14 @@ continue to train them, which does not fit such a schedule. The share is in the 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import keras_tuner as kt
 import numpy as np
@@ -26,7 +27,10 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
+from cifar10_trainer.errors import RunError
 from cifar10_trainer.files import read_json, write_atomic
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 SHARE, FAILURE, SEARCH = "tuner/share", "tuner/failure", "tuner/search"  # values that are not hyperparameters
 MAX_RETRIES = 2  # of a trial whose report to the chief failed
@@ -38,6 +42,20 @@ MAX_COLLISIONS = 10_000
 
 
 def _ignore(trial: Trial) -> None: ...
+
+
+def _noting_failure(method: Method) -> Method:
+    """Decorates a method of an oracle, which a server's thread may call: a RunError stays in `failure`, too."""
+
+    @functools.wraps(method)
+    def call(oracle: Any, *arguments: Any) -> Any:
+        try:
+            return method(oracle, *arguments)
+        except RunError as error:
+            oracle.failure = error
+            raise
+
+    return cast(Method, call)
 
 
 class Float(hyperparameters.Float):
@@ -100,6 +118,9 @@ class SearchOracle(kt.Oracle):
         self.on_begin: Callable[[Trial], None] = _ignore
         self.on_end: Callable[[Trial], None] = _ignore
         self.stopped = False  # whether the search is over
+        self.failure: RunError | None = (
+            None  # what ended a call of a worker: its folder has gone, or the disk is full
+        )
         self.ended: dict[str, float] = {}  # trial id -> seconds of the search at its end
         self._last_heartbeat: dict[str, float] = {}  # worker id -> time of its last heartbeat
         self._former_heartbeat = -math.inf  # the same for workers without one since this process started
@@ -134,6 +155,7 @@ class SearchOracle(kt.Oracle):
 
     # ---- KerasTuner's extension points
 
+    @_noting_failure
     @kt.synchronized
     def create_trial(self, tuner_id: str) -> Trial:
         """Gives a worker its next trial.
@@ -189,6 +211,7 @@ class SearchOracle(kt.Oracle):
                 self._last_heartbeat[worker] = time.monotonic()
         return super().get_trial(trial_id)
 
+    @_noting_failure
     @kt.synchronized
     def end_trial(self, trial: Trial) -> None:
         """Records a completed or failed trial. Ignores the second report of a trial that two workers have trained."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ Examples:
   python -m tuning.search --target=0.87 --stop_at_target
   python -m tuning.search --space=filters,learning_rate=0.05:0.2,weight_decay --max_trials=30 --workers=2
   python -m tuning.search --dataset=digits --epochs=2 --max_trials=4      (offline, a minute)"""
-DEFAULT_RECIPE = "fast.85"  # its trials take a minute each
+BASE_RECIPE = "fast.85"  # its trials take a minute each
 
 COMMAND = "python -m tuning.search"
 FLAGS = flags.FlagValues()
@@ -61,7 +62,7 @@ _define(
 _define(
     flags.DEFINE_string,
     "recipe",
-    f"recipe to start from; default: {DEFAULT_RECIPE}, or fast.digits for digits",
+    f"recipe to start from; default: {BASE_RECIPE}, or fast.digits for digits",
 )
 _define(
     flags.DEFINE_boolean,
@@ -118,7 +119,7 @@ _define(flags.DEFINE_boolean, "overwrite", "replace the search that is in --work
 
 def base_from_flags() -> Config:
     """The recipe to start from, with the settings that flags override. Raises ConfigError on an unknown recipe."""
-    recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
+    recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, BASE_RECIPE)
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     changes: dict[str, Any] = {
@@ -137,17 +138,22 @@ def suited_to_folder(base: Config, options: Options) -> Config:
     size, begun = datasets.folder_size(FLAGS.data_dir), SearchFolder(options.workdir).search_file
     if size is None:
         return base
-    if begun.exists() and not options.overwrite:
-        had = read_json(begun).get("defaults", {})
-        if (had.get("batch_size"), had.get("epochs")) == (base.batch_size, base.epochs):
-            return base
     free = [name for name in ADAPTABLE if name not in FLAGS or FLAGS[name].value is None]
     before = base.override(adapt=free)
     suited = adaptation.adapt(before, size.images, size.validation)
+    if begun.exists() and not options.overwrite:
+        had = read_json(begun).get("defaults", {})
+        if _has(had, base, free) and not _has(had, suited, free):
+            return base
     advice = "--epochs, --validation_fraction and --space set others"
     if options.verbose and (text := adaptation.in_words(before, suited, size.images, advice)):
         print(text)
     return suited
+
+
+def _has(had: Mapping[str, Any], config: Config, names: Sequence[str]) -> bool:
+    """Whether the settings of a search are those of `config`, as far as `names` goes; 1.0.0 did not record all of them."""
+    return all(had[name] == getattr(config, name) for name in names if name in had)
 
 
 def options_from_flags(recipe: str) -> Options:

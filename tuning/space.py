@@ -152,10 +152,8 @@ class Space:
             (low, high, step), own = self._range(name), _first(self._recipe_value(name))
             draw = hp.Int if isinstance(own, int) else hp.Float
             sampling = "log" if SPACE[name].log else "linear"
-            # Five digits are enough, and the numbers in the Config stay short.
-            default = float(f"{min(max(own, low), high):.5g}")
-            value = draw(name, low, high, step=step, sampling=sampling, default=type(own)(default))
-            values[name] = type(own)(f"{value:.5g}")
+            default = _short(type(own)(min(max(own, low), high)))
+            values[name] = _short(draw(name, low, high, step=step, sampling=sampling, default=default))
         return self.config(values)
 
     def _setting(self, name: str) -> str:
@@ -191,6 +189,11 @@ class Space:
         """The recipe with these values of hyperparameters, by their names in SPACE."""
         changes = {self._setting(n): _scaled(self._recipe_value(n), value) for n, value in values.items()}
         return self.base.override(**changes)
+
+
+def _short(value: float | int) -> float | int:
+    """A number of five digits: they are enough, and the numbers in the Config stay short. Whole numbers as they are."""
+    return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
 def _first(value: Any) -> float | int:

@@ -83,7 +83,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         RunError: if all trials failed, or a signal stopped the search (RunInterrupted).
     """
     options = _options(settings)
-    if options.local_workers or options.role == "chief":
+    if options.local_workers:
         _check_picklable(space=space, dataset=dataset)
     if options.role == "worker":
         # The id does not contain the name of the host: KerasTuner takes an id with "chief" in it for the chief's.
@@ -113,7 +113,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         if oracle.trials:
             leaderboard.write()
         try:
-            _search(tuner, leaderboard, space, dataset, options)
+            _search(tuner, leaderboard, space, dataset if callable(dataset) else data, options)
         except (RunInterrupted, KeyboardInterrupt) as error:
             progress = f"stopped: {len(oracle.end_order)} of {options.max_trials} trials are done"
             raise interrupted(progress, folder, options.overwrite) from error

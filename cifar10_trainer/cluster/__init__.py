@@ -62,10 +62,15 @@ def join_workers(requested: str, timeout: float = TIMEOUT, log: Log = print) -> 
             )
         if place is None:
             return None
-        _team = Team(place, timeout, log)
+        team = Team(place, timeout, log)
         packages = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")}
         python = ".".join(platform.python_version_tuple()[:2])
-        _team.agree(**{"cifar10-trainer": __version__, "Python": python, **packages})
+        try:
+            team.agree(**{"cifar10-trainer": __version__, "Python": python, **packages})
+        except BaseException:  # another call must meet and compare again
+            team.close()
+            raise
+        _team = team
     return _team
 
 

@@ -27,9 +27,8 @@ class Connection:
     """Lines of JSON over a socket."""
 
     def __init__(self, own: socket.socket):
-        own.settimeout(
-            5
-        )  # to send; the messages are short, so it blocks only if the other side has stopped reading
+        # To send. The messages are short, so it blocks only if the other side has stopped reading.
+        own.settimeout(5)
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket, self.index = own, -1
         self.heard = self.opened = time.monotonic()

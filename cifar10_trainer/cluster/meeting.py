@@ -211,13 +211,16 @@ class Team:
                     connection.index = 0
                     self._strangers[:] = [connection]
                     connection.send(worker=self.place.index, addresses=list(self.place.addresses))
-                for message in connection.read() if readable([connection], 0.5) else ():
+                messages = connection.read() if readable([connection], 0.5) else []
+                for i, message in enumerate(messages):
                     if "error" in message:
                         raise ConfigError(str(message["error"]))
                     if "failed" in message:
                         raise LostWorkerError(f"{chief} has ended: {message['failed']}")
                     if message.get("all_here"):
                         self._members[0] = self._strangers.pop()
+                        for further in messages[i + 1 :]:  # it may have ended right after
+                            self._take(further, 0)
                         return
                     whom = str(message.get("waiting", whom))
                 if time.monotonic() - connection.heard > SILENCE:

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import numbers
 import os
+from numbers import Integral
 from typing import Any
 
 from ..config import DATASETS
-from ..errors import ConfigError, check_type, unknown
+from ..errors import ConfigError, check_number, unknown
 from . import cifar10, digits, folder
-from .arrays import as_dataset, from_arrays, pair
+from .arrays import as_dataset, from_arrays
 from .base import Dataset, fingerprint, split
 from .cifar10 import CIFAR10_CLASSES
 from .folder import rows as file_rows
@@ -28,7 +28,6 @@ __all__ = [
     "folder_size",
     "from_arrays",
     "load",
-    "pair",
     "read_ahead",
     "read_image",
     "split",
@@ -74,10 +73,8 @@ def load(
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
-    check_type("image_size", image_size, numbers.Integral, "a whole number from 8 to 512")
     if name == "folder":
-        if not 8 <= image_size <= 512:
-            raise ConfigError(f"image_size is {image_size}; allowed: from 8 to 512")
+        check_number("image_size", image_size, Integral, 8, 512)
         return folder.load_folder(data_dir, image_size, resize, **folder_options)
     for option, value in folder_options.items():
         if option != "log" and value:

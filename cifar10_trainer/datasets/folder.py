@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -17,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import RESIZES
-from ..errors import ConfigError, RunError, check_type, reason_of, unknown
+from ..errors import ConfigError, RunError, check_number, reason_of, unknown
 from ..machine import check_fits, cpu_count
-from ..run_folder import holds_run
+from ..run_folder import RUN_FILES, holds_run
 from .base import Dataset, stratified_mask
 from .images import SUFFIXES, Unreadable, decode, looks_like_image, open_formats, readable
 
@@ -33,6 +34,7 @@ _NAMES = {  # part -> what its folder may be called, in any case of letters
     "test": ("test", "testing"),
 }
 _PART_OF = {name: part for part, names in _NAMES.items() for name in names}
+RUNS = "run folder(s)"  # what is left out of the pictures as such
 TEST_SHARE = 0.2  # of <class>/*
 _TEST_SEED = 8  # the test images are the same ones for every seed of a run
 MAX_BAD = 0.05
@@ -83,6 +85,7 @@ def load_folder(
     files: Sequence[Row] | None = None,
     only: str | None = None,
     cut: bool = True,
+    workdir: str | os.PathLike[str] | None = None,
     copies: int = 1,
     log: Log | None = None,
 ) -> Dataset:
@@ -102,6 +105,7 @@ def load_folder(
         files: the files of an earlier run, as `rows` returns them: these are read, all of them, and no others.
         only: the part to read, "train", "validation" or "test"; the others are left empty. None: all.
         cut: False: the pictures of <class>/* are all test images, and there are none to train on.
+        workdir: the folder of the run that reads the pictures; it is no class.
         copies: how many of the pixels memory must hold, those that the caller will make included.
         log: receives lines on what is left out, and on the progress; None: they go to stderr.
 
@@ -116,7 +120,7 @@ def load_folder(
     """
     _check_options(max_bad, resize, only)
     root, log = _existing(data_dir), log or _to_stderr
-    found = _find(root, files)
+    found = _find(root, files, None if workdir is None else Path(workdir).resolve())
     _check_names_differ(found.files["train"], root)
     _log_left_out(found.left_out, root, strict, log)
     pairs = found.pairs(only, cut)
@@ -132,9 +136,7 @@ def load_folder(
 
 def _check_options(max_bad: float, resize: str, only: str | None) -> None:
     """Raises ConfigError where an argument of `load_folder` is not allowed."""
-    check_type("max_bad", max_bad, Real, "at least 0 and less than 1")
-    if not 0 <= max_bad < 1:
-        raise ConfigError(f"max_bad is {max_bad}; allowed: at least 0 and less than 1")
+    check_number("max_bad", max_bad, Real, 0, math.nextafter(1, 0), words="at least 0 and less than 1")
     if resize not in RESIZES:
         raise unknown("resize", resize, RESIZES)
     if only not in (None, *_NAMES):
@@ -163,12 +165,12 @@ def _assemble(root: Path, found: _Found, read: dict[str, _Part], resize: str, *,
     )
 
 
-def _find(root: Path, files: Sequence[Row] | None) -> _Found:
+def _find(root: Path, files: Sequence[Row] | None, workdir: Path | None) -> _Found:
     """The files of an earlier run, or what is in the folder. Raises ConfigError and RunError as `load_folder` does."""
     if files is not None:
         return _recorded(files)
     try:
-        return _scan(root)
+        return _scan(root, workdir)
     except OSError as error:
         place = readable(error.filename or root)
         raise RunError(f"cannot read {place}: {reason_of(error)}; correct that") from error
@@ -204,7 +206,7 @@ def size_of(data_dir: str | os.PathLike[str] | None) -> FolderSize | None:
         raises why.
     """
     try:
-        found = _find(_existing(data_dir), None)
+        found = _find(_existing(data_dir), None, None)
     except (ConfigError, RunError):
         return None
     pairs = found.pairs("train")
@@ -214,10 +216,12 @@ def size_of(data_dir: str | os.PathLike[str] | None) -> FolderSize | None:
 # ---- what is in the folder
 
 
-def _scan(root: Path) -> _Found:
+def _scan(root: Path, workdir: Path | None) -> _Found:
     """Finds the parts, classes and files. Raises ConfigError and RunError as `load_folder` does."""
     left_out: Counter[str] = Counter()
     folders, files = _entries(root, left_out)
+    if root.resolve() == workdir or holds_run(files):
+        folders = [name for name in folders if name not in RUN_FILES]
     by_part: dict[str, list[str]] = {}
     for name in folders:
         if name.casefold() in _PART_OF:
@@ -227,7 +231,7 @@ def _scan(root: Path) -> _Found:
             for name in names:  # of a class, perhaps
                 if _has_classes(root / name):
                     raise RunError(f"{readable(root)} has {name}/ but no folder train/; allowed: {LAYOUT}")
-        classes = _classes(root, folders, files, left_out, root)
+        classes = _classes(root, folders, files, left_out, root, workdir)
         _check_class_names(classes, root)
         return _Found({"train": classes}, True, left_out)
     for part, names in by_part.items():
@@ -247,16 +251,21 @@ def _scan(root: Path) -> _Found:
     for part in _NAMES:
         if part in by_part:
             place = root / by_part[part][0]
-            parts[part] = _classes(place, *_entries(place, left_out), left_out, root)
+            parts[part] = _classes(place, *_entries(place, left_out), left_out, root, workdir)
     _check_class_names(parts["train"], root / by_part["train"][0])
+    _check_parts(parts, {part: root / names[0] for part, names in by_part.items()})
+    return _Found(parts, False, left_out)
+
+
+def _check_parts(parts: dict[str, dict[str, list[str]]], places: dict[str, Path]) -> None:
+    """Raises ConfigError where a part has a class that train/ has not."""
     for part in parts:
         extra = sorted(set(parts[part]) - set(parts["train"]))
         if extra:
             raise ConfigError(
-                f"{readable(root / by_part[part][0])} has the class {', '.join(map(readable, extra))}, which train/ lacks;"
+                f"{readable(places[part])} has the class {', '.join(map(readable, extra))}, which train/ lacks;"
                 f" allowed: {', '.join(map(readable, parts['train']))}"
             )
-    return _Found(parts, False, left_out)
 
 
 def _entries(folder: str | os.PathLike[str], left_out: Counter[str]) -> tuple[list[str], list[str]]:
@@ -275,9 +284,17 @@ def _entries(folder: str | os.PathLike[str], left_out: Counter[str]) -> tuple[li
 
 
 def _classes(
-    folder: Path, names: list[str], files: list[str], left_out: Counter[str], root: Path
+    folder: Path,
+    names: list[str],
+    files: list[str],
+    left_out: Counter[str],
+    root: Path,
+    workdir: Path | None,
 ) -> dict[str, list[str]]:
-    """{class: its files, relative to `root`} of the folders `names`. Raises RunError as `load_folder` does."""
+    """{class: its files, relative to `root`} of the folders `names`. Raises RunError as `load_folder` does.
+
+    A folder without pictures is no class if it holds runs, or is where the run that reads it works.
+    """
     lost = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     if lost:
         raise RunError(
@@ -286,26 +303,20 @@ def _classes(
     _leave_out(files, left_out)
     classes = {}
     for name in names:
-        place = os.fspath(folder / name)
+        place, runs = os.fspath(folder / name), left_out[RUNS]
         inside = os.path.relpath(place, root)
         classes[name] = _in_order(inside + path[len(place) :] for path in find_pictures(place, left_out))
         if not classes[name]:
-            if not _holds_runs_only(folder / name):
+            own = workdir is not None and folder.resolve() / name in (workdir, *workdir.parents)
+            if not own and left_out[RUNS] == runs:
                 raise RunError(
                     f"the class folder {readable(folder / name)} is empty; put images into it, or remove it"
                 )
+            left_out[RUNS] += own
             del classes[name]
-            left_out[f"folder {readable(name)}"] += 1
     if not classes:
         raise RunError(f"{readable(folder)} holds no class folders; allowed: {LAYOUT}")
     return classes
-
-
-def _holds_runs_only(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is one of runs: it holds no file of its own, but folders that are runs or, as one that begins, empty."""
-    folders, files = _entries(folder, Counter())
-    inside = [_entries(os.path.join(folder, name), Counter()) for name in folders]
-    return bool(folders) and not files and all(not (a or b) or holds_run([*a, *b]) for a, b in inside)
 
 
 def _leave_out(files: list[str], left_out: Counter[str]) -> None:
@@ -334,8 +345,8 @@ def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None 
             continue
         seen.add(_identity(current))
         folders, files = _entries(current, left_out)
-        if holds_run([*folders, *files]):
-            left_out["run folder"] += 1
+        if holds_run(files):
+            left_out[RUNS] += 1
             continue
         waiting += [os.path.join(current, name) for name in reversed(folders)]
         for name in files:

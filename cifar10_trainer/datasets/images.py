@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import os
@@ -46,6 +47,8 @@ _STARTS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b
 MAX_PIXELS = 178_000_000  # of one picture; at 178,956,970 Pillow refuses it by itself
 MAX_BYTES = 2**30  # of one file
 LARGE = 16_000_000  # pixels to decode; such pictures are decoded one at a time, so that threads do not add up
+# System errors that are of the machine and not of a file: too many files are open, no memory, a lost network folder.
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _large = threading.Lock()
 
 _ORIENTATION = 0x0112  # EXIF
@@ -106,7 +109,13 @@ def decode(path: str | os.PathLike[str], size: tuple[int, int], resize: str) -> 
     except UnidentifiedImageError as error:
         reason = _missing_reader(path, formats) or "no format that can be read, or damaged"
         raise Unreadable(reason) from error
+    except MemoryError as error:
+        raise RunError(
+            f"out of memory while {readable(path)} was read; use a smaller --image_size"
+        ) from error
     except Exception as error:  # Pillow's decoders raise errors of many classes for damaged files
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise RunError(f"cannot read {readable(path)}: {reason_of(error)}; try again") from error
         raise Unreadable(reason_of(error)[:200]) from error
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from ..errors import ConfigError, one_line
 
+# Operations of keras.ops and layers that are no logits.
+ACTIVATIONS = ("Sigmoid", "Tanh", "Relu", "ReLU", "LogSoftmax", "HardSigmoid")
 SUM_TOLERANCE = 0.02  # of probabilities in 16 bits
 ALLOWED = (
     "allowed: a functional or built Sequential Keras model with one image input [batch, height, width, channels] and one"
@@ -112,7 +114,9 @@ def _described(model: keras.Model) -> list[Any]:
             described.append(_described(layer))
         else:
             settings = _settings({"trainable": layer.trainable, **layer.get_config()})
-            described.append([type(layer).__name__, settings, [list(w.shape) for w in layer.weights]])
+            described.append(
+                [type(layer).__name__, settings, [[list(w.shape), w.trainable] for w in layer.weights]]
+            )
     return described
 
 
@@ -175,7 +179,8 @@ def _check_logits(model: keras.Model) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, *model.input_shape[1:]))
     outputs = model(keras.ops.cast(images, model.inputs[0].dtype), training=False)
     outputs = keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
-    if (outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=SUM_TOLERANCE):
+    depends = np.ptp(outputs, axis=0).max() > 0  # not those of a head that begins with zeros
+    if depends and (outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1, atol=SUM_TOLERANCE):
         raise ConfigError(
             f"model returns probabilities, but its last layer, {_last_operation(model).name!r}, is no softmax; allowed: a softmax"
             ' at the very end, as Activation("softmax", dtype="float32"), or logits'
@@ -191,5 +196,7 @@ def _check_ending(model: keras.Model) -> None:
     activation = getattr(last, "activation", None)
     if softmax_of(model) is None and activation not in (None, keras.activations.linear):
         name = getattr(activation, "__name__", str(activation))
-        hint = ', as activation="softmax"' if name.startswith("softmax") else ""  # of keras.ops, tf.nn
+        hint = ' (activation="softmax")' if name.startswith("softmax") else ""  # that of keras.ops is another
         raise ConfigError(f"model ends in the activation {name}; {ALLOWED}{hint}")
+    if type(last).__module__.startswith("keras.") and type(last).__name__ in ACTIVATIONS:
+        raise ConfigError(f"model ends in the operation {type(last).__name__}; {ALLOWED}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import re
 from pathlib import Path
@@ -31,8 +32,8 @@ COMPARED = [
     ("step: tutorial 4, its own code", "step", cpu.TUTORIAL),
     ("step: this project, float32", "step", cpu.OURS_FLOAT32),
     ("step: this project", "step", cpu.OURS),
-    ("step: PyTorch, float32, channels last", "step", "PyTorch 2.13.0, float32, channels last"),
-    ("step: PyTorch, bfloat16, channels last", "step", "PyTorch 2.13.0, bfloat16, channels last"),
+    ("step: PyTorch, float32, channels last", "step", "PyTorch *, float32, channels last"),
+    ("step: PyTorch, bfloat16, channels last", "step", "PyTorch *, bfloat16, channels last"),
     ("step: this project / tutorial 4", "step", "this project / the tutorial's own code"),
     ("step: this project / the best PyTorch", "step", "this project / the best PyTorch"),
     *(
@@ -136,9 +137,13 @@ def processors_table() -> str:
 
 
 def _number_of(section: dict[str, Any], start: str) -> str:
-    """A row's median, or else the first result whose name begins with `start`; "" where there is neither."""
-    if row := section["rows"].get(start):
-        return _shown(row)
+    """A row's median, or else the first result whose name begins with `start`; "" where there is neither.
+
+    start: in a row's name "*" stands for anything, such as a version.
+    """
+    for name, row in section["rows"].items():
+        if fnmatch.fnmatchcase(name, start):
+            return _shown(row)
     with contextlib.suppress(StopIteration):
         result = _result(section, start)
         return number_beside(result["value"], result["goal"]) + result["unit"]

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,12 +134,12 @@ def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     if ran.recipe not in RECIPES:
         raise unknown("recipe", ran.recipe, RECIPES)
     free = {name: getattr(ran, name) for name in FREE}
-    recipe = RECIPES[ran.recipe].override(**free).to_dict()
-    different = [key for key, value in ran.to_dict().items() if recipe.get(key) != value]
+    recipe = RECIPES[ran.recipe].override(**free)
+    different = [f.name for f in fields(Config) if getattr(ran, f.name) != getattr(recipe, f.name)]
     if different:
         key = different[0]
         raise RunError(
-            f"{run} holds a run of {ran.recipe} with {key} {getattr(ran, key)!r}, where the recipe has {recipe[key]!r};"
+            f"{run} holds a run of {ran.recipe} with {key} {getattr(ran, key)!r}, where the recipe has {getattr(recipe, key)!r};"
             f" allowed: the recipe as it is, except for {', '.join(FREE)}; delete {run} to run it again"
         )
     return config, metrics
