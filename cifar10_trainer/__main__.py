@@ -161,7 +161,7 @@ _define(flags.DEFINE_boolean, "overwrite", "replace the run that is in --workdir
 _define(
     flags.DEFINE_float,
     "save_seconds",
-    "the most seconds of training that a killed process or a power failure loses; default: 60",
+    "the most seconds of training that a killed process or a power failure loses, more where a save takes over a quarter of them; default: 60",
     lower_bound=0,
     upper_bound=86_400,
 )

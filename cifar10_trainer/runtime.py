@@ -320,7 +320,7 @@ MAYBE_LOST_WORKER = (
 def lost_worker(error: Exception) -> Exception:
     """The one-line error for what TensorFlow raises when another process of the cluster has ended.
 
-    error: of LOST_WORKER or MAYBE_LOST_WORKER. It is returned itself where no worker was lost.
+    error: of LOST_WORKER or MAYBE_LOST_WORKER. Where no worker was lost it is returned itself, or says what to do.
     """
     team = cluster.team()
     if team is not None and team.notices_loss():

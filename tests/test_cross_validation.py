@@ -245,13 +245,18 @@ def test_a_folder_that_grew_does_not_change_the_folds_that_are_left(tmp_path, sc
     first = scripted[0]["dataset"]
     half = RunFolder(tmp_path / "half" / "fold-1-of-2")
     half.path.mkdir(parents=True)
-    half.write_config({**config.to_dict()}, resumed=False)
+    half.write_config({**config.to_dict(), "data_dir": str(pictures)}, resumed=False)
     half.write_split(datasets.file_rows(first))
+    half.write_state(config, {})
     Image.new("RGB", (8, 8), (1, 2, 3)).save(pictures / "dark" / "new.png")
     cross_validate(config, 2, tmp_path / "half", **options)
     np.testing.assert_array_equal(scripted[2]["dataset"].train_images, first.train_images)
+    for path in half.path.glob("state*"):
+        path.unlink()  # a fold that has not trained
+    cross_validate(config, 2, tmp_path / "half", overwrite=True, **options)
     cross_validate(config, 2, tmp_path / "new", **options)
-    assert len(scripted[4]["dataset"].train_images) > len(first.train_images)
+    for call in scripted[4:]:
+        assert len(call["dataset"].train_images) > len(first.train_images)
 
 
 def test_a_folder_with_validation_images_of_its_own_has_no_folds(tmp_path, digits, scripted):

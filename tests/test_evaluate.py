@@ -389,8 +389,15 @@ def test_new_pictures_are_all_scored_and_those_of_a_folder_without_a_run_a_fifth
 ):
     for name in COLOURS:
         paint(tmp_path / "new" / name, name, 10)
-    assert run(["--workdir", run_folder, f"--data_dir={tmp_path / 'new'}"]) == 0
+    new = ["--workdir", run_folder, f"--data_dir={tmp_path / 'new'}"]
+    (run_folder / "split.csv").write_text("file,class,part\ntrain/red/0.png,red,train\n")
+    assert run(new) == 0
     assert "30 test images" in capsys.readouterr().out
+    # Where some of the run's files are there, the others may have been trained on, under other names perhaps.
+    (run_folder / "split.csv").write_text("file,class,part\nred/0.png,red,train\nred/99.png,red,train\n")
+    assert run(new) == 0
+    captured = capsys.readouterr()
+    assert "6 test images" in captured.out and "a fifth of each class is scored" in captured.err
     argv = ["--model", run_folder / "model.keras", "--dataset=folder", f"--data_dir={tmp_path / 'new'}"]
     assert run(argv) == 0
     captured = capsys.readouterr()

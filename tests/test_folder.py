@@ -65,17 +65,42 @@ def run_in(path):
 
 
 def test_runs_among_the_pictures_are_no_class(fruit):
+    """Runs, cross-validations and searches, and the folder in which the run works that reads the pictures."""
     expected, _ = load(fruit)
     run_in(fruit / "runs" / "one")
-    (fruit / "runs" / "begins").mkdir()
+    run_in(fruit / "runs" / "folds" / "fold-1-of-2")
+    (fruit / "runs" / "folds" / "folds.json").write_text("{}")
+    draw(fruit / "searches" / "mine" / "search.png", (1, 2, 3))
+    (fruit / "searches" / "mine" / "search.json").write_text("{}")
     run_in(fruit / "apple" / "two")
-    data, said = load(fruit)
+    (fruit / "out" / "begins").mkdir(parents=True)
+    data, said = load(fruit, workdir=fruit / "out" / "begins")
     assert data.class_names == expected.class_names
     np.testing.assert_array_equal(data.train_images, expected.train_images)
-    assert "2 run folder" in said[0] and "1 folder runs" in said[0]
-    (fruit / "pear").mkdir()
-    with pytest.raises(RunError, match=r"the class folder .*pear is empty"):
+    assert "5 run folder(s)" in said[0]
+    with pytest.raises(RunError, match=r"the class folder .*out is empty"):
         load(fruit)
+
+
+def test_a_run_among_the_classes_themselves(fruit):
+    expected, _ = load(fruit)
+    run_in(fruit)
+    (fruit / "tensorboard").mkdir()
+    for workdir in (None, fruit):
+        data, _ = load(fruit, workdir=workdir)
+        assert data.class_names == expected.class_names
+    for path in (fruit / "config.json", fruit / "history.csv"):
+        path.unlink()
+    data, _ = load(fruit, workdir=fruit)
+    assert data.class_names == expected.class_names
+
+
+def test_a_class_with_a_file_of_another_program_stays_a_class(fruit):
+    (fruit / "apple" / "config.json").write_text("{}")
+    (fruit / "apple" / "metrics.json").write_text("{}")
+    (fruit / "apple" / "figures").mkdir()
+    data, _ = load(fruit)
+    assert data.class_names == ("apple", "lemon", "plum") and np.bincount(data.train_labels)[0] == 8
 
 
 def test_runs_beside_train_are_left_out(fruit, tmp_path):

@@ -315,7 +315,7 @@ def test_muon_against_its_reference(momentum, graph):
     [
         (lambda: RunSchedule(0.1, 0, Schedule()), "steps is 0; allowed: a whole number, 1 or more"),
         (lambda: RunSchedule(0.1, 10, "cosine"), "schedule is 'cosine'; allowed: a Schedule"),
-        (lambda: Muon(kernel_momentum=2), "kernel_momentum is 2; allowed: from 0 to less than 1"),
+        (lambda: Muon(kernel_momentum=2), "kernel_momentum is 2; allowed: a number from 0 to 1"),
     ],
 )
 def test_arguments_out_of_range_are_one_line(make, text):
