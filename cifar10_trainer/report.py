@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import measures
+from .cluster.meeting import flatten
 from .figures import (
     class_distribution,
     confusion_matrix,
@@ -191,14 +192,6 @@ def _text(value: Any) -> str:
     return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
     lines = ["<tr>" + "".join(f"<td>{html.escape(_text(v))}</td>" for v in row) + "</tr>" for row in rows]
     top = "<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"
@@ -267,8 +260,8 @@ def _page(
     parts += [
         f"<h2>Classification report</h2>\n<pre>{html.escape(text)}</pre>",
         "<h2>History</h2>\n" + _table(rows, HISTORY_COLUMNS),
-        "<h2>Numbers</h2>\n" + _table(_flat(metrics), ("metric", "value")),
-        "<h2>Configuration</h2>\n" + _table(_flat(config), ("setting", "value")),
+        "<h2>Numbers</h2>\n" + _table(flatten(metrics).items(), ("metric", "value")),
+        "<h2>Configuration</h2>\n" + _table(flatten(config).items(), ("setting", "value")),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

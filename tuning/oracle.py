@@ -357,7 +357,7 @@ class HalvingOracle(kt.Oracle):
 
 
 class Halving(SearchOracle, HalvingOracle):
-    """Successive halving with the state, the takeover and the stop of `SearchOracle`."""
+    """Successive halving with what `SearchOracle` does before it, as Keras's own oracles have it."""
 
 
 def make_oracle(tuner: str, *, epochs: float, **options: Any) -> SearchOracle:

@@ -459,7 +459,7 @@ def flatten(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     """Nested dicts as one: {"config": {"seed": 0}} becomes {"config.seed": 0}."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{start}{name}.")
         else:
             flat[f"{start}{name}"] = value
