@@ -383,7 +383,7 @@ def refused():
         "is no softmax; allowed: a softmax at the",
     )
     by_function = keras.layers.Dense(10, activation=keras.ops.softmax)(flat)
-    yield keras.Model(one, by_function), 'ends in the activation softmax; .* as activation="softmax"'
+    yield keras.Model(one, by_function), r'ends in the activation softmax; .* \(activation="softmax"\)'
     yield keras.Model(one, keras.ops.sigmoid(dense(flat))), "model ends in the operation Sigmoid; allowed"
     fixed = keras.Model(one, keras.layers.Dense(10)(flat))
     fixed.trainable = False
