@@ -763,6 +763,7 @@ def test_a_search_of_a_folder_suits_its_number_of_images(tmp_path, capsys):
 
         # What is adapted may leave batch and epochs as they are, and change the share that is held out.
         (work / "search.json").unlink()
+        search.FLAGS["validation_fraction"].value = None
         search.FLAGS([*argv, "--epochs=5", "--recipe=transfer.cifar"])
         base = search.base_from_flags().override(batch_size=8)
         suited = search.suited_to_folder(base, search.options_from_flags(base.recipe))
