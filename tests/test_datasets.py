@@ -863,8 +863,8 @@ def test_unknown_dataset():
     [
         ("cifar10", 64, "32"),
         ("digits", 8, "32"),
-        ("folder", 7, "from 8 to 512"),
-        ("folder", 513, "from 8 to 512"),
+        ("folder", 7, "a whole number from 8 to 512"),
+        ("folder", 513, "a whole number from 8 to 512"),
     ],
 )
 def test_image_size_out_of_range(tmp_path, name, size, allowed):
