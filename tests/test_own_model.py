@@ -375,19 +375,9 @@ def refused():
         keras.Model(one, keras.layers.Dense(10, activation="sigmoid")(flat)),
         "ends in the activation sigmoid",
     )
-    probabilities = keras.layers.Dense(10, activation="softmax")(flat)
-    cast = keras.layers.Activation("linear", dtype="float32", name="cast")(probabilities)
-    yield keras.Model(one, cast), "model returns probabilities, but its last layer, 'cast', is no softmax"
-    yield (
-        keras.Model(one, keras.layers.Reshape((10,))(probabilities)),
-        "is no softmax; allowed: a softmax at the",
-    )
     by_function = keras.layers.Dense(10, activation=keras.ops.softmax)(flat)
     yield keras.Model(one, by_function), r'ends in the activation softmax; .* \(activation="softmax"\)'
     yield keras.Model(one, keras.ops.sigmoid(dense(flat))), "model ends in the operation Sigmoid; allowed"
-    fixed = keras.Model(one, keras.layers.Dense(10)(flat))
-    fixed.trainable = False
-    yield fixed, "model has no weights to train"
     small = keras.Input((28, 28, 3))
     yield (
         keras.Model(small, keras.layers.Dense(10)(keras.layers.Flatten()(small))),
@@ -428,12 +418,36 @@ def test_a_layer_that_no_file_can_hold_is_refused_in_a_line(layer, text, nested,
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("case", range(14))
+@pytest.mark.parametrize("case", range(11))
 def test_what_the_engine_cannot_train_is_refused_in_a_line(case, tmp_path, digits):
     model, text = list(refused())[case]
     with pytest.raises(ConfigError, match=text) as caught:
         train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
-    assert "; allowed: " in str(caught.value) and "\n" not in str(caught.value)
+    assert "allowed: a functional or built Sequential Keras model" in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def refused_although_classifiers():
+    one = keras.Input((32, 32, 3))
+    flat = keras.layers.Flatten()(one)
+    probabilities = keras.layers.Dense(10, activation="softmax")(flat)
+    cast = keras.layers.Activation("linear", dtype="float32", name="cast")(probabilities)
+    yield keras.Model(one, cast), "model returns probabilities, but its last layer, 'cast', is no softmax"
+    yield (
+        keras.Model(one, keras.layers.Reshape((10,))(probabilities)),
+        "is no softmax; allowed: a softmax at the",
+    )
+    fixed = keras.Model(one, keras.layers.Dense(10)(flat))
+    fixed.trainable = False
+    yield fixed, "model has no weights to train"
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_a_softmax_within_and_nothing_to_train_are_refused_in_a_line(case, tmp_path, digits):
+    model, text = list(refused_although_classifiers())[case]
+    with pytest.raises(ConfigError, match=text) as caught:
+        train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
+    assert "; allowed: " in str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 

@@ -211,17 +211,22 @@ def test_an_error_of_the_chief_is_reported_as_its_own():
         raise Answer
 
 
+def small_oracle(folder):
+    hp = kt.HyperParameters()
+    hp.Float("x", 0.0, 1.0)
+    options = {"epochs": 1, "hyperparameters": hp, "max_trials": 3, "file": folder / "state.json"}
+    oracle = make_oracle("random", objective=kt.Objective("val_accuracy", "max"), **options)
+    oracle._set_project_dir(str(folder), "trials")
+    return oracle
+
+
 @pytest.mark.filterwarnings(
     # KerasTuner 1.4.8 asks the threading module by its old names.
     "ignore:(currentThread|getName)\\(\\) is deprecated:DeprecationWarning"
 )
 def test_the_server_of_trials_ends_with_the_search(tmp_path):
     """Afterwards the port is free, and nobody reaches the oracle of a search that has returned."""
-    hp = kt.HyperParameters()
-    hp.Float("x", 0.0, 1.0)
-    options = {"epochs": 1, "hyperparameters": hp, "max_trials": 3, "file": tmp_path / "state.json"}
-    oracle = make_oracle("random", objective=kt.Objective("val_accuracy", "max"), **options)
-    oracle._set_project_dir(str(tmp_path), "trials")
+    oracle = small_oracle(tmp_path)
     address = listening_address(None)
     request = protos.get_service().CreateTrialRequest(tuner_id="late")
     with grpc.insecure_channel(address) as channel:
@@ -242,11 +247,7 @@ def test_the_server_of_trials_ends_with_the_search(tmp_path):
 @pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\) is deprecated:DeprecationWarning")
 def test_a_chief_whose_folder_goes_ends_with_that_error(tmp_path):
     """The error is raised in a thread of the server, where only a worker on another machine hears of it."""
-    hp = kt.HyperParameters()
-    hp.Float("x", 0.0, 1.0)
-    options = {"epochs": 1, "hyperparameters": hp, "max_trials": 3, "file": tmp_path / "state.json"}
-    oracle = make_oracle("random", objective=kt.Objective("val_accuracy", "max"), **options)
-    oracle._set_project_dir(str(tmp_path), "trials")
+    oracle = small_oracle(tmp_path)
 
     def gone():
         raise RunError("the folder has gone")

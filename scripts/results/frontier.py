@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
+from cifar10_trainer.recipes import DEFAULT_RECIPE
 
-from .records import ROOT, Record, group, is_own
-from .tables import TUTORIALS, duration, epochs_run, publish
+from .records import ROOT, Record, group
+from .tables import TUTORIALS, duration, epochs_run, full_length, publish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def points_of(records: Sequence[Record]) -> list[Point]:
                 some[0]["config"]["origin"]["source"],
                 epochs,
                 epochs_run(recipe, some),
-                recipe in RECIPES and not is_own(recipe) and epochs < RECIPES[recipe].epochs,
+                epochs < full_length(recipe, epochs),
                 len(runs),
                 statistics.median(r["total_seconds"] for r in runs),
                 statistics.mean(r["pflop"] for r in runs),

@@ -168,11 +168,16 @@ def outcome(record: Record) -> str:
     return f"test accuracy {test}%{with_tta}, in {time} on {where}"
 
 
+def full_length(name: str, given: float) -> float:
+    """The epochs of the recipe; `given` where it anneals over any number of epochs, or is not known."""
+    return given if name not in RECIPES or is_own(name) else RECIPES[name].epochs
+
+
 def epochs_run(name: str, runs: Group) -> str:
     """The epochs that the runs trained, and of how many: "20 of 100", "14-17 of 30, stopped early"."""
     trained, given = sorted(lengths(runs)), runs[0]["config"]["epochs"]
     text = f"{trained[0]:g}" if trained[0] == trained[-1] else f"{trained[0]:g}-{trained[-1]:g}"
-    of = given if name not in RECIPES or is_own(name) else RECIPES[name].epochs
+    of = full_length(name, given)
     if trained[0] < of:
         text += f" of {of:g}"
     return f"{text}, stopped early" if trained[0] < given else text
