@@ -270,7 +270,7 @@ class Engine:
         non_trainable = [v.value for v in self.training_model.non_trainable_variables]
         gradients, non_trainable, loss_sum, num_correct = self._gradients_of(
             [tf.convert_to_tensor(w) for w in weights],
-            [tf.convert_to_tensor(v) for v in non_trainable],
+            self._with_own_seeds([tf.convert_to_tensor(v) for v in non_trainable]),
             images,
             targets,
         )
@@ -282,7 +282,28 @@ class Engine:
             poison = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, poison)
             gradients = [g + tf.cast(poison, g.dtype) for g in gradients]
         self.optimizer.apply(gradients, self.training_model.trainable_variables)
-        return non_trainable, loss_sum, num_correct
+        return self._with_own_seeds(non_trainable), loss_sum, num_correct
+
+    def _with_own_seeds(self, non_trainable: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Turns the seeds of random layers into those of this replica, and these into the common ones again.
+
+        With equal seeds, all replicas would draw the same dropout mask, each for its part of the batch.
+
+        Args:
+            non_trainable: values of the non-trainable variables.
+
+        Returns:
+            The same values, the seeds xor the number of the replica. On the first replica nothing changes.
+        """
+        if self.replicas == 1:
+            return non_trainable
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return [
+            tf.bitwise.bitwise_xor(value, tf.cast([number, 0], value.dtype))  # a seed and a counter
+            if variable.path.endswith("seed_generator_state")
+            else value
+            for variable, value in zip(self.training_model.non_trainable_variables, non_trainable, strict=True)
+        ]
 
     @no_autograph
     def _apply_non_trainable(self, non_trainable: list[PerReplica]) -> None:
