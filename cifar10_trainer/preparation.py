@@ -69,7 +69,13 @@ def load(
         files = folder.read_split() if folder and resumed else None
         # The data set, and the table that batches come from; `prepare` looks again when it knows whether it splits.
         own |= {"files": files, "workdir": folder and folder.path, "copies": 2}
-    return datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
+    data = datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
+    if data.validation is not None and "validation_fraction" not in config.adapt and not resumed:
+        log(
+            f"validation_fraction is {config.validation_fraction}, which is not used: {data.source} has validation images of its"
+            " own; move them to its training images to use it"
+        )
+    return data
 
 
 def adapt(config: Config, data: Dataset, strategy: tf.distribute.Strategy, log: Log) -> Config:

@@ -1026,6 +1026,25 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
         np.testing.assert_allclose([row["probabilities"][n] for n in names], truth, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], None),
+        (["--validation_fraction=0.3"], "validation_fraction is 0.3, which is not used: {} has validation images"),
+        (["--final_fit"], "validation_fraction is None, which is not used: {} has validation images"),
+    ],
+)
+def test_a_share_to_validate_beside_a_folder_of_it(tmp_path, fruit, capsys, flags, said):
+    (fruit / "test").rename(fruit / "val")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    small = ["--recipe=fast.digits", "--set=options.filters=[4,4]", "--image_size=16", "--epochs=1"]
+    given = [*small, "--batch_size=9", "--dataset=folder", f"--data_dir={fruit}", workdir, *flags]
+    assert call(command, command.USAGE, *given) == 0
+    out = capsys.readouterr().out
+    assert "60 images to train on, 12 to validate, 0 to test" in out
+    assert (said.format(fruit) in out) if said else ("not used" not in out)
+
+
 @pytest.fixture
 def drawer(tmp_path):
     """<class>/*: 20 blueberries, 8 limes and 14 tomatoes, with what lies around in folders of pictures."""
