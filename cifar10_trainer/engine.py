@@ -302,7 +302,9 @@ class Engine:
             tf.bitwise.bitwise_xor(value, tf.cast([number, 0], value.dtype))  # a seed and a counter
             if variable.path.endswith("seed_generator_state")
             else value
-            for variable, value in zip(self.training_model.non_trainable_variables, non_trainable, strict=True)
+            for variable, value in zip(
+                self.training_model.non_trainable_variables, non_trainable, strict=True
+            )
         ]
 
     @no_autograph

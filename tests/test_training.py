@@ -1030,7 +1030,10 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
     "flags, said",
     [
         ([], None),
-        (["--validation_fraction=0.3"], "validation_fraction is 0.3, which is not used: {} has validation images"),
+        (
+            ["--validation_fraction=0.3"],
+            "validation_fraction is 0.3, which is not used: {} has validation images",
+        ),
         (["--final_fit"], "validation_fraction is None, which is not used: {} has validation images"),
     ],
 )

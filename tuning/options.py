@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import numbers
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from cifar10_trainer.cluster.place import host_and_port
 from cifar10_trainer.config import python_value
-from cifar10_trainer.errors import ConfigError, check_type, unknown
+from cifar10_trainer.errors import ConfigError, check_number, check_type, unknown
 
 TUNERS = {
     "random": "random values",
@@ -68,35 +69,26 @@ class Options:
     verbose: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind, words in (
-            ("max_trials", numbers.Integral, "a whole number, 1 or more"),
-            ("seed", numbers.Integral, "a whole number, 0 or more"),
-            ("target", numbers.Real, "an accuracy greater than 0 and at most 1 (85% is 0.85)"),
-            ("lease", numbers.Real, f"1 to {MAX_SECONDS} seconds"),
-            ("chief_timeout", numbers.Real, f"1 to {MAX_SECONDS} seconds"),
-            ("workers", (numbers.Integral, type(None)), "a whole number, 1 or more, or None"),
-            ("workdir", (str, os.PathLike), "a folder"),
-        ):
-            value: Any = getattr(self, name)
-            check_type(name, value, kind, words)
-            object.__setattr__(self, name, python_value(value))  # search.json takes no numbers of NumPy
+        check_type("workdir", self.workdir, (str, os.PathLike), "a folder")
+        check_number("max_trials", self.max_trials, numbers.Integral, 1)
+        check_number("seed", self.seed, numbers.Integral, 0)
+        accuracy = "an accuracy greater than 0 and at most 1 (85% is 0.85)"
+        check_number("target", self.target, numbers.Real, math.nextafter(0, 1), 1, words=accuracy)
+        for name in ("lease", "chief_timeout"):
+            words = f"1 to {MAX_SECONDS} seconds"
+            check_number(name, getattr(self, name), numbers.Real, 1, MAX_SECONDS, words=words)
+        if self.workers is not None:
+            check_number(
+                "workers", self.workers, numbers.Integral, 1, words="a whole number, 1 or more, or None"
+            )
+        for field in dataclasses.fields(self):  # search.json takes no numbers of NumPy
+            object.__setattr__(self, field.name, python_value(getattr(self, field.name)))
         choices = {"tuner": tuple(TUNERS), "objective": tuple(OBJECTIVES), "role": ROLES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
-        if not 0 < self.target <= 1:
-            raise ConfigError(
-                f"target is {self.target}; allowed: an accuracy greater than 0 and at most 1 (85% is 0.85)"
-            )
-        for name, low in (("max_trials", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: {low} or more")
-        for name in ("lease", "chief_timeout"):
-            if not 1 <= getattr(self, name) <= MAX_SECONDS:
-                raise ConfigError(f"{name} is {getattr(self, name):g}; allowed: 1 to {MAX_SECONDS} seconds")
-        if self.workers is not None and (self.workers < 1 or self.role == "worker"):
-            text = "none with --role=worker" if self.role == "worker" else "1 or more"
-            raise ConfigError(f"workers is {self.workers}; allowed: {text}")
+        if self.workers is not None and self.role == "worker":
+            raise ConfigError(f"workers is {self.workers}; allowed: none with --role=worker")
         if (self.role == "alone") != (self.chief is None):
             raise ConfigError(
                 f"role is {self.role} and chief is {self.chief};"
