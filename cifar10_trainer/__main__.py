@@ -68,7 +68,7 @@ _define(
 _define(
     flags.DEFINE_boolean,
     "final_fit",
-    "hold out nothing: train on all training images and keep the last weights (a folder's val/ is still used)",
+    "hold out nothing: train on all training images and keep the last weights; with a folder's val/, the best on it",
     False,
 )
 _define(
@@ -141,8 +141,8 @@ _define(
     flags.DEFINE_string,
     "precision",
     f"one of {', '.join(PRECISIONS)}; default: the recipe's, auto: on GPUs bfloat16 where they have it, float16 where they only "
-    "have that; on a CPU bfloat16 where it is measured to be faster (once; the run prints the file that keeps the answer, "
-    "and without it the next run measures again); else float32",
+    "have that; on a CPU bfloat16 where it is measured to be faster (once a machine; the run prints the file with the "
+    "answer; delete it to measure again); else float32",
 )
 _define(flags.DEFINE_boolean, "sync_batch_norm", "compute batch-norm statistics over all replicas", None)
 _define(

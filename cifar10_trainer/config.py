@@ -159,18 +159,28 @@ def _section_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 class Augmentation(_Section):
     """Random changes to the training images, a new draw for each image and epoch, determined by the seed.
 
-    They are applied in the order of the fields. Lengths are in pixels and rotation in turns (0.1 is 36 degrees); zoom is a
-    fraction of the image's side.
+    They are applied in the order of the attributes.
+
+    Attributes:
+        flip: horizontally: "none", "random", or "alternating", which is at random in epoch 1 and then the opposite of the epoch
+            before.
+        shift: the most pixels along each axis, in either direction, 0 to 16.
+        rotation: the largest angle in turns (0.1 is 36 degrees), in either direction, 0 to 0.5.
+        zoom: the largest fraction of the image's side by which it grows or shrinks, 0 to 0.9.
+        fill: what shift, rotation and zoom show outside the image: "reflect", "nearest", or "constant", which is black.
+        cutout: the side of a grey square in pixels, 0 to 32.
+        mixup: alpha of the Beta distribution that the mixing weight is drawn from, 0 (off) to 10.
+        cutmix: the same for cutmix. Only one of the two may be on.
     """
 
-    flip: str = "none"  # horizontal: "random", or "alternating": at random in epoch 1, then the opposite of the epoch before
-    shift: int = 0  # at most this many pixels along each axis, in either direction
+    flip: str = "none"
+    shift: int = 0
     rotation: float = 0.0
     zoom: float = 0.0
-    fill: str = "reflect"  # what shift, rotation and zoom show outside the image; "constant" is black
-    cutout: int = 0  # side of the grey square
-    mixup: float = 0.0  # alpha of the Beta distribution that the mixing weight is drawn from; 0: off
-    cutmix: float = 0.0  # alpha, as for mixup
+    fill: str = "reflect"
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def _check(self) -> None:
         self._one_of("flip", FLIPS)
@@ -187,15 +197,25 @@ class Augmentation(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(_Section):
-    """How gradients become updates. The loss is the mean over the batch."""
+    """How gradients become updates. The loss is the mean over the batch.
+
+    Attributes:
+        name: "sgd", "adam", "adamw" or "muon".
+        learning_rate: the peak, above 0 and below 100; the schedule scales it.
+        momentum: of sgd, and of sgd for what muon leaves to it, 0 to 0.9999. Muon's own is 0.6.
+        nesterov: of sgd: whether the momentum is Nesterov's.
+        weight_decay: of sgd, and of sgd for what muon leaves to it: L2, in the gradient. Of adamw: decoupled. 0 to 1.
+        bias_multiplier: of sgd and muon: times the learning rate, for batch-norm offsets (beta), 0 to 1000.
+        clip_norm: the largest global norm of the gradient of one replica, above 0; None: no limit.
+    """
 
     name: str = "sgd"
-    learning_rate: float = 0.1  # the peak; the schedule scales it
-    momentum: float = 0.0  # sgd, and what muon leaves to sgd: muon's own is 0.6
-    nesterov: bool = False  # sgd
-    weight_decay: float = 0.0  # sgd, and what muon leaves to sgd: L2, in the gradient; adamw: decoupled
-    bias_multiplier: float = 1.0  # sgd, muon: times the learning rate, for batch-norm offsets (beta)
-    clip_norm: float | None = None  # the largest global norm of the gradient of one replica
+    learning_rate: float = 0.1
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    bias_multiplier: float = 1.0
+    clip_norm: float | None = None
 
     def _check(self) -> None:
         self._one_of("name", OPTIMIZERS)
@@ -221,16 +241,26 @@ class Schedule(_Section):
     """The learning rate over the whole run, as a multiple of the optimizer's peak rate.
 
     All lengths are fractions of the run, so a recipe anneals to its end over any number of epochs.
+
+    Attributes:
+        name: "constant", "linear", "cosine", "step", "cyclic" or "plateau".
+        warmup: the fraction of the run in which the rate rises linearly from `start` to 1, 0 to 0.9. Of plateau: 0.
+        start: the first value of the warm-up, 0 to 1.
+        end: of linear and cosine the last value, of cyclic and plateau the lowest one, 0 to 1.
+        drop: of step and plateau: the rate is multiplied by this at each drop, above 0 and below 1.
+        drops: of step: the drops, as rising fractions of the run.
+        cycles: of cyclic: triangles in the run, 1 to 1000.
+        patience: of plateau: epochs without a better val_loss before a drop, 1 to 1000.
     """
 
     name: str = "constant"
-    warmup: float = 0.0  # the fraction of the run in which the rate rises linearly from `start` to 1
+    warmup: float = 0.0
     start: float = 0.0
-    end: float = 0.0  # linear, cosine: the last value; cyclic, plateau: the lowest value
-    drop: float = 0.1  # step, plateau: the rate is multiplied by this at each drop
-    drops: tuple[float, ...] = (0.5, 0.75)  # step: the drops, as fractions of the run
-    cycles: int = 4  # cyclic: triangles in the run
-    patience: int = 5  # plateau: epochs without a better val_loss before a drop
+    end: float = 0.0
+    drop: float = 0.1
+    drops: tuple[float, ...] = (0.5, 0.75)
+    cycles: int = 4
+    patience: int = 5
 
     def _check(self) -> None:
         self._one_of("name", SCHEDULES)
@@ -255,9 +285,13 @@ class Averaging(_Section):
     average = a * average + (1 - a) * weights with a = decay**every * (step / steps)**3, then weights = average. As a grows
     with the step, the average reaches further back towards the end of the run. Zhang et al. 2019, arXiv:1907.08610, with
     airbench's schedule of a.
+
+    Attributes:
+        every: steps, 0 (off) to 10,000.
+        decay: 0 to 1.
     """
 
-    every: int = 0  # steps; 0: off
+    every: int = 0
     decay: float = 0.95
 
     def _check(self) -> None:
@@ -267,59 +301,95 @@ class Averaging(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin(_Section):
-    """Where a recipe comes from, and what its source claims."""
+    """Where a recipe comes from, and what its source claims.
+
+    Attributes:
+        source: in words.
+        claim: the test accuracy, 0-1, unless the comment at the recipe says otherwise; None: no claim.
+        parameters: of the network.
+    """
 
     source: str = ""
-    claim: float | None = None  # test accuracy, 0-1, unless the comment at the recipe says otherwise
+    claim: float | None = None
     parameters: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(_Section):
-    """Everything that determines a training run. `RECIPES` holds named ones, and `override` derives others from them."""
+    """Everything that determines a training run. `RECIPES` holds named ones, and `override` derives others from them.
+
+    Attributes:
+        recipe: its name, a part of the run folder's: up to 100 letters, digits and . + - _
+        origin: where it comes from. It changes nothing.
+        dataset: "cifar10", "digits" or "folder".
+        image_size: the side in pixels to which the images of a folder are resized, 8 to 512.
+        resize: how: "squash" the whole image, "crop" to its middle, or "pad" it with black.
+        validation_fraction: of the training images, held out. None: train on all of them, and keep the last weights.
+        validation_split: "stratified": the same share of each class; "last": the last images, as tutorials do.
+        validation_fold: of stratified: which of the 1 / validation_fraction parts is held out, from 0.
+        augmentation: random changes to the training images.
+        architecture: a name in `cifar10_trainer.models.ARCHITECTURES`.
+        options: keyword arguments of the architecture's build function.
+        pixels: how the network scales them: "standardised" is minus the channel mean, over the deviation; "centred" minus the
+            mean; "unit" 0-1.
+        whitening: whether the layer "whitening" is set to the patch whitening of the images, and frozen.
+        epochs: above 0, up to 100,000. A fraction ends the run within an epoch.
+        batch_size: the global one, over all replicas.
+        sizes: progressive resizing: the sides of the training images, each for an equal share of the steps, so that training
+            starts on small images. The last one stands for the full size, and the others are in proportion to it. Empty: off.
+        label_smoothing: 0 to 0.99.
+        class_weights: "none", or "balanced": the loss of an image counts n / (classes * images of its class) times, over the
+            training images.
+        optimizer: how gradients become updates.
+        schedule: the learning rate over the run.
+        averaging: lookahead.
+        early_stopping: epochs without a better val_loss after which the run ends; None: it does not end early.
+        validation_interval: epochs between validations. The last epoch always has one.
+        views: of test-time augmentation (TTA), whose result is the mean over them: 1 is the image alone, 2 adds the mirror
+            image, 6 also diagonal shifts.
+        views_share: of the images, those of which the model is least sure, that get the further views; above 0, up to 1.
+        target: the validation accuracy, 0-1, at which the time is reported.
+        seed: 0 to 2**31 - 1.
+        adapt: the settings, of batch_size, epochs, validation_fraction and validation_interval, that the run chooses by the
+            number of its images.
+        strategy: "auto", "none", "mirrored" or "multi_worker".
+        precision: "auto", "float32", "mixed_bfloat16" or "mixed_float16".
+        synchronize_batch_norm: whether batch norm computes its statistics over all replicas.
+    """
 
     recipe: str = "custom"
     origin: Origin = field(default_factory=Origin)
 
     # data
     dataset: str = "cifar10"
-    image_size: int = 32  # the side, in pixels, to which the images of a folder are resized
-    resize: str = "squash"  # how: "squash" the whole image, "crop" to its middle, or "pad" it with black
-    # of the training images; None: train on all of them, and keep the last weights
+    image_size: int = 32
+    resize: str = "squash"
     validation_fraction: float | None = 0.1
-    # the same share of each class; "last": the last images, as tutorials do
     validation_split: str = "stratified"
-    validation_fold: int = 0  # stratified: which of the 1 / validation_fraction parts is held out, from 0
+    validation_fold: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     # model
     architecture: str = "fast"
-    # keyword arguments of the architecture's build function
     options: Mapping[str, Any] = field(default_factory=dict)
-    # minus the channel mean, over the deviation; "centred": minus the mean; "unit": 0-1
     pixels: str = "standardised"
-    whitening: bool = False  # set the layer "whitening" to the patch whitening of the images, and freeze it
+    whitening: bool = False
 
     # optimisation
     epochs: float = 40.0
-    batch_size: int = 512  # the global one, over all replicas
-    # Progressive resizing: the sides of the training images, each for an equal share of the steps, so that training
-    # starts on small images. The last one stands for the full size and the others are in proportion to it. Empty: off.
+    batch_size: int = 512
     sizes: tuple[int, ...] = ()
     label_smoothing: float = 0.0
-    # "balanced": the loss of an image counts n / (classes * images of its class) times, over the training images.
     class_weights: str = "none"
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     averaging: Averaging = field(default_factory=Averaging)
-    early_stopping: int | None = None  # stop after so many epochs without a better val_loss
-    validation_interval: int = 1  # epochs between validations; the last epoch always has one
-    views: int = 1  # test-time augmentation (TTA), the mean over views: 2 adds the mirror image, 6 also diagonal shifts
-    # of the images, those of which the model is least sure, that get the further views
+    early_stopping: int | None = None
+    validation_interval: int = 1
+    views: int = 1
     views_share: float = 1.0
-    target: float = 0.85  # the validation accuracy, 0-1, at which the time is reported
+    target: float = 0.85
     seed: int = 0
-    # the settings, of ADAPTABLE, that the run chooses by the number of its images
     adapt: tuple[str, ...] = ()
 
     # where it runs

@@ -1,8 +1,8 @@
 """Trains recipes with their own settings, and shows each result beside its record, or keeps a record where there is none.
 
     python scripts/reproduce.py practical.baseline vgg.1      # these recipes
-    python scripts/reproduce.py --source=2 --epochs=20        # what has no record of tutorial 2, cut to 20 epochs
-    python scripts/reproduce.py --all --seeds=3               # what has no record of all recipes
+    python scripts/reproduce.py --source=2                    # the recipes of tutorial 2 that have no record
+    python scripts/reproduce.py --all --seeds=3               # every recipe, its runs without a record
     python scripts/reproduce.py fast.85 --epochs=7            # the project's own recipes take any number of epochs
     python scripts/reproduce.py --record=runs/mine            # keeps the record of a finished run of the main command
     python scripts/reproduce.py --table                       # only the tables, from the records

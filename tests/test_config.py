@@ -31,6 +31,15 @@ def error_of(function, *args, **kwargs) -> str:
     return text
 
 
+@pytest.mark.parametrize("section", [Config, Augmentation, Optimizer, Schedule, Averaging, Origin])
+def test_help_describes_every_field(section):
+    described = [
+        line.partition(":")[0] for line in section.__doc__.partition("Attributes:\n")[2].splitlines()
+    ]
+    names = [f"        {f.name}" for f in dataclasses.fields(section)]
+    assert [line for line in described if line in names] == names  # each once, in their order
+
+
 # ---- to and from JSON
 
 

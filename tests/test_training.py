@@ -266,6 +266,17 @@ def test_the_folder_is_complete(whole):
     assert all(p.stat().st_size > 100 for p in events)
 
 
+def test_the_document_explains_every_metric(whole):
+    """The first column of the table under "What `train` returns" in docs/library.md holds the keys of metrics.json."""
+    text = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
+    table = text.partition("## What `train` returns")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    _, metrics, *_ = whole
+    assert sorted(
+        name for cell in cells for name in cell.replace("`", "").replace(",", " ").split()
+    ) == sorted(metrics)
+
+
 def test_the_history_has_a_row_an_epoch(whole):
     workdir, metrics, recorder, *_ = whole
     rows = read_history(workdir)

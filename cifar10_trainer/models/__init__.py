@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, str] = {
     "course": "three unpadded convolutions with batch norm, pooling and dropout (tutorial 3)",
     "leaky": "three pairs of convolutions with LeakyReLU and batch norm (tutorial 4)",
     "wide_head": "three pairs of convolutions and two wide dense layers (tutorial 5)",
-    "transfer": "a Keras Applications backbone, pretrained on ImageNet, with a new head",
+    "transfer": "a trained network, the packaged one or one of Keras Applications, with a new head",
 }
 
 # These arguments of a build function depend on the data, so they are not options of a recipe.
