@@ -1,7 +1,7 @@
 """Times this project beside other people's code, and keeps the numbers in results/benchmark.json and docs/benchmarks.md.
 
     python scripts/benchmark.py                   # every section for a CPU
-    python scripts/benchmark.py --quick           # smaller, under five minutes; leaves out what needs many whole trainings
+    python scripts/benchmark.py --quick           # smaller, under five minutes; leaves out `precision`
     python scripts/benchmark.py step loader       # only these sections
     python scripts/benchmark.py --gpu             # the sections for a machine with a GPU, under eight minutes
     python scripts/benchmark.py --gpu --airbench=PATH    # also airbench's own scripts, from a checkout of it

@@ -108,7 +108,7 @@ def fit(config: Config, thirds: int, data: Dataset) -> dict[str, Any]:
     images, labels, *validation = datasets.split(data, config.validation_fraction, seed=config.seed)
     with seeded(config.seed):
         model = initial_model(config, images, data.num_classes)
-        twin = make_training_model(model, runtime.choose_precision("auto")[0])
+        training_model = make_training_model(model, runtime.choose_precision("auto")[0])
     # All steps see images of full size, so as many FLOPs are fewer steps.
     per_image = forward_flops(model)
     images_of_third = config.epochs * len(labels) * flops(config) / per_image / tuners.THIRDS
@@ -123,8 +123,8 @@ def fit(config: Config, thirds: int, data: Dataset) -> dict[str, Any]:
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = make_optimizer(config.optimizer, Schedule(name="constant"), thirds * steps)
-    twin.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
-    history = twin.fit(
+    training_model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    history = training_model.fit(
         dataset,
         epochs=thirds,
         steps_per_epoch=steps,

@@ -22,7 +22,7 @@ from cifar10_trainer.errors import ConfigError
 from cifar10_trainer.model_file import PACKAGED, ModelInfo, write_model
 from cifar10_trainer.models import build
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES, recipe_for_folder
-from results import photos
+from results import photos, tables
 
 ROOT = Path(__file__).parents[1]
 RECIPE = RECIPES["transfer.cifar"]
@@ -79,7 +79,7 @@ def test_it_scores_on_the_test_images_what_the_record_says(packaged, record, rea
 @pytest.mark.parametrize("name", ["packaged", "photos"])
 def test_the_document_shows_the_record(name):
     path = {"packaged": photos.PACKAGED, "photos": photos.PHOTOS}[name]
-    text = photos.DOCUMENT.read_text()
+    text = tables.document_of("photos").read_text()
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", text, re.S)[1]
     found = json.loads(path.read_text()) if path.exists() else None
     make = {

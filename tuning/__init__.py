@@ -5,7 +5,7 @@ script searches such a space over a folder of images (pictures/train/<class>/*),
 
     from functools import partial
 
-    from cifar10_trainer import RECIPES, load
+    from cifar10_trainer import RECIPES, load_data
     from tuning import tune
 
     def space(hp):
@@ -16,7 +16,7 @@ script searches such a space over a folder of images (pictures/train/<class>/*),
         )
 
     if __name__ == "__main__":
-        pictures = partial(load, "folder", "pictures", image_size=32)
+        pictures = partial(load_data, "folder", "pictures", image_size=32)
         result = tune(space, pictures, workdir="searches/pictures", max_trials=10, workers=2)
         print(result.best.accuracy, result.best_config.options)
 

@@ -1,4 +1,4 @@
-"""The sections of the benchmark for a machine with a GPU: `python scripts/benchmark.py --gpu`. They also run on a CPU.
+"""The sections of the benchmark for a machine with a GPU: `python scripts/benchmark.py --gpu`. The tests run them on a CPU.
 
 A section takes Options and returns its rows and its results ("verdicts"). The first line of its docstring is its title
 in the table.

@@ -40,7 +40,7 @@ COMPARED = [
         (f"`train(model=...)` / `Model.fit`: {name}", "own_model", f"{name}: this project / Model.fit")
         for name in ("tutorial 4's network", "MobileNetV2")
     ),
-    *((f"a step over its limit: `{name}`", "limit", f"{RATIO}: {name}") for name in GOALS),
+    *((f"step time / limit: `{name}`", "limit", f"{RATIO}: {name}") for name in GOALS),
     ("input pipeline with cutout / Keras layers without", "loader", "with cutout / Keras layers"),
     ("data in a step of `leaky.baseline`", "waiting", f"{cpu.SHARE_OF_DATA} of leaky.baseline"),
     ("data in a step of `fast.85`", "waiting", f"{cpu.SHARE_OF_DATA} of fast.85"),
@@ -167,7 +167,7 @@ def number_beside(value: float, goal: str) -> str:
 
 
 def speed_table(record: dict[str, Any]) -> str:
-    """The README's table: the numbers of a user's first questions, with the goal where it is missed."""
+    """The README's table: the numbers of a user's first questions."""
     rows = []
     for make in (_target, _step, _loader, _memory, _gpu_step, _gpu_94):
         with contextlib.suppress(KeyError, StopIteration):  # not measured, or not all of it

@@ -10,7 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from results.records import ROOT
@@ -91,8 +91,8 @@ def run_processes(what: str, o: Options, count: int) -> list[dict[str, Any]]:
             process.kill()  # those that are left where something interrupts the benchmark
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
-            last = (errors.strip().splitlines() or ["it printed no error"])[-1]
-            raise RunError(f"scale_out.{what} gave exit status {process.returncode}: {last[:300]}")
+            last = timing.last_line(errors)
+            raise RunError(f"scale_out.{what} gave exit status {process.returncode}: {last}")
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
@@ -115,8 +115,10 @@ def replicas(rounds: int, steps: int) -> None:
     engines = {}
     for name, names in devices.items():
         strategy = tf.distribute.get_strategy() if names is None else tf.distribute.MirroredStrategy(names)
-        engines[name] = engine_on(strategy, steps)
-    samples = interleaved({n: milliseconds(e, steps) for n, e in engines.items()}, rounds)
+        engines[name] = timing.engine_for(
+            RECIPE, *synthetic_data(steps * BATCH), strategy=strategy, batch_size=BATCH
+        )
+    samples = interleaved({n: timing.step_of(e, steps) for n, e in engines.items()}, rounds)
     weights = engines[NONE].training_model.trainable_variables
     size = sum(v.value.dtype.size * v.value.shape.num_elements() for v in weights)
     print(json.dumps({"samples": samples, "gradient_bytes": size}))
@@ -127,21 +129,6 @@ def worker(rounds: int, steps: int) -> None:
     from cifar10_trainer import runtime
 
     strategy, _ = runtime.choose_strategy("auto")
-    measure = milliseconds(engine_on(strategy, steps), steps)
+    engine = timing.engine_for(RECIPE, *synthetic_data(steps * BATCH), strategy=strategy, batch_size=BATCH)
+    measure = timing.step_of(engine, steps)
     print(json.dumps({"samples": interleaved({"step": measure}, rounds)["step"]}))
-
-
-def engine_on(strategy: Any, steps: int) -> Any:
-    """An engine for the recipe under a tf.distribute strategy."""
-    from cifar10_trainer import RECIPES, runtime
-    from cifar10_trainer.engine import make_engine
-
-    config = RECIPES[RECIPE].override(epochs=10_000, batch_size=BATCH)
-    policy, _ = runtime.choose_precision(config.precision)
-    images, labels = synthetic_data(steps * BATCH)
-    return make_engine(config, images, labels, num_classes=10, strategy=strategy, policy=policy)
-
-
-def milliseconds(engine: Any, steps: int) -> Callable[[], float]:
-    seconds = timing.seconds_of(engine, steps)
-    return lambda: 1e3 * seconds() / steps

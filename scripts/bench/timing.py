@@ -21,6 +21,7 @@ from cifar10_trainer import RECIPES, RunError
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
     from cifar10_trainer.engine import Engine
 
@@ -137,7 +138,7 @@ def engine_for(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    strategy: str = "none",
+    strategy: str | tf.distribute.Strategy = "none",
     model: keras.Model | None = None,
     **changes: Any,
 ) -> Engine:
@@ -149,7 +150,7 @@ def engine_for(
     from cifar10_trainer.engine import make_engine
 
     config = RECIPES[recipe].override(**{"epochs": 10_000, **changes})
-    chosen, _ = runtime.choose_strategy(strategy)
+    chosen = runtime.choose_strategy(strategy)[0] if isinstance(strategy, str) else strategy
     policy, _ = runtime.choose_precision(config.precision)
     return make_engine(config, images, labels, num_classes=10, strategy=chosen, policy=policy, model=model)
 
@@ -168,6 +169,11 @@ def seconds_of(engine: Engine, steps: int) -> Callable[[], float]:
 def in_milliseconds(seconds: Callable[[], float], steps: int) -> Callable[[], float]:
     """A function that returns the milliseconds of one of the `steps` steps that `seconds` measures."""
     return lambda: 1e3 * seconds() / steps
+
+
+def step_of(engine: Engine, steps: int) -> Callable[[], float]:
+    """A function that trains `steps` steps and returns the milliseconds of one."""
+    return in_milliseconds(seconds_of(engine, steps), steps)
 
 
 # ---- processes of their own ------------------------------------------------------------------------------
@@ -191,9 +197,14 @@ def output_of(words: Sequence[str]) -> str:
     """What a command prints. Raises RunError with the last line of its errors where it fails."""
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
-        raise RunError(f"{' '.join(words[1:4])} ... gave exit status {done.returncode}: {last[:300]}")
+        last = last_line(done.stderr)
+        raise RunError(f"{' '.join(words[1:4])} ... gave exit status {done.returncode}: {last}")
     return done.stdout
+
+
+def last_line(errors: str) -> str:
+    """The last line of what a failed process has printed on stderr."""
+    return (errors.strip().splitlines() or ["it printed no error"])[-1][:300]
 
 
 def trained(*flags: str, data_dir: str | None = None) -> dict[str, Any]:

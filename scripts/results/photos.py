@@ -9,7 +9,6 @@ from typing import Any
 
 from . import records, tables
 
-DOCUMENT = records.ROOT / "docs" / "photos.md"
 PACKAGED = records.ROOT / "results" / "packaged.json"
 PHOTOS = records.ROOT / "results" / "photos.json"
 
@@ -61,7 +60,7 @@ def publish() -> None:
     for name, path, make in (("packaged", PACKAGED, packaged_table), ("photos", PHOTOS, photos_table)):
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            tables.rewrite(DOCUMENT, name, make(found["runs"] if name == "photos" else found))
+            tables.publish(name, make(found["runs"] if name == "photos" else found))
 
 
 def _percent(share: float) -> str:

@@ -17,6 +17,7 @@ DOCUMENTS = {
     "results/README.md": ("results", "versus"),
     "docs/benchmarks.md": ("benchmark", "frontier", "processors"),
     "docs/search.md": ("tuners",),
+    "docs/photos.md": ("packaged", "photos"),
 }
 TUTORIALS = (1, 2, 3, 4, 5)
 HIGHLIGHTS = (  # recipe and epochs: the project's own, and each tutorial's own network
