@@ -86,7 +86,8 @@ def make_training_model(
         the values of those of `model`, but they are copies.
 
     Raises:
-        ConfigError: if the model does not end in a softmax.
+        ConfigError: if the model does not end in a softmax, if its last layer is used in other places as well, or if it does not
+            work in the policy.
     """
     softmax, logits = softmax_of(model), logits_before_softmax(model)
     if softmax is None:
@@ -96,9 +97,12 @@ def make_training_model(
     # Where the softmax is a part of the last layer, or of a model inside this one, its copy leaves the softmax out.
     body = keras.Model(model.inputs[0], model.outputs[0] if logits is None else logits)
     last, nodes = body.outputs[0]._keras_history.operation, _nodes_of(body)
+    if logits is None:
+        _check_used_once(body, nodes)
 
     def clone(layer: Any) -> Any:
-        if layer is softmax:
+        keras.config.set_dtype_policy("float32")
+        if layer is softmax and logits is None:
             return _without_softmax(layer)
         if not isinstance(layer, keras.Layer):  # an operation of keras.ops
             return type(layer).from_config(layer.get_config())
@@ -111,15 +115,33 @@ def make_training_model(
 
     shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
     nested = any(isinstance(layer, keras.Model) for layer in body.layers)
-    result = keras.models.clone_model(
-        body,
-        input_tensors=keras.Input(shape),
-        clone_function=clone,
-        **({"recursive": True} if nested else {}),
-    )
+    try:
+        result = keras.models.clone_model(
+            body,
+            input_tensors=keras.Input(shape, dtype=model.inputs[0].dtype),
+            clone_function=clone,
+            **({"recursive": True} if nested else {}),
+        )
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        if policy == "float32":
+            raise
+        raise ConfigError(
+            f"model {model.name} does not work in {policy} ({one_line(error)}); allowed: --precision=float32"
+        ) from error
     result.set_weights(body.get_weights())
     _finish_layers(body, result)
     return result
+
+
+def _check_used_once(model: keras.Model, nodes: set[Any]) -> None:
+    """Raises ConfigError if the layer that the model ends in is called elsewhere, too: only at the end is it to lose its softmax."""
+    last: Any = model
+    while isinstance(last, keras.Model):
+        last = last.outputs[0]._keras_history.operation
+        if sum(node.operation is last for node in nodes) > 1:
+            raise ConfigError(
+                f"model {model.name} ends in the layer {last.name!r}, which it also uses elsewhere; allowed: a last layer of its own"
+            )
 
 
 def synchronizes(model: keras.Model) -> bool:
@@ -149,8 +171,9 @@ def _finish_layers(model: keras.Model, result: keras.Model) -> None:
                 copy.trainable = part.trainable
         for part, copy in zip(old.weights, new.weights, strict=True):
             copy.trainable = part.trainable
-        if isinstance(new, keras.layers.Normalization):
-            new.finalize_state()
+        for copy in copies:
+            if isinstance(copy, keras.layers.Normalization):
+                copy.finalize_state()
 
 
 def _fuses_relu(layer: keras.Layer) -> bool:
@@ -188,6 +211,8 @@ def _training_layer(
     is_float32 = is_float32 or (cpu and kind in SLOW_IN_BFLOAT16)
     if not is_float32 and layer.dtype_policy.name in REPLACED_POLICIES:
         config["dtype"] = policy
+        # For the layers that it makes itself, now or when it is built. `keras_defaults` restores the user's.
+        keras.config.set_dtype_policy(policy)
     if kind is keras.layers.BatchNormalization:
         if replicas > 1 and (synchronize or layer.synchronized):
             return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
@@ -226,7 +251,7 @@ def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
     Raises:
         ConfigError: if a layer would receive no pixels, or if the number of weights depends on the size.
     """
-    for side in {min(sizes), max(sizes)}:
+    for side in sorted(set(sizes)):
         too_deep = (
             f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger sizes"
         )
@@ -234,8 +259,12 @@ def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
         try:
             resized = keras.models.clone_model(model, input_tensors=images)
         except ValueError as error:
-            raise ConfigError(f"{too_deep} ({one_line(error)})") from error
-        if any(0 in layer.output.shape[1:] for layer in resized.layers):  # Keras before 3.13 raises nothing
+            raise ConfigError(
+                f"sizes is {sizes}, but {model.name} does not take {side}x{side} pixels ({one_line(error)}); allowed: other sizes,"
+                " larger ones where it is too deep for these"
+            ) from error
+        outputs = keras.tree.flatten([layer.output for layer in resized.layers])
+        if any(0 in output.shape[1:] for output in outputs):  # Keras before 3.13 raises nothing
             raise ConfigError(too_deep)
         if [w.shape for w in resized.weights] != [w.shape for w in model.weights]:
             raise ConfigError(

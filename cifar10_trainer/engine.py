@@ -165,7 +165,7 @@ class Engine:
             compiled=self.compiled,
         )
         self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
-        optim.leave_out_other_kernels(self.optimizer, self.training_model)
+        optim.leave_out_others(self.optimizer, self.training_model)
         if self.policy == "mixed_float16":
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         self.optimizer.build(self.training_model.trainable_variables)
@@ -253,6 +253,8 @@ class Engine:
                 losses *= image_weights
             # Keras optimizers sum over replicas, so each replica adds its share of the mean over the global batch.
             loss = tf.reduce_sum(losses) / self.config.batch_size
+            # What a layer adds may have one value for each image, and any dtype: Keras adds the sums.
+            penalties = [tf.reduce_sum(tf.cast(penalty, loss.dtype)) for penalty in penalties]
             objective = loss + tf.add_n(penalties) / self.replicas if penalties else loss
             if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
                 objective = self.optimizer.scale_loss(objective)

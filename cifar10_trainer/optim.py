@@ -116,11 +116,23 @@ class SGD(keras.optimizers.SGD):
         super().__init__(learning_rate, **kwargs)
         self.l2 = l2
         self.bias_multiplier = bias_multiplier
+        self._left_out: set[int] = set()  # identities of variables, until `build` knows their indices
+        self._others: set[int] = set()
+
+    def leave_out(self, variables: Sequence[keras.Variable]) -> None:
+        """Treats these variables as any other, whatever their names and shapes. It has to be called before `build`."""
+        self._left_out.update(map(id, variables))
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Makes the optimizer's own variables."""
+        super().build(variables)
+        self._others = {i for i, v in enumerate(variables) if id(v) in self._left_out}
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
         """Updates one variable in place."""
-        keras_variable = self._trainable_variables[self._get_variable_index(variable)]
-        if self.bias_multiplier != 1 and keras_variable.path.endswith("/beta"):
+        index = self._get_variable_index(variable)
+        is_offset = self._trainable_variables[index].path.endswith("/beta") and index not in self._others
+        if self.bias_multiplier != 1 and is_offset:
             gradient = gradient * self.bias_multiplier
         if self.l2:
             gradient = gradient + self.l2 * tf.convert_to_tensor(variable)
@@ -129,7 +141,7 @@ class SGD(keras.optimizers.SGD):
             return
         tf.raw_ops.ResourceApplyKerasMomentum(  # Keras's own rule, in one kernel
             var=variable.handle,
-            accum=self.momentums[self._get_variable_index(variable)].value.handle,
+            accum=self.momentums[index].value.handle,
             lr=tf.cast(learning_rate, variable.dtype),
             grad=gradient,
             momentum=tf.cast(self.momentum, variable.dtype),
@@ -172,12 +184,6 @@ class Muon(SGD):
         check_number("kernel_momentum", kernel_momentum, Real, 0, 1)
         self.kernel_momentum = kernel_momentum
         self.sgd_ratio = sgd_ratio
-        self._left_out: set[int] = set()  # identities of variables, until `build` knows their indices
-        self._others: set[int] = set()
-
-    def leave_out(self, variables: Sequence[keras.Variable]) -> None:
-        """Treats these variables as `SGD` does, whatever their shape. It has to be called before `build`."""
-        self._left_out.update(map(id, variables))
 
     def _is_kernel(self, variable: keras.Variable) -> bool:
         has_shape = len(variable.shape) == 4 and variable.shape[-1] > 1
@@ -186,7 +192,6 @@ class Muon(SGD):
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the momentum of each variable."""
         super().build(variables)
-        self._others = {i for i, v in enumerate(variables) if id(v) in self._left_out}
         if not self.momentums:  # Keras's SGD makes none if its own momentum is 0
             self.momentums = self.add_optimizer_variables(variables, "momentum")
 
@@ -238,11 +243,19 @@ class Muon(SGD):
         return {**super().get_config(), "kernel_momentum": self.kernel_momentum, "sgd_ratio": self.sgd_ratio}
 
 
-def leave_out_other_kernels(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
-    """Makes Muon treat the kernels of depthwise and transposed convolutions as SGD does; other optimizers stay as they are."""
-    if not isinstance(optimizer, Muon):
+def leave_out_others(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
+    """Shows SGD and Muon what looks like a variable that they treat in a way of its own, and is none.
+
+    These are the offsets of normalizations other than batch norm, and the kernels of depthwise and transposed convolutions. Other
+    optimizers stay as they are. To be called before `build`.
+    """
+    if not isinstance(optimizer, SGD):
         return
-    for layer in model._flatten_layers():
+    layers = model._flatten_layers()
+    offsets = {id(x.beta) for x in layers if isinstance(x, keras.layers.BatchNormalization)}
+    named_beta = [v for v in model.trainable_variables if v.path.endswith("/beta")]
+    optimizer.leave_out([v for v in named_beta if id(v) not in offsets])
+    for layer in layers:
         if isinstance(layer, keras.layers.SeparableConv2D):
             optimizer.leave_out([layer.depthwise_kernel])
         elif isinstance(layer, (keras.layers.DepthwiseConv2D, keras.layers.Conv2DTranspose)):

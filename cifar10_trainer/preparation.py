@@ -70,9 +70,10 @@ def load(
         # The data set, and the table that batches come from; `prepare` looks again when it knows whether it splits.
         own |= {"files": files, "workdir": folder and folder.path, "copies": 2}
     data = datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
-    if data.validation is not None and "validation_fraction" not in config.adapt and not resumed:
+    fraction = None if "validation_fraction" in config.adapt else config.validation_fraction
+    if data.validation is not None and fraction is not None and not resumed:
         log(
-            f"validation_fraction is {config.validation_fraction}, which is not used: {data.source} has validation images of its"
+            f"validation_fraction is {fraction}, which is not used: {data.source} has validation images of its"
             " own; move them to its training images to use it"
         )
     return data

@@ -113,6 +113,7 @@ def test_a_finite_tf_data_set(batch):
             (IMAGES, LABELS.astype(np.float32)),
             "train labels has dtype float32; allowed: integers from 0, or one-hot rows",
         ),
+        ((IMAGES[:0], np.zeros((0, 0), int)), "train labels has shape (0, 0); allowed: (0,)"),
         ((IMAGES, ONE_HOT * 0.5), "is not one-hot; allowed: one 1 in each row"),
         (
             (IMAGES, LABELS * 2),

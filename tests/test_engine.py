@@ -14,7 +14,7 @@ import tensorflow as tf
 from sklearn.utils.class_weight import compute_sample_weight
 
 from cifar10_trainer import layers, models, scoring
-from cifar10_trainer.accelerate import ELEMENTWISE, make_training_model, synchronizes
+from cifar10_trainer.accelerate import ELEMENTWISE, check_sizes, make_training_model, synchronizes
 from cifar10_trainer.config import Augmentation, Averaging, Config, Optimizer, Schedule
 from cifar10_trainer.engine import Engine, weigh
 from cifar10_trainer.errors import ConfigError, RunError
@@ -768,13 +768,28 @@ def test_each_size_has_its_share_of_the_steps(on_device):
     ("config", "reason"),
     [
         (VGG.override(sizes=(24, 32)), r"sizes is \(24, 32\), but vgg flattens its maps"),
-        (FAST.override(options__filters=(4, 4, 4), sizes=(8, 32)), "fast is too deep for 8x8 pixels"),
+        (
+            FAST.override(options__filters=(4, 4, 4), sizes=(8, 32)),
+            "fast does not take 8x8 pixels .*larger ones where it is too deep|too deep for 8x8",
+        ),
     ],
 )
 def test_sizes_that_the_network_does_not_take(config, reason):
     with pytest.raises(ConfigError, match=reason) as info:
         make_engine(config)
     assert "\n" not in str(info.value)
+
+
+def test_every_size_is_checked_and_layers_may_have_several_outputs():
+    layers, images = keras.layers, keras.Input((16, 16, 3))
+    x = layers.Conv2D(4, 3, padding="same")(images)
+    skip = layers.Concatenate()([x, layers.UpSampling2D()(layers.MaxPooling2D()(x))])  # even sides only
+    inner = keras.Input((None, None, 8))
+    two = keras.Model(inner, [layers.Activation("tanh")(inner), layers.ReLU()(inner)])
+    model = keras.Model(images, layers.GlobalAveragePooling2D()(layers.Add()(two(skip))))
+    check_sizes(model, (12, 14, 16))
+    with pytest.raises(ConfigError, match=r"sizes is \(12, 13, 16\), but .* does not take 13x13 pixels"):
+        check_sizes(model, (12, 13, 16))
 
 
 def test_sizes_of_images_that_are_not_square():

@@ -66,6 +66,17 @@ def test_modes_of_tiff(tmp_path, mode, values, expected):
     np.testing.assert_array_equal(read(tmp_path / "a.tiff"), greys(expected))
 
 
+@pytest.mark.parametrize(("kind", "values"), [(np.uint8, [0, 255, 64]), (np.uint16, [0, 65535, 64 * 257])])
+def test_a_tiff_whose_zero_is_white(tmp_path, kind, values):
+    """Pillow inverts 8 bits when it saves, and 16 bits not, so the file with 16 has the values that are given."""
+    image = Image.fromarray(np.array([values], kind))
+    image.save(tmp_path / "a.tiff", tiffinfo={262: 0})
+    expected = [255, 0, 191] if kind is np.uint16 else None
+    with Image.open(tmp_path / "a.tiff") as opened:
+        expected = np.asarray(opened)[0].tolist() if expected is None else expected
+    np.testing.assert_array_equal(read(tmp_path / "a.tiff"), greys(expected))
+
+
 @pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 256.0], [0.0, np.nan], [np.inf, 0.0]])
 def test_floats_of_another_range_are_refused_rather_than_guessed(tmp_path, values):
     Image.fromarray(np.array([values], np.float32)).save(tmp_path / "a.tiff")

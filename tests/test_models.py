@@ -569,3 +569,17 @@ def test_flops_of_a_model_inside_a_model():
     )
     expected = 2 * (10 * 10 * 9 * 3 * 4 + 8 * 8 * 9 * 4 * 5) + 2 * 5 * 2
     assert models.forward_flops(outer) == expected
+
+
+def test_flops_of_models_inside_that_take_other_shapes_and_several_inputs():
+    layers, images = keras.layers, keras.Input((16, 8, 3))
+    any_size = keras.Input((None, None, 3))
+    inner = keras.Model(any_size, layers.Conv2D(4, 3, padding="same")(any_size))
+    x = inner(images)  # 128 positions of 27 inputs and 4 outputs
+    tokens = keras.Input((None, 4))
+    dense = keras.Model(tokens, layers.Dense(5)(tokens))
+    y = layers.Reshape((128, 4))(x)
+    one, two = keras.Input((128, 5)), keras.Input((128, 5))
+    both = keras.Model([one, two], layers.Dense(2)(layers.Add()([one, two])))
+    model = keras.Model(images, both([dense(y), layers.ReLU()(dense(y))]))
+    assert models.forward_flops(model) == 2 * 128 * (27 * 4 + 2 * 4 * 5 + 5 * 2)

@@ -8,7 +8,7 @@ import tensorflow as tf
 from cifar10_trainer import optim
 from cifar10_trainer.config import Optimizer, Schedule
 from cifar10_trainer.errors import ConfigError
-from cifar10_trainer.optim import SGD, Muon, RunSchedule, leave_out_other_kernels, make_optimizer
+from cifar10_trainer.optim import SGD, Muon, RunSchedule, leave_out_others, make_optimizer
 
 # ---- schedules: peak 2, run of 100 steps; {step: learning rate}, computed by hand
 
@@ -323,6 +323,20 @@ def test_arguments_out_of_range_are_one_line(make, text):
         make()
 
 
+@pytest.mark.parametrize("kind", [SGD, Muon])
+def test_only_offsets_of_batch_norm_have_a_rate_of_their_own(kind):
+    layers, images = keras.layers, keras.Input((4, 4, 2))
+    x = layers.LayerNormalization(name="ln")(layers.BatchNormalization(name="bn")(images))
+    model = keras.Model(images, layers.GroupNormalization(1, name="gn")(x))
+    optimizer = kind(0.01, bias_multiplier=64.0)
+    leave_out_others(optimizer, model)
+    optimizer.build(model.trainable_variables)
+    optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
+    moved = {v.path: -v.numpy()[0] for v in model.trainable_variables if v.path.endswith("beta")}
+    assert moved["bn/beta"] == pytest.approx(64 * moved["ln/beta"], rel=1e-6)
+    assert moved["ln/beta"] == moved["gn/beta"] > 0
+
+
 def test_muon_leaves_other_kernels_to_sgd():
     """A depthwise kernel is one filter for each channel, and a transposed one has its outputs elsewhere."""
     images = keras.Input((8, 8, 3))
@@ -337,7 +351,7 @@ def test_muon_leaves_other_kernels_to_sgd():
     for layer in kinds.values():
         x = layer(x)
     model, optimizer = keras.Model(images, x), Muon(0.1)
-    leave_out_other_kernels(optimizer, model)
+    leave_out_others(optimizer, model)
     optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(0)
     gradients = [rng.normal(size=v.shape).astype(np.float32) for v in model.trainable_variables]

@@ -9,9 +9,11 @@ import signal
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from cifar10_trainer import Averaging, Config, Optimizer, evaluate_model, load_data, predict_images, train
 from cifar10_trainer.accelerate import make_training_model
+from cifar10_trainer.engine import make_engine
 from cifar10_trainer.errors import ConfigError, RunInterrupted
 from cifar10_trainer.layers import FastConv2D, FastDropout, FusedBatchNormalization
 from cifar10_trainer.models.own import digest, plain_model
@@ -449,6 +451,164 @@ def test_a_softmax_within_and_nothing_to_train_are_refused_in_a_line(case, tmp_p
         train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
     assert "; allowed: " in str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_subclassed_model_inside_is_refused_in_a_line(tmp_path, digits):
+    images = keras.Input((32, 32, 3))
+    inside = Subclassed(name="inside")(images)
+    model = keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(inside)))
+    with pytest.raises(
+        ConfigError, match="has the model 'inside' inside, which is Subclassed, a subclassed one"
+    ):
+        train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
+
+
+def shared_endings():
+    """Models that use a softmax within and at the end, and whether both uses are the same layer with weights."""
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.Dense(4)(keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(images)))
+    for gate in (keras.layers.Activation("softmax"), keras.layers.Softmax()):
+        yield keras.Model(images, gate(keras.layers.Dense(4)(gate(x)))), False
+    dense = keras.layers.Dense(4, activation="softmax")
+    yield keras.Model(images, dense(x)), False
+    yield keras.Model(images, dense(dense(x))), True
+    inputs = keras.Input((4,))
+    inner = keras.Model(inputs, keras.layers.Dense(4, activation="softmax")(inputs))
+    yield keras.Model(images, inner(x)), False
+    yield keras.Model(images, inner(inner(x))), True
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_only_the_softmax_at_the_end_is_left_out(case):
+    model, refused = list(shared_endings())[case]
+    plain = plain_model(model, (8, 8, 3), 4)
+    if refused:
+        with pytest.raises(
+            ConfigError, match="which it also uses elsewhere; allowed: a last layer of its own"
+        ):
+            make_training_model(plain, "float32")
+        return
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    logits = np.asarray(make_training_model(plain, "float32")(images))
+    np.testing.assert_allclose(softmax(logits), np.asarray(model(images)), atol=1e-6)
+
+
+@keras.saving.register_keras_serializable("test_own_model")
+class Residual(keras.layers.Layer):
+    """Makes its layers itself, as Keras's guides show it: one in the constructor, one when it is built."""
+
+    def __init__(self, filters, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.convolution = keras.layers.Conv2D(filters, 3, padding="same")
+
+    def build(self, shape):
+        self.convolution.build(shape)
+        self.normalization = keras.layers.BatchNormalization()
+        self.normalization.build(shape)
+
+    def call(self, inputs, training=None):
+        return inputs + self.normalization(self.convolution(inputs), training=training)
+
+    def get_config(self):
+        return {**super().get_config(), "filters": self.filters}
+
+
+def residual(**more):
+    images = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(4, 3, padding="same")(keras.layers.Rescaling(1 / 255)(images))
+    x = keras.layers.GlobalAveragePooling2D()(Residual(4, **more)(x))
+    return keras.Model(images, keras.layers.Dense(10)(x))
+
+
+def test_layers_that_a_layer_makes_itself_are_in_16_bits_as_well(tmp_path, digits):
+    metrics = train(
+        CONFIG.override(precision="mixed_bfloat16", epochs=0.2),
+        tmp_path / "run",
+        data=digits,
+        model=residual(),
+        verbose=0,
+    )
+    assert metrics["precision"] == "mixed_bfloat16" and metrics["test_accuracy"] > 0
+    (layer,) = (x for x in residual().layers if isinstance(x, Residual))
+    assert layer.convolution.compute_dtype == "float32"  # the user's own policy is back
+
+
+@keras.saving.register_keras_serializable("test_own_model")
+class Adds(keras.layers.Layer):
+    def call(self, inputs):
+        return inputs + keras.ops.ones_like(inputs, dtype="float32")
+
+
+def test_what_does_not_work_in_16_bits_is_one_line(tmp_path, digits):
+    images = keras.Input((32, 32, 3))
+    x = Adds()(keras.layers.Conv2D(4, 3)(images))
+    model = keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(x)))
+    with pytest.raises(
+        ConfigError, match=r"does not work in mixed_bfloat16 \(.*\); allowed: --precision=float32"
+    ):
+        train(
+            CONFIG.override(precision="mixed_bfloat16"), tmp_path / "run", data=digits, model=model, verbose=0
+        )
+
+
+def test_an_adapted_normalization_within_a_layer_and_inputs_of_8_bits():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 8, 8, 3), np.uint8)
+    normalization = keras.layers.Normalization()
+    normalization.adapt(pixels.astype("float32").reshape(-1, 8, 3))
+    images, bytes_ = keras.Input((8, 8, 3)), keras.Input((8, 8, 3), dtype="uint8")
+    wraps = keras.ops.cast(bytes_ - 128, "float32") / 255  # 0 becomes 128, not -128
+    for inputs, x in ((images, keras.layers.TimeDistributed(normalization)(images)), (bytes_, wraps)):
+        model = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.Flatten()(x)))
+        logits = np.asarray(make_training_model(plain_model(model, (8, 8, 3), 4), "float32")(pixels))
+        np.testing.assert_allclose(logits, np.asarray(model(pixels)), rtol=1e-4, atol=1e-5)
+
+
+@keras.saving.register_keras_serializable("test_own_model")
+class AddsLosses(keras.layers.Layer):
+    """Adds a loss that is 0, one value for each image."""
+
+    def call(self, inputs):
+        self.add_loss(0 * keras.ops.sum(inputs, axis=(1, 2, 3)))
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("layer", "precision"),
+    [
+        (AddsLosses(), "float32"),
+        (keras.layers.ActivityRegularization(l2=0.0), "mixed_bfloat16"),
+        (keras.layers.Conv2D(3, 1, dtype="float64", kernel_regularizer="l2", trainable=False), "float32"),
+    ],
+)
+def test_losses_that_a_layer_adds_are_summed_in_any_dtype(layer, precision):
+    """A loss of 0 changes no step: the head's bias, from zeros, moves by the mean gradient of the cross-entropy."""
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.Flatten()(layer(keras.layers.Rescaling(1 / 255)(images)))
+    model = keras.Model(images, keras.layers.Dense(2, kernel_initializer="zeros")(x))
+    config = Config(
+        batch_size=4,
+        epochs=1,
+        optimizer=Optimizer(learning_rate=1.0),
+        pixels="unit",
+        validation_fraction=None,
+    )
+    pixels, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 0, 0, 1])
+    engine = make_engine(
+        config,
+        pixels,
+        labels,
+        num_classes=2,
+        model=model,
+        strategy=tf.distribute.get_strategy(),
+        policy=precision,
+    )
+    engine.train(1)
+    # p = 1/2: the mean of (label - p) is 1/4 and -1/4
+    np.testing.assert_allclose(
+        engine.training_model.trainable_variables[-1].numpy(), [0.25, -0.25], atol=1e-3
+    )
 
 
 def test_whitening_needs_the_networks_of_this_project(tmp_path, digits):

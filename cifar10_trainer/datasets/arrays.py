@@ -240,7 +240,7 @@ def check_labels(name: str, labels: Any, n: int) -> tuple[np.ndarray, int]:
     array = _array(name, labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
-    if array.ndim not in (1, 2) or len(array) != n:
+    if array.ndim not in (1, 2) or len(array) != n or array.shape[1:] == (0,):
         raise ConfigError(
             f"{name} has shape {array.shape}; allowed: ({n},) or one-hot ({n}, classes), one for each image"
         )

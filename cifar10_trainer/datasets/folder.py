@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import sys
@@ -268,6 +269,16 @@ def _check_parts(parts: dict[str, dict[str, list[str]]], places: dict[str, Path]
             )
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a folder, or a link to one. A link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
 def _entries(folder: str | os.PathLike[str], left_out: Counter[str]) -> tuple[list[str], list[str]]:
     """The names of the folders and of the other entries in `folder`, sorted; hidden ones are left out."""
     folders: list[str] = []
@@ -279,7 +290,7 @@ def _entries(folder: str | os.PathLike[str], left_out: Counter[str]) -> tuple[li
             elif entry.name == "__MACOSX":  # what macOS adds to zip archives
                 left_out["__MACOSX"] += 1
             else:
-                (folders if entry.is_dir() else files).append(entry.name)
+                (folders if _is_folder(entry) else files).append(entry.name)
     return sorted(folders), sorted(files)
 
 

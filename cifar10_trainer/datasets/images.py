@@ -52,6 +52,7 @@ PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _large = threading.Lock()
 
 _ORIENTATION = 0x0112  # EXIF
+_PHOTOMETRIC = 262  # of TIFF; 0: white is zero
 # EXIF's orientation -> the method of `Image.transpose`, by name, that shows the picture upright.
 _TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -251,6 +252,8 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
             f"it has pixels from {low:.6g} to {high:.6g}; allowed: {allowed[0]} to {allowed[1]}"
             + (", or 0 to 1" if image.mode == "F" else "")
         )
+    # Of 8 bits Pillow itself inverts such a TIFF.
+    white_is_zero = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     scale = 1 / 257 if image.mode != "F" else 255.0 if high <= 1 else 1.0
     key = image.info.get("transparency") if image.mode != "F" else None  # the grey that is transparent
     result = np.empty(values.shape, np.uint8)
@@ -258,6 +261,7 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
         0, len(values), 256
     ):  # rows: floats of the whole image would take eight times its memory
         rows = values[start : start + 256]
+        rows = 65535 - rows if white_is_zero else rows
         result[start : start + 256] = np.rint(rows * scale)
         if isinstance(key, int):
             result[start : start + 256][rows == key] = 255

@@ -151,8 +151,11 @@ def _node_flops(node: Any) -> int:
 
     layer = node.operation
     if isinstance(layer, keras.Model):
-        side = node.input_tensors[0].shape[1]
-        return forward_flops(layer, None if side == layer.input_shape[1] else side)
+        here = [tuple(tensor.shape[1:]) for tensor in node.input_tensors]
+        if here != [tuple(tensor.shape[1:]) for tensor in layer.inputs]:
+            inputs = [keras.Input(s, dtype=t.dtype) for s, t in zip(here, layer.inputs, strict=True)]
+            layer = keras.models.clone_model(layer, input_tensors=inputs if len(inputs) > 1 else inputs[0])
+        return forward_flops(layer)
     if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D | keras.layers.Dense):
         kernels = math.prod(
             layer.kernel.shape

@@ -158,6 +158,11 @@ def _check_layers(model: keras.Model) -> None:
     """Raises ConfigError if a layer cannot be made again from its configuration, as the run and its model file need."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
+            if not getattr(layer, "outputs", None):
+                raise ConfigError(
+                    f"model has the model {layer.name!r} inside, which is {type(layer).__name__}, a subclassed one; allowed: a"
+                    " functional or Sequential one, or a Layer"
+                )
             _check_layers(layer)
             continue
         if isinstance(layer, keras.layers.Lambda):
