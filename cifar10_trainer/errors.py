@@ -54,6 +54,10 @@ class RunError(_OneLine, RuntimeError):
     """Right usage that failed: data, files, network, a diverged training. Exit status 1."""
 
 
+class WriteError(RunError):
+    """Nothing can be written: the disk is full, or the folder has gone or is not writable."""
+
+
 class FolderBusyError(RunError):
     """Another process uses the folder."""
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import FolderBusyError, RunError, reason_of
+from .errors import FolderBusyError, RunError, WriteError, reason_of
 
 KINDS = {  # what a user's path may be instead of a regular file
     stat.S_IFDIR: "a folder",
@@ -81,7 +81,7 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = False, parents: b
         if durable:
             sync(path.parent)
     except OSError as error:
-        raise RunError(
+        raise WriteError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
         ) from error
     finally:
@@ -234,9 +234,9 @@ def remove_files(folder: Path, marker: str, names: Iterable[str]) -> None:
         raise cannot_write(folder, error) from error
 
 
-def cannot_write(folder: Path, error: OSError) -> RunError:
+def cannot_write(folder: Path, error: OSError) -> WriteError:
     """The one-line error for a folder that cannot be written to."""
-    return RunError(f"cannot write to {folder}: {error.strerror}; choose another folder with --workdir")
+    return WriteError(f"cannot write to {folder}: {error.strerror}; choose another folder with --workdir")
 
 
 class LockedFolder:
@@ -285,6 +285,6 @@ class LockedFolder:
         with contextlib.suppress(OSError):
             if self._identity is None or self._found() == self._identity:
                 return
-        raise RunError(
+        raise WriteError(
             f"cannot write to {self}: it was removed or replaced meanwhile; nothing more is written; begin again"
         )

@@ -105,6 +105,10 @@ class TrainingLoop:
         self._call_cost = self._validation_cost = self._save_cost = 0.0  # seconds that the last one took
         self._before = {"seconds": 0.0, "elapsed": 0.0, "epoch_seconds": 0.0}  # of earlier processes
         self._epoch_began = 0.0
+        self._begun: int | None = (
+            None  # the epoch, from 0, whose `on_epoch_begin` was called last, by any process
+        )
+        self._all_stop = False  # whether a callback of any worker has asked to stop
         self._recipe_callbacks = self._make_callbacks()
         self._last_logs: dict[str, float] | None = None  # of the last epoch
         self.hooks = Hooks(
@@ -187,34 +191,35 @@ class TrainingLoop:
             self.folder.write_history(
                 self.history
             )  # it may have lost rows, or have some that came after the state
-        stopped: float = self._wants_stop()  # before an interruption
+        self._all_stop = self._wants_stop()  # before an interruption
         self.hooks.call("on_train_begin")
         # Keras's callbacks forget in on_train_begin.
         for callback, state in zip(self._recipe_callbacks, self._saved_callbacks, strict=False):
             vars(callback).update(state)
         # An interruption may have come between the stop and the end of its epoch.
-        while engine.step < engine.steps and (not stopped or self._is_within_epoch()):
+        while engine.step < engine.steps and (not self._all_stop or self._is_within_epoch()):
             epoch = engine.step // per_epoch
             end = min((epoch + 1) * per_epoch, engine.steps)
             self._epoch_began = time.monotonic() - self._before["epoch_seconds"]
             self._before["epoch_seconds"] = 0.0
-            self.hooks.call("on_epoch_begin", epoch)
+            self._begin_epoch(epoch)
             while engine.step < end:
                 # All workers of a cluster take as many steps a call, and stop together.
                 wanted, caught, stopped = runtime.mean_over_workers(
                     engine.strategy, count, bool(signals.caught), self._wants_stop()
                 )
+                self._all_stop = bool(stopped)
                 if caught:
                     self._stop(signals.caught or "a signal to another worker")
-                if stopped and self._is_within_epoch():
+                if self._all_stop and self._is_within_epoch():
                     break  # as in `Model.fit`, the epoch still ends with a validation
                 steps = 1 if each_step else min(int(wanted), end - engine.step)
                 # Not after the last step of an epoch: its validation belongs to it.
                 self._save_if_due(self._call_cost + self._validation_cost * (engine.step + steps == end))
                 count = self._train_steps(steps, int(wanted), epoch)
-            (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
-            self._end_epoch(epoch, validation, last=bool(stopped) or engine.step >= engine.steps)
-            (stopped,) = runtime.mean_over_workers(engine.strategy, self._wants_stop())
+            self._agree_to_stop()
+            self._end_epoch(epoch, validation, last=self._all_stop or engine.step >= engine.steps)
+            self._agree_to_stop()
         self._finish(validation, signals)
 
     def _finish(self, validation: Sequence[np.ndarray], signals: runtime.Signals) -> None:
@@ -246,6 +251,20 @@ class TrainingLoop:
         self.step_seconds += spent
         self._call_cost = spent
         return int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * wanted, 1024)))
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Calls `on_epoch_begin`, again where a run resumes within an epoch: what that changed then is in the state already."""
+        optimizer, again = self.engine.optimizer, self._begun == epoch
+        rate = float(np.asarray(optimizer.learning_rate))
+        self.hooks.call("on_epoch_begin", epoch, last=again)
+        if again and float(np.asarray(optimizer.learning_rate)) != rate:
+            optimizer.learning_rate = rate
+        self._begun = epoch
+
+    def _agree_to_stop(self) -> None:
+        """Finds whether a callback of any worker has asked to stop. All workers wait here for one another."""
+        (stopped,) = runtime.mean_over_workers(self.engine.strategy, self._wants_stop())
+        self._all_stop = bool(stopped)
 
     def _is_within_epoch(self) -> bool:
         """Whether steps were taken since the last epoch ended, which a stop may have cut short."""
@@ -374,7 +393,8 @@ class TrainingLoop:
             "seconds": self.seconds(),
             "elapsed": self.elapsed(),
             "epoch_seconds": time.monotonic() - self._epoch_began if in_epoch else 0.0,
-            "stopped": self._wants_stop(),
+            "stopped": self._all_stop or self._wants_stop(),
+            "begun": self._begun,
             "callbacks": [
                 {k: v for k, v in vars(c).items() if k in CALLBACK_STATE} for c in self._recipe_callbacks
             ],
@@ -409,6 +429,7 @@ class TrainingLoop:
             self._before = {name: meta[name] for name in self._before}
             self.hooks.model.stop_training = meta["stopped"]
             self._saved_callbacks = meta["callbacks"]
+            self._begun = meta.get("begun")  # version 1.0.0 did not save it
         except (KeyError, ValueError, TypeError) as error:
             raise self.folder.damaged_state(error) from error
         if data != self.fingerprint:
@@ -432,6 +453,9 @@ class TrainingLoop:
             # The process died between a new best model and its state. The epochs that are trained again may, on another
             # number of replicas, not be as good, and then the file would be of none of them.
             self.best = self.best_epoch = None
+        if self.history:
+            ended = self.history[-1].items()
+            self._last_logs = {k: v for k, v in ended if v is not None and k not in ("epoch", "seconds")}
         return "" if before["replicas"] == self.engine.replicas else self._replica_change(before["replicas"])
 
     def _replica_change(self, before: int) -> str:

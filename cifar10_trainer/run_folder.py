@@ -233,7 +233,8 @@ class RunFolder(LockedFolder):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(SPLIT_COLUMNS)
         writer.writerows(rows)
-        write_atomic(self.split_file, text.getvalue().encode("utf-8", "surrogateescape"))
+        content = text.getvalue().encode("utf-8", "surrogateescape")
+        write_atomic(self.split_file, content, durable=True, parents=False)  # a state may be, too
 
     def read_split(self) -> list[tuple[str, str, str]] | None:
         """The rows of split.csv; None where there is none, as in runs on other data. Raises RunError where it is damaged."""

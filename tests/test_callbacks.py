@@ -28,6 +28,7 @@ from cifar10_trainer import (
     make_dataset,
     train,
 )
+from cifar10_trainer.run_folder import RunFolder
 
 BATCH, STEPS, EPOCHS, RATE = 40, 6, 3, 0.05
 CONFIG = Config(
@@ -569,6 +570,41 @@ def test_a_run_whose_weights_a_callback_changes_resumes_exactly(data, tmp_path):
     in_train(data, tmp_path / "parts", [*changing(), parts], config)
     for found, wanted in zip(parts.weights, expected.weights, strict=True):
         same(found, wanted, 0)
+
+
+@pytest.mark.parametrize("step", [STEPS + 4, 2 * STEPS])
+def test_a_rate_that_a_scheduler_changes_resumes_exactly(data, tmp_path, monkeypatch, step):
+    """A run that resumes within an epoch begins it again, which is not to halve the rate again."""
+    monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)
+
+    def halving():
+        return keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+
+    whole, parts = Last(), Last()
+    in_train(data, tmp_path / "whole", [halving(), whole], CONFIG)
+    with pytest.raises(RunInterrupted):
+        in_train(data, tmp_path / "parts", [halving(), Interrupt(step)], CONFIG)
+    in_train(data, tmp_path / "parts", [halving(), parts], CONFIG)
+    rates = [row["learning_rate"] for row in RunFolder(tmp_path / "parts").read_history()]
+    assert rates == pytest.approx([RATE / 2, RATE / 4, RATE / 8])
+    same(parts.weights[-1], whole.weights[-1], 0)
+
+
+def test_on_train_end_gets_the_last_logs_of_a_run_that_resumes(data, tmp_path, monkeypatch):
+    """It is stopped in its last step, or before the first epoch that it resumes has ended."""
+    monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)
+    seen = []
+
+    def end():
+        return keras.callbacks.LambdaCallback(on_train_end=lambda logs: seen.append(dict(logs)))
+
+    for step in (STEPS + 1, 3, EPOCHS * STEPS - STEPS - 4):
+        with pytest.raises(RunInterrupted):
+            in_train(data, tmp_path, [end(), Interrupt(step)], CONFIG)
+    in_train(data, tmp_path, [end()], CONFIG)
+    in_last_epoch, ended = seen[2], seen[3]
+    assert set(ended) == {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"}
+    assert ended == in_last_epoch  # nothing was left to train
 
 
 def test_lookahead_starts_again_from_weights_that_a_callback_sets(data, tmp_path):

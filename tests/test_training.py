@@ -771,6 +771,23 @@ def test_early_stopping(tmp_path, digits, monkeypatch, step_by_step, late):
     assert_same_weights(saved_weights(tmp_path), recorder.weights[2])
 
 
+def test_a_stop_that_another_worker_asked_for_is_remembered(tmp_path, digits, monkeypatch):
+    """The other one's callback asks in epoch 2, and a signal comes in the end of that epoch."""
+    mean = runtime.mean_over_workers
+
+    def with_another(strategy, *values):
+        asked = len(read_history(tmp_path)) if (tmp_path / "history.csv").exists() else 0
+        return [1.0] if len(values) == 1 and asked == 2 else mean(strategy, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "mean_over_workers", with_another)
+        with pytest.raises(RunInterrupted):
+            train_quietly(
+                TINY, tmp_path, digits, callbacks=[At(2 * PER_EPOCH, send(signal.SIGTERM), "epoch")]
+            )
+    assert train_quietly(TINY, tmp_path, digits)["epochs"] == 2
+
+
 @pytest.mark.parametrize(
     ("losses", "accuracies", "best"),
     [

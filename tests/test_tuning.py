@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import tuning
 from cifar10_trainer import RECIPES, Config, adaptation, datasets, machine, precision, runtime
 from cifar10_trainer.__main__ import read_config
-from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
+from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted, WriteError
 from cifar10_trainer.training import train_and_evaluate
 from tuning import Options, leaderboard, oracle, trial, tune
 from tuning.figure import search_figure
@@ -431,17 +433,46 @@ def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_pat
     assert len(calls) == 3 and waits == [1, 1]
 
 
-def test_a_trial_does_not_wait_for_ever(digits, tmp_path, monkeypatch):
+def test_a_trial_waits_as_long_as_the_process_lives_and_a_signal_ends_that(digits, tmp_path, monkeypatch):
     calls, waits = [], []
-    tries = trial.WAIT_LEASES * 2 + 1  # one a second, and one more
-    events = [FolderBusyError("another run is at work")] * tries + [0.8]
-    monkeypatch.setattr(trial, "train_and_evaluate", fake_training(events, calls))
-    monkeypatch.setattr(trial.time, "sleep", waits.append)
-    found = tune(space, digits, workdir=str(tmp_path), max_trials=2, lease=2, verbose=0)
-    failed = next(row for row in found.rows if row.trial == 1)
-    assert failed.status == "failed" and "another run is at work" in failed.reason
-    assert sum(waits) == 20, "seconds: ten leases"
-    assert found.best.accuracy == 0.8, "the search continues"
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([FolderBusyError("busy")] * 1000, calls))
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 900:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trial.time, "sleep", sleep)
+    with pytest.raises(RunInterrupted, match="0 of 2 trials are done"):
+        tune(space, digits, workdir=str(tmp_path), max_trials=2, lease=2, verbose=0)
+    assert len(waits) == 900
+
+
+def test_a_trial_resumes_on_another_number_of_replicas(digits, tmp_path, monkeypatch):
+    given, train = [], fake_training([0.8], [])
+
+    def noting(config, folder, **options):
+        given.append(options)
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(trial, "train_and_evaluate", noting)
+    tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
+    assert given[0]["allow_replica_change"] is True
+
+
+def test_a_history_that_a_power_failure_emptied_does_not_fail_its_trial(digits, tmp_path, monkeypatch):
+    train = fake_training([KeyboardInterrupt(), 0.8], [])
+
+    def emptied(config, folder, **options):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history.csv").write_text("")
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(trial, "train_and_evaluate", emptied)
+    options = {"workdir": str(tmp_path), "max_trials": 1, "verbose": 0}
+    with pytest.raises(RunInterrupted):
+        tune(space, digits, **options)
+    assert tune(space, digits, **options).best.accuracy == 0.8
 
 
 # ---- failure ---------------------------------------------------------------------------------------------------
@@ -458,6 +489,30 @@ def failing(hp):
     )
 
 
+@pytest.mark.parametrize("changed", ["high", "second"])
+def test_a_changed_range_under_a_condition_is_another_search(digits, tmp_path, monkeypatch, changed):
+    def conditional(high, second=0.2):
+        def draw(hp):
+            kind = hp.Choice("kind", ["plain", "dropout", "both"])
+            rate = 0.0
+            with hp.conditional_scope("kind", ["dropout"]):
+                if kind == "dropout":
+                    rate = hp.Float("rate", 0.0, high, step=0.05)
+            with hp.conditional_scope("kind", ["both"]):
+                if kind == "both":
+                    rate = hp.Float("rate", 0.0, second, step=0.05)
+            return TINY.override(options__dropout=rate)
+
+        return draw
+
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.5] * 4, []))
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 2, "verbose": 0}
+    tune(conditional(0.5), digits, **options)
+    tune(conditional(0.5), digits, **{**options, "max_trials": 3})
+    with pytest.raises(ConfigError, match="another search"):
+        tune(conditional(0.4) if changed == "high" else conditional(0.5, 0.3), digits, **options)
+
+
 def test_a_failed_trial_is_recorded_and_the_search_continues(digits, tmp_path):
     found = tune(failing, digits, workdir=str(tmp_path), tuner="random", max_trials=4, verbose=0)
     reasons = {r["hp.kind"]: r["reason"] for r in board(tmp_path)}
@@ -467,6 +522,26 @@ def test_a_failed_trial_is_recorded_and_the_search_continues(digits, tmp_path):
     assert "batch_size is 1000000" in reasons["too large"]
     assert [r.status for r in found.rows] == ["completed", "failed", "failed", "failed"]
     assert found.best.values == {"kind": "fine"}
+
+
+def test_a_full_disk_ends_the_search_which_then_resumes(digits, tmp_path, monkeypatch):
+    full = WriteError("cannot write model.keras: No space left on device; make room")
+    calls = []
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, full, 0.7, 0.9], calls))
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 3, "verbose": 0}
+    with pytest.raises(RunError, match="No space left on device; make room"):
+        tune(space, digits, **options)
+    found = tune(space, digits, **options)
+    assert sorted(r.accuracy for r in found.rows) == [0.7, 0.8, 0.9]
+    assert calls[1] == calls[2]
+
+
+def test_an_objective_that_is_no_number_is_a_failure_at_once(digits, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([float("nan"), 0.8], calls))
+    found = tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2, verbose=0)
+    assert [r.status for r in found.rows] == ["completed", "failed"] and len(calls) == 2
+    assert found.rows[1].reason == "its val_accuracy is nan"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import keras_tuner as kt
 import pytest
+import tensorflow as tf
 from keras_tuner.engine.trial import TrialStatus
 
+from cifar10_trainer.errors import RunError
 from tuning import TUNERS
 from tuning.leaderboard import Leaderboard
 from tuning.oracle import FAILURE, SEARCH, SHARE, make_oracle
@@ -243,8 +245,59 @@ def test_a_file_that_is_being_written_is_not_read(tmp_path):
     oracle = new(tmp_path)
     end(oracle, oracle.create_trial("w"), 0.5)
     (tmp_path / ".state.json.tmp").write_text('{"half of')
-    (tmp_path / "trials" / "trial_00" / "trial.json").write_text("")  # KerasTuner's own, which is not atomic
+    assert not (tmp_path / "trials").exists()  # KerasTuner's own file, which is not atomic
     assert [t.score for t in new(tmp_path).trials.values()] == [0.5]
+
+
+def test_a_report_whose_metrics_the_chief_lost_is_asked_for_again(tmp_path):
+    """A worker sends the metrics, the chief dies, and the worker ends its trial at the chief that comes back."""
+    first = new(tmp_path)
+    trial = first.create_trial("w")
+    first.update_trial(trial.trial_id, {"val_accuracy": 0.5})
+    second = new(tmp_path)
+    trial.status = TrialStatus.COMPLETED
+    second.end_trial(trial)
+    assert second.end_order == [] and second.best_accuracy() is None
+    again = new(tmp_path).create_trial("w")
+    assert (again.trial_id, again.status) == (trial.trial_id, TrialStatus.RUNNING)
+    third = new(tmp_path)
+    end(third, third.create_trial("w"), 0.5)
+    assert third.best_accuracy() == 0.5 and third.end_order == [trial.trial_id]
+
+
+def test_a_state_with_a_trial_that_ended_without_metrics_is_mended(tmp_path):
+    oracle = new(tmp_path)
+    trial = oracle.create_trial("w")
+    oracle.trials[trial.trial_id].status = TrialStatus.COMPLETED  # as an older version left it
+    oracle.ongoing_trials.clear()
+    oracle.save()
+    again = new(tmp_path).create_trial("w")
+    assert (again.trial_id, again.status) == (trial.trial_id, TrialStatus.RUNNING)
+
+
+def test_any_error_of_the_oracle_is_kept_for_the_chief(tmp_path, monkeypatch):
+    oracle = new(tmp_path)
+
+    def full():
+        raise tf.errors.ResourceExhaustedError(None, None, "No space\nleft on device")
+
+    monkeypatch.setattr(oracle, "save", full)
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        oracle.create_trial("w")
+    assert isinstance(oracle.failure, RunError)
+    assert str(oracle.failure) == "ResourceExhaustedError: No space left on device"
+
+
+def test_steps_of_a_conditional_hyperparameter_reach_its_upper_limit(tmp_path):
+    """KerasTuner finds it later than the others. Of 0, 0.25 and 0.5 each is drawn."""
+    hp = kt.HyperParameters()
+    hp.Choice("kind", ["a", "b"])
+    oracle = new(tmp_path, hp=hp, max_trials=40)
+    with hp.conditional_scope("kind", ["b"]):
+        hp.Float("x", 0.0, 0.5, step=0.25)
+    oracle.update_space(hp)
+    drawn = {v["x"] for v in values(run(oracle, lambda v: 0.5)) if v["kind"] == "b"}
+    assert drawn == {0.0, 0.25, 0.5}
 
 
 def test_time_adds_up_over_restarts(tmp_path):

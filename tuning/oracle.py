@@ -27,7 +27,7 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
-from cifar10_trainer.errors import RunError
+from cifar10_trainer.errors import RunError, one_line
 from cifar10_trainer.files import read_json, write_atomic
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -45,14 +45,15 @@ def _ignore(trial: Trial) -> None: ...
 
 
 def _noting_failure(method: Method) -> Method:
-    """Decorates a method of an oracle, which a server's thread may call: a RunError stays in `failure`, too."""
+    """Decorates a method of an oracle, which a server's thread may call: its error stays in `failure`, too, as a RunError."""
 
     @functools.wraps(method)
     def call(oracle: Any, *arguments: Any) -> Any:
         try:
             return method(oracle, *arguments)
-        except RunError as error:
-            oracle.failure = error
+        except Exception as error:
+            text = f"{type(error).__name__}: {one_line(error)}"
+            oracle.failure = error if isinstance(error, RunError) else RunError(text)
             raise
 
     return cast(Method, call)
@@ -125,6 +126,14 @@ class SearchOracle(kt.Oracle):
         self._last_heartbeat: dict[str, float] = {}  # worker id -> time of its last heartbeat
         self._former_heartbeat = -math.inf  # the same for workers without one since this process started
         self._started, self._elapsed_before = time.monotonic(), 0.0
+
+    def update_space(self, hyperparameters: kt.HyperParameters) -> None:
+        """Takes in new hyperparameters, as those under a condition."""
+        super().update_space(hyperparameters)
+        self._count_steps_exactly()
+
+    def _save_trial(self, trial: Trial) -> None:
+        """Writes no trial.json, which would hold nothing that the state does not."""
 
     def _count_steps_exactly(self) -> None:
         for parameter in self.hyperparameters.space:
@@ -223,9 +232,16 @@ class SearchOracle(kt.Oracle):
             trial.status, trial.message = TrialStatus.FAILED, reason
         self.ended[trial.trial_id] = self.elapsed()
         self.check()
+        if trial.status == TrialStatus.COMPLETED and not self._has_score(self.trials[trial.trial_id]):
+            # A worker sends the metrics first. If the chief died between the two, the trial is given out again, and its folder,
+            # which holds a finished run, is only read.
+            trial.status = TrialStatus.INVALID
         super().end_trial(trial)
         if trial.trial_id in self.end_order:
             self.on_end(self.trials[trial.trial_id])
+
+    def _has_score(self, trial: Trial) -> bool:
+        return trial.metrics.exists(self.objective.name)
 
     def _compute_values_hash(self, values: dict[str, Any]) -> str:
         return super()._compute_values_hash({k: v for k, v in values.items() if not k.startswith("tuner/")})
@@ -247,6 +263,10 @@ class SearchOracle(kt.Oracle):
         ended = [w for w, t in self.ongoing_trials.items() if t.status != TrialStatus.RUNNING]
         for worker in ended:
             del self.ongoing_trials[worker]
+        for trial in self.trials.values():  # of a version whose `end_trial` did not look
+            if trial.status == TrialStatus.COMPLETED and not self._has_score(trial):
+                trial.status = TrialStatus.INVALID
+                self._retry_queue.append(trial.trial_id)
 
     def save(self) -> None:
         """Writes the state to the file, atomically."""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,20 @@ import keras_tuner as kt
 import tensorflow as tf
 from keras_tuner import errors
 from keras_tuner.engine.base_tuner import BaseTuner
+from keras_tuner.engine.hyperparameters import HyperParameter
 from keras_tuner.engine.trial import Trial
 
 from cifar10_trainer import adaptation, datasets, files, models, runtime
 from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
-from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted, one_line
+from cifar10_trainer.errors import (
+    ConfigError,
+    FolderBusyError,
+    RunError,
+    RunInterrupted,
+    WriteError,
+    one_line,
+)
 from cifar10_trainer.run_folder import RunFolder
 from cifar10_trainer.training import train_and_evaluate
 
@@ -33,7 +42,6 @@ from .search_folder import SearchFolder
 
 # How often a trial is started whose process dies each time without progress: in general, and if memory runs out.
 MAX_STARTS, MAX_OUT_OF_MEMORY_STARTS = 10, 2
-WAIT_LEASES = 10  # how long a trial waits for another process to leave its folder, in leases
 
 SpaceFunction = Callable[[kt.HyperParameters], Config]
 DatasetOrLoader = Dataset | Callable[[], Dataset]
@@ -95,7 +103,7 @@ def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any]
             f"{config.recipe} holds out no validation images, but a search compares validation accuracies;"
             " allowed: a validation_fraction greater than 0"
         )
-    parameters = {p.name: {"kind": type(p).__name__, **p.get_config()} for p in hp.space}
+    parameters = {_name(p): {"kind": type(p).__name__, **p.get_config()} for p in _all_of(space, hp, data)}
     description = {
         "dataset": data.name,
         "images": datasets.fingerprint(data),
@@ -103,6 +111,29 @@ def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any]
         "defaults": config.to_dict(),
     }
     return json.loads(json.dumps(description)), hp
+
+
+def _all_of(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> list[HyperParameter]:
+    """The hyperparameters that `space` draws, those under conditions included. hp: as it draws them by default."""
+    found, scopes, tried = hp.copy(), list(hp.inactive_scopes), []
+    while scopes:
+        scope = scopes.pop()
+        if scope in tried:
+            continue
+        tried.append(scope)
+        other = found.copy()
+        other.values.update({condition.name: condition.values[0] for condition in scope})
+        other.ensure_active_values()
+        make_config(space, other, data)
+        found.merge(other.space)
+        scopes += other.inactive_scopes
+    return found.space
+
+
+def _name(parameter: HyperParameter) -> str:
+    """The name of a hyperparameter, with its conditions, because others may have the same name under other ones."""
+    conditions = [f"{c.name} in {list(c.values)}" for c in parameter.conditions]
+    return " if ".join([parameter.name, *filter(None, [" and ".join(conditions)])])
 
 
 def load(dataset: DatasetOrLoader) -> Dataset:
@@ -197,7 +228,7 @@ class ConfigTuner(BaseTuner):
             The metrics (leaderboard.METRICS). For a failed trial: the objective with the value 0, which is not used.
 
         Raises:
-            errors.FatalError: if the trial belongs to another search, or if a signal stopped it.
+            errors.FatalError: if the trial belongs to another search, if a signal stopped it, or if nothing can be written.
         """
         values = trial.hyperparameters.values
         if values.get(oracle.SEARCH) != self._digest:
@@ -206,23 +237,33 @@ class ConfigTuner(BaseTuner):
             )
         folder = Path(self.get_trial_dir(trial.trial_id))
         try:
-            if self.signals.caught:  # it arrived after the last step of the trial before
-                raise RunInterrupted(f"stopped by {self.signals.caught}")
+            self._check_signals()  # one may have arrived after the last step of the trial before
             config = make_config(self.space, trial.hyperparameters, self.dataset)
             keras.utils.clear_session()  # frees the memory of the trial before
             with self._heartbeats(trial.trial_id), count_starts(folder):
-                for _ in range(round(WAIT_LEASES * self._lease)):
-                    # The worker that had this trial sent no heartbeat, but it may still be training: let it finish.
+                while True:
+                    # The worker that had this trial sent no heartbeat, but where the folder is locked it lives: let it finish.
                     with contextlib.suppress(FolderBusyError):
-                        return self._train(config, folder)
+                        return self._scored(self._train(config, folder))
                     time.sleep(1)
-                return self._train(config, folder)
-        except RunInterrupted as error:
+                    self._check_signals()
+        except (RunInterrupted, WriteError) as error:  # no fault of the trial, which the search resumes
             raise errors.FatalError(str(error)) from error
         except Exception as error:
             # KerasTuner would print the traceback of an exception. The oracle reads the reason instead.
             values[oracle.FAILURE] = _reason(error)
             return {self.oracle.objective.name: 0.0}
+
+    def _check_signals(self) -> None:
+        if self.signals.caught:
+            raise RunInterrupted(f"stopped by {self.signals.caught}")
+
+    def _scored(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics. Raises RunError where the objective is no number: KerasTuner would train the trial again."""
+        name = self.oracle.objective.name
+        if not math.isfinite(metrics[name]):
+            raise RunError(f"its {name} is {metrics[name]}")
+        return metrics
 
     def _train(self, config: Config, folder: Path) -> dict[str, float]:
         """Trains `config` in `folder`, or resumes the run of a process that died. Returns the metrics of the trial."""
@@ -234,7 +275,8 @@ class ConfigTuner(BaseTuner):
         )
         seconds_before = 0.0
         if run.history_file.exists() and not stale:
-            seconds_before = sum(row["seconds"] for row in run.read_history())
+            with contextlib.suppress(RunError):  # a power failure may leave it empty; the run writes it again
+                seconds_before = sum(row["seconds"] for row in run.read_history())
         start = time.monotonic()
         # A process may have finished the run, and died before it reported the metrics.
         if saved is not None and run.is_finished() and not stale:
@@ -250,6 +292,7 @@ class ConfigTuner(BaseTuner):
                     verbose=0,
                     full_report=False,
                     score_test=False,
+                    allow_replica_change=True,  # another worker may have more GPUs
                 )
         losses = [row["val_loss"] for row in run.read_history() if row["val_loss"] is not None]
         return {

@@ -186,7 +186,10 @@ class Team:
                 raise error
             if not 0 < index < len(ours):
                 raise Closed
-            if index in self._members:
+            before = self._members.get(index)
+            if before is not None and time.monotonic() - before.heard > 3 * HEARTBEAT:
+                before.close()  # its machine has gone, and this one takes its place
+            elif before is not None:
                 text = f"there is another {self.place.name(index)} already; give each process an index of its own"
                 connection.send(error=text)
                 raise Closed
@@ -200,7 +203,7 @@ class Team:
         """The other workers' part of the meeting: connects to the chief, and waits until all have."""
         waiting, chief = _Waiting(self._log), self.place.name(0)
         connection: Connection | None = None
-        whom = chief
+        whom, told = chief, 0.0
         while True:
             if waiting.seconds() > self._timeout:
                 raise self._too_late(whom)
@@ -211,6 +214,10 @@ class Team:
                     connection.index = 0
                     self._strangers[:] = [connection]
                     connection.send(worker=self.place.index, addresses=list(self.place.addresses))
+                    told = time.monotonic()
+                if time.monotonic() - told > HEARTBEAT:
+                    connection.send()  # a sign of life
+                    told = time.monotonic()
                 messages = connection.read() if readable([connection], 0.5) else []
                 for i, message in enumerate(messages):
                     if "error" in message:
