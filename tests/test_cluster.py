@@ -374,6 +374,22 @@ def test_a_stranger_at_the_port_disturbs_nobody(what, meet, places):
     found.close()
 
 
+def test_the_worker_of_a_machine_that_has_gone_gives_way_to_its_successor(meet, places, monkeypatch):
+    """While the chief waits for worker 2, worker 1 falls silent without closing its connection, and starts again elsewhere."""
+    monkeypatch.setattr(meeting, "HEARTBEAT", 0.2)
+    where = places(3)
+    host, port = where[0].addresses[0].split(":")
+    waiting = ThreadPoolExecutor(1)
+    chief = waiting.submit(lambda: meet(where[0])[0])
+    time.sleep(0.3)
+    with socket.create_connection((host, int(port)), 5) as gone:
+        gone.sendall(json.dumps({"worker": 1, "addresses": list(where[0].addresses)}).encode() + b"\n")
+        time.sleep(1)
+        others = meet(where[1], where[2])
+        assert agree([chief.result(), *others], *[{"seed": 0}] * 3) == [None] * 3
+    waiting.shutdown()
+
+
 def test_many_silent_strangers_do_not_fill_the_place(meet, places, monkeypatch):
     monkeypatch.setattr(meeting, "STRANGERS", 3)
     first, second = places(2)
