@@ -255,7 +255,7 @@ def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
         too_deep = (
             f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger sizes"
         )
-        images = keras.Input((side, side, model.input_shape[-1]))
+        images = keras.Input((side, side, model.input_shape[-1]), dtype=model.inputs[0].dtype)
         try:
             resized = keras.models.clone_model(model, input_tensors=images)
         except ValueError as error:

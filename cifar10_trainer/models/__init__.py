@@ -140,7 +140,8 @@ def forward_flops(model: keras.Model, side: int | None = None) -> int:
 
     if side is not None:
         shape = (side, side, model.input_shape[-1])
-        model = keras.models.clone_model(model, input_tensors=keras.Input(shape))
+        images = keras.Input(shape, dtype=model.inputs[0].dtype)
+        model = keras.models.clone_model(model, input_tensors=images)
     graph = model._functional if isinstance(model, keras.Sequential) else model
     return sum(_node_flops(node) for nodes in graph._nodes_by_depth.values() for node in nodes)
 

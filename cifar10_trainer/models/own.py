@@ -45,7 +45,7 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
             f"model returns {output_shape}, but the data set has {num_classes} classes; {ALLOWED}"
         )
     if None in shape[1:]:
-        fixed = keras.Input(input_shape)
+        fixed = keras.Input(input_shape, dtype=functional.inputs[0].dtype)
         functional = keras.models.clone_model(
             functional, input_tensors=fixed, clone_function=lambda layer: layer
         )
