@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -195,23 +195,27 @@ def read_config(path: str) -> Config:
     return Config.from_record(values)
 
 
-def default_recipe(log: Callable[[str], None]) -> str:
-    """The recipe where no flag names one. For a folder it depends on the images in it, and `log` receives why."""
-    begun = _unfinished_recipe()
+def default_recipe(changes: Mapping[str, Any], log: Callable[[str], None]) -> str:
+    """The recipe where no flag names one. For a folder it depends on the images in it, and `log` receives why.
+
+    changes: what the flags set.
+    """
+    dataset, side = changes.get("dataset"), changes.get("image_size") or 32
+    begun = _unfinished_recipe() if dataset == "folder" else None
     if begun is not None:
         log(f"recipe: {begun}: that of the unfinished run in {FLAGS.workdir}")
         return begun
-    size = datasets.folder_size(FLAGS.data_dir) if FLAGS.dataset == "folder" else None
-    if size is None:
-        return DEFAULT_FOR.get(FLAGS.dataset, DEFAULT_RECIPE)
-    name, reason = recipe_for_folder(size.images / size.classes, FLAGS.image_size or 32)
+    size = datasets.folder_size(FLAGS.data_dir, FLAGS.workdir) if dataset == "folder" else None
+    if size is None or not isinstance(side, int):  # what it is not, the Config refuses
+        return DEFAULT_FOR.get(str(dataset), DEFAULT_RECIPE)
+    name, reason = recipe_for_folder(size.images / size.classes, side)
     log(f"recipe: {name}: {reason}")
     return name
 
 
 def _unfinished_recipe() -> str | None:
     """The recipe of the unfinished run on a folder in --workdir, which its pictures of today might not suggest."""
-    if FLAGS.dataset != "folder" or FLAGS.workdir is None or FLAGS.overwrite:
+    if FLAGS.workdir is None or FLAGS.overwrite:
         return None
     from .run_folder import FOLDS_FILE, RunFolder, fold_folder
 
@@ -225,19 +229,8 @@ def _unfinished_recipe() -> str | None:
     return recipe if isinstance(recipe, str) and recipe in RECIPES and not finished else None
 
 
-def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
-    """The recipe or the file, with the changes that the flags ask for. Raises ConfigError."""
-    if FLAGS.recipe and FLAGS.config:
-        raise ConfigError(
-            f"--recipe={cut(FLAGS.recipe)} and --config={cut(FLAGS.config)}; allowed: one of the two"
-        )
-    if FLAGS.config:
-        config = read_config(FLAGS.config)
-    else:
-        recipe = FLAGS.recipe or default_recipe(log)
-        if recipe not in RECIPES:
-            raise unknown("recipe", recipe, RECIPES)
-        config = RECIPES[recipe]
+def _changes() -> dict[str, Any]:
+    """What the flags change in a recipe or a file, as `Config.override` takes it. Raises ConfigError."""
     changes: dict[str, Any] = {
         name: FLAGS[flag].value
         for flag, name in {
@@ -264,10 +257,6 @@ def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
         raise ConfigError(
             "validation_fraction is 0; allowed: greater than 0 and less than 1, or --final_fit to train on every image"
         )
-    if FLAGS.cpu_replicas is not None and changes.setdefault("strategy", "mirrored") != "mirrored":
-        raise ConfigError(
-            f"--cpu_replicas={FLAGS.cpu_replicas} and --strategy={changes['strategy']}; allowed: --strategy=mirrored"
-        )
     for setting in FLAGS.set:
         name, equals, value = setting.partition("=")
         if not equals:
@@ -276,6 +265,27 @@ def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
             changes[name.replace(".", "__")] = parse_json(value)
         except ValueError:
             changes[name.replace(".", "__")] = value
+    if FLAGS.cpu_replicas is not None and changes.setdefault("strategy", "mirrored") != "mirrored":
+        raise ConfigError(
+            f"--cpu_replicas={FLAGS.cpu_replicas} and --strategy={changes['strategy']}; allowed: --strategy=mirrored"
+        )
+    return changes
+
+
+def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
+    """The recipe or the file, with the changes that the flags ask for. Raises ConfigError."""
+    if FLAGS.recipe and FLAGS.config:
+        raise ConfigError(
+            f"--recipe={cut(FLAGS.recipe)} and --config={cut(FLAGS.config)}; allowed: one of the two"
+        )
+    changes = _changes()
+    if FLAGS.config:
+        config = read_config(FLAGS.config)
+    else:
+        recipe = FLAGS.recipe or default_recipe(changes, log)
+        if recipe not in RECIPES:
+            raise unknown("recipe", recipe, RECIPES)
+        config = RECIPES[recipe]
     if changes.get("dataset", config.dataset) == "folder" and not FLAGS.config:
         # Whoever has 30 images, or 300,000, should not have to know what suits them. What a flag sets is not changed.
         changes.setdefault("adapt", [name for name in ADAPTABLE if name not in changes])

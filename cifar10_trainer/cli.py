@@ -114,6 +114,8 @@ def run(
         saved; 141: the program that reads the output has ended.
     """
     process.open_standard_streams()
+    with contextlib.suppress(AttributeError, ValueError):  # somebody's own stream
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # rather than end for a name
     before: dict[int, Any] = {}
     try:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
@@ -182,7 +184,7 @@ def _check_texts(flag_values: flags.FlagValues) -> None:
         value = flag_values[name].value
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"--{name} is {value}; allowed: a finite number")
-        if value == "":
+        if value == "" or (value == [] and flag_values[name].present):
             raise ConfigError(f"--{name} is empty; allowed: a value; to use the default, leave the flag out")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):

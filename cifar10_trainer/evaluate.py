@@ -312,7 +312,8 @@ def main() -> None:
     check_fit(model, dataset)
     classes = list(settings.get("class_names") or info.class_names or dataset.class_names)
     # Arrays without names of classes have numbers, and so have digits, whose names they are.
-    nameless = classes == [str(k) for k in range(len(classes))] and trained_on != "digits"
+    numbers_are_no_names = not settings or settings.get("data_source") == ARRAYS
+    nameless = numbers_are_no_names and classes == [str(k) for k in range(len(classes))]
     if not nameless and list(dataset.class_names) != classes:
         raise ConfigError(
             f"data set {name!r} has classes {cut(', '.join(dataset.class_names))}, but the model was trained on"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +73,17 @@ def _shorten(name: str, length: int = 16) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
+def _isolated(name: str) -> str:
+    """A short name, which if it reads from right to left does not turn what stands beside it."""
+    short = _shorten(name, 12)
+    return f"\u2068{short}\u2069" if reads_from_right(name) else short
+
+
+def reads_from_right(name: str) -> bool:
+    """Whether a name has letters that are written from right to left."""
+    return any(unicodedata.bidirectional(character) in ("R", "AL") for character in name)
+
+
 def _mosaic(images: np.ndarray, columns: int, gap: tuple[int, int]) -> np.ndarray:
     """Tiles uint8 [n, h, w, 3] onto white, row by row; gap: pixels (below, right of) each image."""
     n, height, width, _ = images.shape
@@ -109,7 +121,11 @@ def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: st
     columns, (height, width) = 5, images.shape[1:3]
     lines = max(caption.count("\n") + 1 for caption in captions)
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
-    below, right = round(height * (0.08 + 0.1 * lines)), max(1, round(width * 0.12))
+    right = max(1, round(width * 0.12))
+    line = max(
+        0.1 * height, 0.14 * columns * (width + right) / 8
+    )  # 0.14 inches of 8, in pixels of the images
+    below = round(0.08 * height + lines * line)
     mosaic = _mosaic(images, columns, (below, right))
     figure = new_figure(8, 8 * mosaic.shape[0] / mosaic.shape[1] + 0.35)
     axes = figure.add_subplot()
@@ -118,7 +134,7 @@ def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: st
     axes.set_axis_off()
     for i, caption in enumerate(captions):
         x = i % columns * (width + right) + width / 2
-        y = i // columns * (height + below) + height * (1 + 0.1 * lines)  # of the last line
+        y = i // columns * (height + below) + height + lines * line  # of the last line
         size = min(8.5, 170 / longest)
         style: dict[str, Any] = {"fontsize": size, "color": INK, "linespacing": 1.15, "parse_math": False}
         axes.text(x, y, caption, ha="center", va="baseline", **style)
@@ -288,7 +304,8 @@ def confusion_matrix(
     figure = new_figure(n * inches + 2.4, n * inches + 1.6)
     axes = figure.add_subplot()
     accuracy = np.trace(counts) / max(1, counts.sum())
-    style_axes(axes, f"{counts.sum():,} {split} images, {accuracy:.2%} correct")
+    between = " " if n * inches > 4 else "\n"  # so that the title has room
+    style_axes(axes, f"{counts.sum():,} {split} images,{between}{accuracy:.2%} correct")
     drawn = _cells(axes, shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     if inches > 0.35:
         for (row, column), count in np.ndenumerate(counts):
@@ -341,7 +358,7 @@ def misclassified_examples(
         figure.text(0.5, 0.5, f"All {of} are right.", ha="center", va="center", color=INK)
         return save_figure(figure, path)
     captions = [
-        f"{_shorten(class_names[labels[i]], 12)} → {_shorten(class_names[predicted[i]], 12)}\n"
+        f"{_isolated(class_names[labels[i]])} → {_isolated(class_names[predicted[i]])}\n"
         f"p={probabilities[i, predicted[i]]:.2f}"
         for i in first
     ]

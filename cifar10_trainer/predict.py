@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,10 +80,12 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     Raises ConfigError where an argument does not exist, and where a folder holds no images.
     """
     paths: list[Path] = []
+    if "" in arguments:  # as from an unset variable of the shell
+        raise ConfigError("an IMAGE is empty; allowed: image files and folders of them")
     for argument in map(Path, arguments):
         if argument.is_dir():
             try:
-                inside = [Path(path) for path in find_pictures(argument)]
+                inside = [Path(path) for path in find_pictures(argument, may_hold_run=True)]
             except OSError as error:
                 place = readable(error.filename or argument)
                 raise RunError(f"cannot read {place}: {reason_of(error)}; correct that") from error
@@ -215,7 +218,10 @@ def label_files(
             return str(error)
 
     open_formats()  # not in several threads at once
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cpu_count()) as pool:
+        warnings.filterwarnings(
+            "ignore", module=r"PIL\."
+        )  # on damaged tags, and on large pictures, which are allowed
         for start in range(0, len(paths), count):
             block = paths[start : start + count]
             read_ones = list(zip(block, pool.map(read, block), strict=True))

@@ -20,6 +20,7 @@ from .figures import (
     confusion_matrix,
     misclassified_examples,
     random_samples,
+    reads_from_right,
     sample_images,
     training_curves,
 )
@@ -58,8 +59,10 @@ def classification_report(labels: np.ndarray, predicted: np.ndarray, class_names
     from sklearn import metrics
 
     classes = list(range(len(class_names)))
+    # After a name that reads from right to left, a mark keeps the numbers in their order.
+    names = [f"{name}\u200e" if reads_from_right(name) else name for name in class_names]
     return metrics.classification_report(
-        labels, predicted, labels=classes, target_names=list(class_names), digits=4, zero_division=0
+        labels, predicted, labels=classes, target_names=names, digits=4, zero_division=0
     )
 
 

@@ -122,13 +122,19 @@ class RunFolder(LockedFolder):
 
     def _check_whose(self) -> None:
         """Raises ConfigError where no run is in the folder, but files that one would replace."""
-        files = (self.model_file, self.metrics_file, self.history_file, self.report_file)
-        found = [path.name for path in files if path.exists()]
-        if found and not self.has_run() and not self._states():
+        found = [name for name in RUN_FILES if (self.path / name).exists()]
+        if found and not self._states() and not self._has_config_of_a_run():
             raise ConfigError(
-                f"{self} holds {', '.join(found)}, but no run, which has a {self.config_file.name}; choose another --workdir,"
-                " or move them away"
+                f"{self} holds {', '.join(found)}, but no run, whose {self.config_file.name} names a recipe; choose another"
+                " --workdir, or move them away"
             )
+
+    def _has_config_of_a_run(self) -> bool:
+        """Whether config.json is that of a run, or damaged, which whoever reads it reports."""
+        try:
+            return self.has_run() and "recipe" in self.read_config()
+        except RunError:
+            return True
 
     def _tidy(self) -> None:
         (self.path / ".writable").touch()
@@ -230,7 +236,10 @@ class RunFolder(LockedFolder):
         if not rows:
             return
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        # Python before 3.13 does not quote a carriage return by itself.
+        unusual = any("\r" in file or "\r" in name for file, name, _ in rows)
+        quoting: Any = csv.QUOTE_ALL if unusual else csv.QUOTE_MINIMAL
+        writer = csv.writer(text, lineterminator="\n", quoting=quoting)
         writer.writerow(SPLIT_COLUMNS)
         writer.writerows(rows)
         content = text.getvalue().encode("utf-8", "surrogateescape")

@@ -49,9 +49,10 @@ def summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
         log(
             f"  balanced accuracy    {metrics['test_balanced_accuracy']:.2%}, smallest class's recall {recall:.2%}"
         )
-    goal, at = f"{metrics['target']:.2%}", metrics["seconds_to_target"]
-    reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
-    log(f"  target {goal:<13} {reached}")
+    if best is not None:
+        goal, at = f"{metrics['target']:.2%}", metrics["seconds_to_target"]
+        reached = f"after {at:,.1f} s (epoch {metrics['epoch_at_target']})" if at else "not reached"
+        log(f"  target {goal:<13} {reached}")
     files = ", ".join(
         f.name for f in (folder.report_file, folder.model_file, folder.metrics_file) if f.exists()
     )

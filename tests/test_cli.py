@@ -15,7 +15,7 @@ from absl import flags
 
 import cifar10_trainer
 from cifar10_trainer import __main__ as command
-from cifar10_trainer import cli, cluster, launch, runtime
+from cifar10_trainer import cli, cluster, datasets, launch, runtime
 from cifar10_trainer.config import ADAPTABLE, DATASETS, PRECISIONS, STRATEGIES, Config
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES
@@ -169,6 +169,28 @@ def test_no_flags_are_the_default_recipe(trained, monkeypatch):
     expected = {"config": DEFAULT, "workdir": None, "data_dir": None, "overwrite": False, "hdf5": False}
     expected |= {"cluster_timeout": 600.0, "allow_replica_change": False}
     assert trained == [{**expected, "verbose": "auto", "since": 12.5}]
+
+
+def test_set_counts_where_the_recipe_of_a_folder_is_chosen(tmp_path, monkeypatch):
+    size = datasets.folder.FolderSize(images=60, classes=3, validation=False)
+    monkeypatch.setattr(datasets, "folder_size", lambda data_dir, workdir: size)
+    assert config_of("--dataset=folder", "--data_dir=x").recipe == "transfer.cifar"
+    assert config_of("--dataset=folder", "--data_dir=x", "--set=image_size=224").recipe == "fast.default"
+    assert config_of("--set=dataset=folder", "--data_dir=x").recipe == "transfer.cifar"
+    assert config_of("--set=dataset=digits").recipe == "fast.digits"
+
+
+def test_what_the_encoding_of_stdout_lacks_is_written_as_ascii():
+    code = "from cifar10_trainer import cli; from absl import flags; f = flags.FlagValues(); cli.define_common(f);"
+    code += "exit(cli.run(lambda: print('50 \u00b1 2'), f, 'usage', ['x']))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"50 \\xb1 2\n"), done.stderr
+
+
+def test_cpu_replicas_are_mirrored_however_the_strategy_is_set(trained, capsys):
+    assert invoke("--cpu_replicas=2", "--set=strategy=none") == 2
+    assert "--cpu_replicas=2 and --strategy=none; allowed: --strategy=mirrored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["", "fold-1-of-3"])

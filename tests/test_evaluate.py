@@ -363,10 +363,11 @@ def test_a_run_is_scored_on_the_data_that_it_was_given(run_folder, tmp_path, cap
     change_config(run_folder, data_name="folder", dataset="cifar10")
     assert run(["--workdir", run_folder]) == 0
     assert "4 test images of folder" in capsys.readouterr().out
-    # The digits' names are numbers, as those of arrays without names; but they are names.
-    change_config(run_folder, data_name="digits", class_names=["0", "1", "2"])
-    assert run(["--workdir", run_folder, "--dataset=folder", f"--data_dir={tmp_path / 'data'}"]) == 2
-    assert "but the model was trained on 0, 1, 2" in capsys.readouterr().err
+    # Names that are numbers, as those of arrays without names; but they are names.
+    for name in ("digits", "folder"):
+        change_config(run_folder, data_name=name, class_names=["0", "1", "2"])
+        assert run(["--workdir", run_folder, "--dataset=folder", f"--data_dir={tmp_path / 'data'}"]) == 2
+        assert "but the model was trained on 0, 1, 2" in capsys.readouterr().err
 
 
 def test_a_home_in_a_flag_is_that_of_the_shell(run_folder, tmp_path, capsys, monkeypatch):

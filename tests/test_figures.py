@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from drawing import LIME, NAMES, NAVY, RED, history, pixels, probabilities, solid, texts, where
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from cifar10_trainer import figures
@@ -141,7 +142,7 @@ def test_confusion_matrix_rows_are_the_truth(tmp_path, drawn):
     assert written == {(0, 0): "3", (1, 0): "1", (1, 1): "2"}  # (column, row)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(NAMES)
-    assert axes.get_title(loc="left") == "6 validation images, 83.33% correct"
+    assert axes.get_title(loc="left") == "6 validation images,\n83.33% correct"
     assert where(pixels(tmp_path / "c.png"), "#f7fbff").sum() > 1000  # the palest blue: the empty cells
 
 
@@ -155,6 +156,37 @@ def test_misclassified_examples_are_the_first_wrong_ones(tmp_path, drawn):
     assert axes.get_title(loc="left") == "The first 3 of 4 wrong among 6 test images: true → predicted"
     mosaic = np.asarray(axes.collections[0].get_array())
     assert [tuple(mosaic[0, x]) for x in (0, 9, 18)] == [(200, 1, 0), (200, 3, 0), (200, 4, 0)]
+
+
+def test_an_arrow_reads_from_the_truth_to_the_prediction_in_any_script(tmp_path, drawn):
+    names = ("שלום", "dog", "owl")
+    figures.misclassified_examples(
+        solid([RED]), np.array([0]), probabilities(1), names, tmp_path / "m.png", count=3
+    )
+    assert texts(drawn[0].axes[0]) == ["\u2068שלום\u2069 → dog\np=0.93"]
+
+
+def test_captions_and_titles_have_room(tmp_path, drawn):
+    """Pictures that are four times as wide as high, and two classes with long names."""
+    wide = np.zeros((6, 32, 128, 3), np.uint8)
+    figures.misclassified_examples(wide, np.zeros(6, int), probabilities(*[1] * 6), NAMES, tmp_path / "m.png")
+    figures.confusion_matrix(
+        np.array([0, 1] * 5000),
+        np.array([0, 1] * 5000),
+        ["a name of sixteen", "another long name"],
+        tmp_path / "c.png",
+        "validation",
+    )
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+    captions, matrix = (figure.axes[0] for figure in drawn)
+    text, picture = (
+        captions.texts[0].get_window_extent(),
+        captions.transData.transform([(0, 0), (0, 32)])[:, 1],
+    )
+    lines = [captions.transData.transform(captions.texts[i].get_position())[1] for i in (0, 5)]
+    assert text.height + picture[0] - picture[1] <= lines[0] - lines[1]  # a caption, and the picture below it
+    assert matrix._left_title.get_window_extent().x1 <= drawn[1].bbox.x1
 
 
 def test_misclassified_examples_when_all_are_right(tmp_path, drawn):

@@ -77,9 +77,29 @@ def test_runs_among_the_pictures_are_no_class(fruit):
     data, said = load(fruit, workdir=fruit / "out" / "begins")
     assert data.class_names == expected.class_names
     np.testing.assert_array_equal(data.train_images, expected.train_images)
-    assert "5 run folder(s)" in said[0]
+    assert "4 run folder(s)" in said[0]  # the one that reads them does not count
     with pytest.raises(RunError, match=r"the class folder .*out is empty"):
         load(fruit)
+
+
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_the_folder_of_the_run_itself_is_nothing_strange(fruit, tmp_path, layout):
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.move(fruit, root / layout if layout else root / "fruit")
+    root = root if layout else root / "fruit"
+    (root / "runs" / "begins").mkdir(parents=True)
+    data, said = load(root, workdir=root / "runs" / "begins", strict=True)
+    assert len(data.class_names) == 3 and said == []
+    assert folder.size_of(root, root / "runs" / "begins").classes == 3
+    assert layout or folder.size_of(root) is None  # an empty class
+
+
+def test_a_folder_that_may_hold_a_run_keeps_its_pictures(fruit):
+    run_in(fruit)
+    assert list(folder.find_pictures(fruit)) == []
+    found = list(folder.find_pictures(fruit, may_hold_run=True))
+    assert len(found) == 35 and not any("figures" in path for path in found)
 
 
 def test_a_run_among_the_classes_themselves(fruit):

@@ -188,6 +188,8 @@ def test_what_can_be_read_is_labelled_and_the_rest_is_named(folder, capsys, monk
         (["--workdir=images", "images"], "no model file at images/model.keras"),
         (["--model=model.keras"], "no IMAGE"),
         (["--model=model.keras", "nothing.png"], "no image at nothing.png"),
+        (["--model=model.keras", ""], "an IMAGE is empty; allowed: image files and folders"),
+        (["--model=model.keras", "--class_names=", "images"], "--class_names is empty; allowed: a value"),
         (["--model=model.keras", "images/deeper"], "no images in"),
         (["--model=other.keras", "images"], "no model file at other.keras"),
         (["--model=model.keras", "--top_k=0", "images"], "top_k"),

@@ -44,6 +44,14 @@ def test_classification_report_by_hand():
     assert rows["accuracy"] == ["0.6667", "6"]
 
 
+def test_after_a_name_from_right_to_left_numbers_keep_their_order():
+    labels = np.array([0, 0, 1, 1])
+    text = report.classification_report(labels, labels, ("שלום", "cat"))
+    (line,) = (line for line in text.splitlines() if "שלום" in line)
+    assert line.split()[0] == "שלום\u200e"  # the mark: what follows reads from left to right
+    assert "cat\u200e" not in text
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -139,7 +147,7 @@ def test_without_test_images_everything_says_validation(tmp_path, drawn):
     assert "This data set has no test images." in page.text
     assert "validation accuracy" in page.text and "test accuracy" not in page.text
     titles = [axes.get_title(loc="left") for figure in drawn for axes in figure.axes]
-    assert "2 validation images, 100.00% correct" in titles
+    assert "2 validation images,\n100.00% correct" in titles
     assert "All 2 validation images are right." in [t.get_text() for figure in drawn for t in figure.texts]
 
 

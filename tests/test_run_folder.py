@@ -63,3 +63,14 @@ def test_history_with_a_word_or_a_torn_row(tmp_path):
         path.write_text(f"{head}\n{row}\n")
         with pytest.raises(RunError, match="cannot read"):
             RunFolder(tmp_path).read_history()
+
+
+def test_names_of_files_may_hold_any_character(tmp_path):
+    rows = [
+        ("a/x\r.png", "a", "train"),
+        ('b/"y", z\n.png', "b\r", "test"),
+        ("c/\udcff.png", "c", "validation"),
+    ]
+    folder = RunFolder(tmp_path)
+    folder.write_split(rows)
+    assert folder.read_split() == rows

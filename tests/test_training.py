@@ -196,6 +196,7 @@ def test_other_words_for_verbose(tmp_path, digits, verbose):
         ({"test_accuracy": None, "views": 6}, ["test accuracy        not scored"]),
         ({"test_accuracy": None, "n_test": 0}, ["test accuracy        no test images"]),
         ({"best_val_accuracy": None}, ["validation accuracy  no images held out"]),
+        ({}, ["target 85.00%        not reached"]),
         ({"seconds_to_target": 3.0, "epoch_at_target": 1}, ["target 85.00%        after 3.0 s (epoch 1)"]),
     ],
 )
@@ -214,6 +215,7 @@ def test_the_summary_has_no_gaps(changes, expected):
     text = "\n".join(lines)
     for part in expected:
         assert f"{part}\n" in text, text
+    assert ("target" in text) == ("best_val_accuracy" not in changes)
     assert "-" not in text.replace("not reached", "")
 
     few = {**metrics, "n_validation": 10, "n_test": 10, "test_accuracy": 0.5}  # Wilson's interval of 5 in 10
@@ -447,17 +449,30 @@ def test_another_configuration_is_not_resumed(tmp_path, digits, change, reason):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["model.keras", "metrics.json", "history.csv", "report.html"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.keras",
+        "metrics.json",
+        "history.csv",
+        "report.html",
+        "split.csv",
+        "model.h5",
+        "config.json",
+        "figures",
+    ],
+)
 def test_somebodys_own_files_stay(name, overwrite, tmp_path, digits):
     """A folder that holds no run, but files with the names that a run gives to its own."""
-    (tmp_path / name).write_text("precious")
+    (tmp_path / name).write_text("{}" if name == "config.json" else "precious")
+    before = (tmp_path / name).read_text()
     with pytest.raises(ConfigError, match=f"holds {name}, but no run, .*; choose another --workdir, or move"):
         train_quietly(TINY, tmp_path, digits, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_text() == "precious"
+    assert (tmp_path / name).read_text() == before
     (tmp_path / "history.csv").touch()
     (tmp_path / "model.keras").touch()
-    with pytest.raises(ConfigError, match=r"holds .*model\.keras, .*but no run"):
+    with pytest.raises(ConfigError, match=r"holds .*model\.keras.*but no run"):
         train_quietly(TINY, tmp_path, digits)
 
 

@@ -23,7 +23,7 @@ from cifar10_trainer import RECIPES, Config, adaptation, datasets, machine, prec
 from cifar10_trainer.__main__ import read_config
 from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted, WriteError
 from cifar10_trainer.training import train_and_evaluate
-from tuning import Options, leaderboard, oracle, trial, tune
+from tuning import Options, oracle, trial, tune
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
 from tuning.search_folder import SearchFolder
@@ -84,8 +84,8 @@ def test_the_result_has_its_name_of_version_1_0_0_too():
 
 def test_counts_are_exact_in_the_leaderboard():
     """And accuracies, which are float32 numbers, have seven digits."""
-    assert leaderboard._rounded(14_848_586.0) == 14_848_586
-    assert leaderboard._rounded(float(np.float32(0.8534))) == 0.8534
+    assert oracle.rounded(14_848_586.0) == 14_848_586
+    assert oracle.rounded(float(np.float32(0.8534))) == 0.8534
 
 
 def test_the_leaderboard(finished):
@@ -644,6 +644,17 @@ def test_a_damaged_file_is_named(name, digits, tmp_path, monkeypatch):
     (tmp_path / name).write_text('{"half of')
     with pytest.raises(RunError, match=f"cannot read .*{name}"):
         tune(space, digits, **options)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["leaderboard.csv", "trials", "tensorboard"])
+def test_somebodys_own_files_stay(name, overwrite, digits, tmp_path):
+    (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("precious")
+    with pytest.raises(
+        ConfigError, match=f"holds {name}, but no search, which has a search.json; choose another"
+    ):
+        tune(space, digits, workdir=str(tmp_path), overwrite=overwrite, verbose=0)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_folder_that_cannot_be_written(digits, tmp_path):

@@ -7,6 +7,7 @@ import warnings
 from types import SimpleNamespace
 
 import keras_tuner as kt
+import numpy as np
 import pytest
 import tensorflow as tf
 from keras_tuner.engine.trial import TrialStatus
@@ -180,6 +181,13 @@ def test_it_stops_at_the_target(tmp_path):
     oracle = new(tmp_path, stop_at=0.85)
     assert len(run(oracle, lambda v: next(accuracies))) == 3
     assert oracle.best_accuracy() == 0.85
+
+
+def test_a_target_is_reached_whatever_float32_made_of_it(tmp_path):
+    """gRPC carries metrics as float32, where 0.9 is 0.89999998."""
+    oracle = new(tmp_path, stop_at=0.9)
+    assert len(run(oracle, lambda v: float(np.float32(0.9)))) == 1
+    assert oracle.best_accuracy() == 0.9
 
 
 def test_failures_in_a_row_do_not_end_it(tmp_path):

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import api as hparams
 from cifar10_trainer import files
 from cifar10_trainer.config import Config, Origin
 
-from .oracle import SearchOracle
+from .oracle import SearchOracle, rounded
 from .search_folder import SearchFolder, trial_folder
 
 METRICS = ("val_accuracy", "val_loss", "epochs", "parameters", "pflop", "seconds")
@@ -73,14 +73,10 @@ def make_row(trial: Trial, ended: float | None = None, names: Sequence[str] = ()
         status="completed" if done else "failed" if failed else "unfinished",
         folder=trial_folder(trial.trial_id),
         values={k: values[k] for k in dict.fromkeys([*names, *values]) if k in values},
-        metrics={m: _rounded(trial.metrics.get_best_value(m)) for m in METRICS} if done else {},
+        metrics={m: rounded(trial.metrics.get_best_value(m)) for m in METRICS} if done else {},
         ended=ended,
         reason=lines[-1] if failed else "",
     )
-
-
-def _rounded(value: float) -> float:
-    return float(value) if float(value).is_integer() else float(f"{value:.7g}")
 
 
 def format_value(value: Any) -> str:

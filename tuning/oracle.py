@@ -44,6 +44,11 @@ MAX_COLLISIONS = 10_000
 def _ignore(trial: Trial) -> None: ...
 
 
+def rounded(value: float) -> float:
+    """A metric to seven digits, but for counts: it came through gRPC as a float32, where 0.9 is 0.89999998."""
+    return float(value) if float(value).is_integer() else float(f"{value:.7g}")
+
+
 def _noting_failure(method: Method) -> Method:
     """Decorates a method of an oracle, which a server's thread may call: its error stays in `failure`, too, as a RunError."""
 
@@ -149,7 +154,7 @@ class SearchOracle(kt.Oracle):
     def best_accuracy(self) -> float | None:
         """The best validation accuracy so far, 0-1."""
         done = [t for t in list(self.trials.values()) if t.status == TrialStatus.COMPLETED]
-        return max((t.metrics.get_best_value("val_accuracy") for t in done), default=None)
+        return max((rounded(t.metrics.get_best_value("val_accuracy")) for t in done), default=None)
 
     def live_workers(self) -> set[str]:
         """The workers that send heartbeats, and do not know yet that the search is over."""

@@ -85,6 +85,11 @@ class SearchFolder(LockedFolder):
                 f"{self.state_file} has no {self.search_file} beside it, so it is not resumed; choose another --workdir,"
                 f" or delete {self.trials}"
             )
+        elif found := [name for name in SEARCH_FILES if (self.path / name).exists()]:
+            raise ConfigError(
+                f"{self} holds {', '.join(found)}, but no search, which has a {self.search_file.name}; choose another --workdir,"
+                " or move them away"
+            )
         write_json(self.search_file, record, durable=True, parents=False)
 
     def precision(self, choose: Callable[[], str]) -> str:

@@ -196,18 +196,22 @@ class FolderSize(NamedTuple):
     validation: bool
 
 
-def size_of(data_dir: str | os.PathLike[str] | None) -> FolderSize | None:
+def size_of(
+    data_dir: str | os.PathLike[str] | None, workdir: str | os.PathLike[str] | None = None
+) -> FolderSize | None:
     """Counts the training pictures of a folder, without reading them.
 
     Args:
         data_dir: the folder, as `load_folder` takes it.
+        workdir: of a run, which may be in it.
 
     Returns:
         what it holds, test pictures that are cut from it left out; None where the folder cannot be used: `load_folder`
         raises why.
     """
     try:
-        found = _find(_existing(data_dir), None, None)
+        own = Path(workdir).expanduser().resolve() if workdir else None
+        found = _find(_existing(data_dir), None, own)
     except (ConfigError, RunError):
         return None
     pairs = found.pairs("train")
@@ -246,7 +250,8 @@ def _scan(root: Path, workdir: Path | None) -> _Found:
                 f"{readable(root)} has {readable(name)}/ with classes beside train/; allowed: train, val and test"
                 f" ({', '.join(n for n in _PART_OF if n not in by_part)}); rename it, or move it away"
             )
-        left_out[f"folder {readable(name)}"] += 1
+        if not _is_around(root / name, workdir):
+            left_out[f"folder {readable(name)}"] += 1
     _leave_out(files, left_out)
     parts = {}
     for part in _NAMES:
@@ -318,16 +323,19 @@ def _classes(
         inside = os.path.relpath(place, root)
         classes[name] = _in_order(inside + path[len(place) :] for path in find_pictures(place, left_out))
         if not classes[name]:
-            own = workdir is not None and folder.resolve() / name in (workdir, *workdir.parents)
-            if not own and left_out[RUNS] == runs:
+            if not _is_around(folder / name, workdir) and left_out[RUNS] == runs:
                 raise RunError(
                     f"the class folder {readable(folder / name)} is empty; put images into it, or remove it"
                 )
-            left_out[RUNS] += own
             del classes[name]
     if not classes:
         raise RunError(f"{readable(folder)} holds no class folders; allowed: {LAYOUT}")
     return classes
+
+
+def _is_around(folder: Path, workdir: Path | None) -> bool:
+    """Whether a folder is that of the run that reads it, or around it."""
+    return workdir is not None and folder.parent.resolve() / folder.name in (workdir, *workdir.parents)
 
 
 def _leave_out(files: list[str], left_out: Counter[str]) -> None:
@@ -335,7 +343,9 @@ def _leave_out(files: list[str], left_out: Counter[str]) -> None:
         left_out[Path(readable(name)).suffix.lower() or "without an ending"] += 1
 
 
-def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None = None) -> Iterator[str]:
+def find_pictures(
+    folder: str | os.PathLike[str], left_out: Counter[str] | None = None, *, may_hold_run: bool = False
+) -> Iterator[str]:
     """Finds the picture files in a folder and in the folders within it, in sorted order.
 
     Links are followed, and each folder is read once, so that links in a circle end; a link to a folder around this one is
@@ -346,6 +356,7 @@ def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None 
     Args:
         folder: where to begin.
         left_out: counts what is left out, by its ending.
+        may_hold_run: whether a run in `folder` itself leaves only its own files out.
     """
     left_out = Counter() if left_out is None else left_out
     waiting = [os.fspath(folder)]
@@ -358,7 +369,9 @@ def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None 
         folders, files = _entries(current, left_out)
         if holds_run(files):
             left_out[RUNS] += 1
-            continue
+            if not may_hold_run or current != os.fspath(folder):
+                continue
+            folders, files = ([name for name in names if name not in RUN_FILES] for names in (folders, files))
         waiting += [os.path.join(current, name) for name in reversed(folders)]
         for name in files:
             path, ending = os.path.join(current, name), os.path.splitext(name)[1].lower()
