@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from cifar10_trainer.datasets import Dataset
 
 USAGE = __doc__ or ""
-COMMAND = "python scripts/compare_tuners.py"
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
 
@@ -169,8 +168,9 @@ class Trials:
         do = train if trial["way"] == tuners.ANNEALED else fit
         found = {**trial, **do(config, trial["thirds"], self._data), "epochs": config.epochs}
         found["seconds"] = round(time.monotonic() - start, 2)
+        found["session"] = records.session(self.record, records.command_of("compare_tuners.py"))
         self.record["trials"].append(found)
-        files.write_json(self.path, self.record | records.made_by(COMMAND), indent=1)
+        files.write_json(self.path, self.record, indent=1)
         print(f"{len(self.record['trials'])}: {found}", flush=True)
         return found
 
@@ -204,7 +204,9 @@ def main() -> None:
         seeds = range(FLAGS.fit_seeds if contender.way == tuners.FIT else FLAGS.seeds)
         curves[contender.name] = [tuners.search(contender, s, space(base), trials) for s in seeds]
     files.write_json(
-        path.with_name(tuners.SEARCHES), {**records.made_by(COMMAND), "curves": curves}, indent=None
+        path.with_name(tuners.SEARCHES),
+        {**records.made_by(records.command_of("compare_tuners.py")), "curves": curves},
+        indent=None,
     )
     target = tuners.hard_target(record["trials"])
     print(f"\n{tuners.table(curves, target)}")

@@ -152,9 +152,14 @@ def main() -> None:
         chosen: list[str] = getattr(FLAGS, name)
         if not set(chosen) <= set(allowed):
             raise ConfigError(f"{name} is {','.join(chosen)}; allowed: some of {', '.join(allowed)}")
+    if "keras" in FLAGS.methods and FLAGS.image_size != 32:
+        raise ConfigError(
+            f"image_size is {FLAGS.image_size}, but keras trains at 96 pixels; allowed: --methods without it"
+        )
     cli.import_tensorflow()
     path = Path(FLAGS.out)
-    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    runs: list[dict[str, Any]] = record.setdefault("runs", [])
     wanted = [(s, int(n), k) for n in FLAGS.images for s in FLAGS.sets for k in range(FLAGS.seeds)]
     for name, count, seed in wanted:
         here = (name, count, seed, FLAGS.image_size)
@@ -180,11 +185,10 @@ def main() -> None:
                     "method": method,
                     "seed": seed,
                 }
-                runs.append({**about, **found})
+                number = records.session(record, records.command_of("measure_photos.py"))
+                runs.append({**about, **found, "session": number})
                 print(json.dumps(runs[-1]), flush=True)
-                write_json(
-                    path, {**records.made_by("python scripts/measure_photos.py"), "runs": runs}, indent=1
-                )
+                write_json(path, record, indent=1)
     if FLAGS.publish:
         photos.publish()
 

@@ -139,12 +139,14 @@ def beside(record: records.Record, workdir: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if argv and (FLAGS.record or FLAGS.table):
+    others = [f"--{name}" for name in ("all", "source", "seeds", "epochs", "data_dir") if FLAGS[name].present]
+    others += argv + (["--table"] if FLAGS.record and FLAGS.table else [])
+    if others and (FLAGS.record or FLAGS.table):
         raise ConfigError(
-            f"--record or --table with {argv[0]!r}; allowed: one of the two, or names of recipes"
+            f"--record or --table with {others[0]}; allowed: one of the two, or names of recipes and the other flags"
         )
-    if FLAGS.record:
-        print(f"record: {records.keep(Path(FLAGS.record)).relative_to(records.ROOT)}")
+    if FLAGS.record:  # a run of the code of then
+        print(f"record: {records.keep(Path(FLAGS.record), at='').relative_to(records.ROOT)}")
     elif not FLAGS.table:
         for name in chosen(argv):
             for seed in range(FLAGS.seeds):

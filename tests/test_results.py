@@ -402,6 +402,14 @@ def test_a_record_does_not_name_where_the_images_are(command, expected):
     assert records.without_data_dir(command) == expected
 
 
+def test_what_a_session_added_keeps_its_origin(monkeypatch):
+    made = [{"commit": "a"}, {"commit": "a"}, {"commit": "b"}]
+    monkeypatch.setattr(records, "made_by", lambda command: made.pop(0))
+    record = {}
+    assert [records.session(record, "x") for _ in range(3)] == [0, 0, 1]
+    assert record["sessions"] == [{"commit": "a"}, {"commit": "b"}]
+
+
 def test_every_table_has_one_document_and_one_place_in_it():
     names = [name for some in tables.DOCUMENTS.values() for name in some]
     assert len(names) == len(set(names)) == 10

@@ -207,7 +207,7 @@ def test_the_numbers_of_the_guide_are_those_of_the_record():
     one, two, processes, _, gpus, hosts = [verdict["value"] for verdict in record["verdicts"]]
     for words in (
         f"`mirrored` on one device takes {one:.4g} times as long as no strategy",
-        f"two logical devices {two:.2g} times as long as one",
+        f"two logical devices {two:.3g} times as long as one",
         f"two processes {processes:.3g} times as long as one",
         f"8 GPUs train {gpus:.3g} times as many images a second as one, and 4 hosts of 8 GPUs {hosts:.3g} times as many",
     ):

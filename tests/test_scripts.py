@@ -142,13 +142,22 @@ def test_choice_of_recipes():
 @pytest.mark.parametrize(
     ("script", "argv", "says"),
     [
-        (reproduce, ["--table", "vgg.1"], "--record or --table with 'vgg.1'"),
+        (reproduce, ["--table", "vgg.1"], "--record or --table with vgg.1"),
+        (reproduce, ["--record=runs/x", "--seeds=3"], "--record or --table with --seeds"),
+        (reproduce, ["--record=runs/x", "--table"], "--record or --table with --table"),
+        (
+            measure_photos,
+            ["--image_size=64", "--methods=keras"],
+            "image_size is 64, but keras trains at 96 pixels",
+        ),
         (measure_photos, ["letters"], "unexpected argument 'letters'; allowed: flags"),
         (packaged_model, ["mine"], "unexpected argument 'mine'"),
         (compare_tuners, ["--recipe=leaky.baseline"], "leaky.baseline, which sets no filters"),
     ],
 )
 def test_what_the_commands_refuse(script, argv, says, capsys):
+    for name in script.FLAGS:
+        script.FLAGS[name].unparse()  # what another test gave
     assert cli.run(script.main, script.FLAGS, "usage", ["command", *argv]) == 2
     assert says in capsys.readouterr().err
 

@@ -196,7 +196,9 @@ def test_in_miniature(tmp_path, capsys, monkeypatch):
     record = json.loads((tmp_path / "trials.json").read_text())
     ways = [(t["way"], t["thirds"]) for t in record["trials"]]
     assert ways == [("annealed", 3), ("annealed", 1), ("fit", 1)]  # a space of one point: nothing is promoted
-    assert record["environment"]["tensorflow"] and record["dataset"] == "digits"
+    (session,) = record["sessions"]
+    assert session["environment"]["tensorflow"] and record["dataset"] == "digits"
+    assert {t["session"] for t in record["trials"]} == {0}
     full, *short = (t["pflop"] for t in record["trials"])
     assert short == pytest.approx([full / 3, full / 3], rel=0.1)  # of some 7 steps, so half of one is 7%
     accuracies = [t["val_accuracy"] for t in record["trials"]]

@@ -8,7 +8,6 @@ processor's peak does not.
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cifar10_trainer import RECIPES
 
 from . import timing
-from .timing import Options, against_goal, interleaved, rows_of, synthetic_data
+from .timing import Options, against_goal, interleaved, ratio_of_rounds, rows_of, synthetic_data
 
 if TYPE_CHECKING:
     import keras
@@ -57,7 +56,7 @@ def limit(o: Options) -> dict[str, Any]:
     rows = rows_of(samples, "ms")
     goals = []
     for name, pair in pairs.items():
-        ratio = statistics.median(a / b for a, b in zip(*(samples[n] for n in pair), strict=True))
+        ratio = ratio_of_rounds(samples, *pair)
         goals.append(against_goal(f"{RATIO}: {name}", ratio, GOALS[name]))
     return {"rows": rows, "verdicts": goals}
 

@@ -201,6 +201,10 @@ def _step(sections: dict[str, Any]) -> list[str]:
     ours, tutorial = rows[cpu.OURS], rows[cpu.TUTORIAL]
     torch = [(row["median"], name) for name, row in rows.items() if name.startswith("PyTorch")]
     peer, ratio = f"{_shown(tutorial)}: its own code", f"{ours['ratio']:.2f}"
+    if cpu.TUTORIAL_BFLOAT16 in rows:
+        same = rows[cpu.TUTORIAL_BFLOAT16]["median"]
+        peer += f"; {number(same)} ms: the same in bfloat16"
+        ratio += f"; {ours['median'] / same:.2f}"
     if torch:
         median, name = min(torch)
         peer += f"; {number(median)} ms: {name}"
@@ -214,8 +218,9 @@ def _step(sections: dict[str, Any]) -> list[str]:
 def _loader(sections: dict[str, Any]) -> list[str]:
     rows = sections["loader"]["rows"]
     ours, keras = rows["this project: flip, shift, cutout"], rows["Keras layers in map: flip, shift"]
-    what = "input pipeline, `make_dataset`: flip, shift, cutout"
-    return [what, _shown(ours), f"{_shown(keras)}: Keras's layers, without cutout", f"{ours['ratio']:.2f}"]
+    what = "input pipeline, `make_dataset`: flip, shift, cutout, to uint8"
+    peer = f"{_shown(keras)}: Keras's layers, without cutout, to float32"
+    return [what, _shown(ours), peer, f"{ours['ratio']:.2f}"]
 
 
 def _memory(sections: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from results.records import ROOT
 from cifar10_trainer import RunError
 
 from . import timing
-from .timing import Options, against_goal, interleaved, rows_of, synthetic_data
+from .timing import Options, against_goal, interleaved, ratio_of_rounds, rows_of, synthetic_data
 
 RECIPE, BATCH = "leaky.baseline", 128
 NONE, ONE, TWO = "no strategy", "mirrored, one device", "mirrored, two logical devices"
@@ -38,16 +38,16 @@ def scale_out(o: Options) -> dict[str, Any]:
         for name, count in ((PROCESS, 1), (PROCESSES, 2)):
             samples[name].append(statistics.median(run_processes("worker", o, count)[0]["samples"]))
     rows |= rows_of(samples, "ms", PROCESS)
-    several = rows[TWO]["median"] / rows[ONE]["median"]
+    mirrored = ratio_of_rounds(found["samples"], ONE, NONE)
     size = found["gradient_bytes"]
     goals = [
-        against_goal("mirrored with one device / no strategy", rows[ONE]["ratio"], "at most 1.03"),
-        against_goal("two logical devices / one", several),
-        against_goal("two processes / one", rows[PROCESSES]["ratio"]),
+        against_goal("mirrored with one device / no strategy", mirrored, "at most 1.03"),
+        against_goal("two logical devices / one", ratio_of_rounds(found["samples"], TWO, ONE)),
+        against_goal("two processes / one", ratio_of_rounds(samples, PROCESSES, PROCESS)),
         against_goal("gradients of a step, each replica", size / 1e6, unit=" MB"),
     ]
     for gpus, hosts in ((8, 1), (8, 4)):
-        factor = on_paper(gpus, hosts, size, overhead=max(1.0, rows[ONE]["ratio"]))
+        factor = on_paper(gpus, hosts, size, overhead=max(1.0, mirrored))
         where = f"{gpus} GPUs" if hosts == 1 else f"{hosts} hosts of {gpus} GPUs"
         what = f"on paper, not measured: {where}, {GPU_BATCH} images each / one GPU, images a second"
         goals.append(against_goal(what, factor))

@@ -87,6 +87,11 @@ def rows_of(samples: Mapping[str, Sequence[float]], unit: str, base: str | None 
     return rows
 
 
+def ratio_of_rounds(samples: Mapping[str, Sequence[float]], one: str, other: str) -> float:
+    """The median over the rounds of one / other: the speed of a processor changes between rounds, less within one."""
+    return statistics.median(a / b for a, b in zip(samples[one], samples[other], strict=True))
+
+
 def against_goal(what: str, value: float, goal: str = "", unit: str = "") -> dict[str, Any]:
     """Prints a result of a section with its goal, and returns both."""
     print(f"  => {what}: {number(value)}{unit}" + (f" (goal: {goal})" if goal else ""), flush=True)

@@ -130,7 +130,10 @@ def draw(points: Sequence[Point], path: Path) -> None:
     figure = new_figure(10, 4.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, cost, title in zip(
-        panels, ("seconds", "pflop"), ("Seconds of the whole run", "PFLOP of training"), strict=True
+        panels,
+        ("seconds", "pflop"),
+        ("Seconds of the whole run, on several machines", "PFLOP of training"),
+        strict=True,
     ):
         style_axes(axes, title, grid="both")
         draw_ours(axes, cost, ours(points))

@@ -11,6 +11,7 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -155,6 +156,23 @@ def made_by(command: str) -> dict[str, Any]:
         "command": command,
         "environment": runtime.describe(),
     }
+
+
+def session(record: dict[str, Any], command: str) -> int:
+    """The number of this session in `record["sessions"]`, which has one entry for all that one command adds in one state.
+
+    So what an earlier session has added keeps its date, commit and machine. It is added where it is not the last one.
+    """
+    sessions = record.setdefault("sessions", [])
+    now = made_by(command)
+    if not sessions or sessions[-1] != now:
+        sessions.append(now)
+    return len(sessions) - 1
+
+
+def command_of(script: str) -> str:
+    """The command that runs now, without where the images are."""
+    return without_data_dir(shlex.join(["python", f"scripts/{script}", *sys.argv[1:]]))
 
 
 def commit() -> str:

@@ -120,9 +120,10 @@ def versus_row(tutorial: int, groups: dict[tuple[str, float], Group]) -> list[st
     theirs = [k for k in groups if k[0] in names and (RECIPES[k[0]].origin.claim or 0) == best]
     if not theirs:
         return []
-    name, epochs = max(theirs, key=lambda k: k[1] / RECIPES[k[0]].epochs)
+    name, epochs = max(theirs, key=lambda k: (k[1] / RECIPES[k[0]].epochs, mean_validation(groups[k])))
     of = RECIPES[name].epochs
-    budget = pflop(groups[name, epochs], of)
+    # Early stopping is a part of a recipe, so the epochs until then are all that the tutorial trains.
+    budget = pflop(groups[name, epochs], None if RECIPES[name].early_stopping else of)
     fitting = {k: pflop(g) for k, g in groups.items() if is_own(k[0]) and pflop(g) <= budget / 10}
     if not fitting:
         return []
