@@ -68,7 +68,7 @@ _define(
 _define(
     flags.DEFINE_boolean,
     "final_fit",
-    "hold out nothing: train on all training images and keep the last weights; with a folder's val/, the best on it",
+    "hold out nothing: train on all training images and keep the last weights; where a folder has val/, keep those that are best on it",
     False,
 )
 _define(

@@ -15,6 +15,7 @@ The trained weights are copied to the plain model, and that model is saved.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -95,13 +96,12 @@ def make_training_model(
             f"model {model.name} does not end in a softmax; allowed: a model that returns probabilities"
         )
     # Where the softmax is a part of the last layer, or of a model inside this one, its copy leaves the softmax out.
-    body = keras.Model(model.inputs[0], model.outputs[0] if logits is None else logits)
+    body = keras.Model(model.inputs[0], model.outputs[0] if logits is None else logits, name=model.name)
     last, nodes = body.outputs[0]._keras_history.operation, _nodes_of(body)
     if logits is None:
         _check_used_once(body, nodes)
 
-    def clone(layer: Any) -> Any:
-        keras.config.set_dtype_policy("float32")
+    def make(layer: Any) -> Any:
         if layer is softmax and logits is None:
             return _without_softmax(layer)
         if not isinstance(layer, keras.Layer):  # an operation of keras.ops
@@ -114,27 +114,45 @@ def make_training_model(
         )  # fmt: skip
 
     shape = (None, None, model.input_shape[-1]) if any_size else model.input_shape[1:]
-    nested = any(isinstance(layer, keras.Model) for layer in body.layers)
-    try:
-        result = keras.models.clone_model(
-            body,
-            input_tensors=keras.Input(shape, dtype=model.inputs[0].dtype),
-            clone_function=clone,
-            **({"recursive": True} if nested else {}),
-        )
-    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
-        if policy == "float32":
-            raise
-        raise ConfigError(
-            f"model {model.name} does not work in {policy} ({one_line(error)}); allowed: --precision=float32"
-        ) from error
+    images = keras.Input(shape, dtype=model.inputs[0].dtype)
+    result = _cloned(body, images, make, policy)
     result.set_weights(body.get_weights())
     _finish_layers(body, result)
     return result
 
 
+def _cloned(
+    body: keras.Model, images: keras.KerasTensor, make: Callable[[Any], Any], policy: str
+) -> keras.Model:
+    """A model of new layers, which `make` makes for those of `body` and of the models inside it.
+
+    Raises ConfigError if it does not work in the policy.
+    """
+
+    def clone(layer: Any) -> Any:
+        keras.config.set_dtype_policy(
+            "float32"
+        )  # for the layers that it makes itself; `make` may set another one
+        new = make(layer)
+        if type(layer).__module__.startswith("keras."):
+            # Such a one makes none later, but in a nested Sequential the layers before it are built after it is made.
+            keras.config.set_dtype_policy(policy)
+        return new
+
+    nested = any(isinstance(layer, keras.Model) for layer in body.layers)
+    recursive = {"recursive": True} if nested else {}
+    try:
+        return keras.models.clone_model(body, input_tensors=images, clone_function=clone, **recursive)
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        if policy == "float32":
+            raise
+        raise ConfigError(
+            f"model {body.name} does not work in {policy} ({one_line(error)}); allowed: --precision=float32"
+        ) from error
+
+
 def _check_used_once(model: keras.Model, nodes: set[Any]) -> None:
-    """Raises ConfigError if the layer that the model ends in is called elsewhere, too: only at the end is it to lose its softmax."""
+    """Raises ConfigError if the last layer is also called elsewhere: its copy has no softmax, which would be missing there."""
     last: Any = model
     while isinstance(last, keras.Model):
         last = last.outputs[0]._keras_history.operation

@@ -135,7 +135,9 @@ class Hooks:
                 raise
             what = f"a callback sets the learning rate in {hook}"
             raise ConfigError(_rate_is_taken(what, self.engine.config)) from error
-        if used and not last:
+        if used and last:
+            self._step = -1  # the model may hold other weights than the training now
+        elif used:
             self._take_weights()
 
     def on_test_batch(self, batch: int, logs: dict[str, float] | None) -> None:

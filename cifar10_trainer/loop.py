@@ -253,7 +253,11 @@ class TrainingLoop:
         return int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * wanted, 1024)))
 
     def _begin_epoch(self, epoch: int) -> None:
-        """Calls `on_epoch_begin`, again where a run resumes within an epoch: what that changed then is in the state already."""
+        """Calls `on_epoch_begin`.
+
+        Where a run resumes within an epoch this is the second call: the saved state already has what the first one changed in
+        rate and weights, so changes are undone.
+        """
         optimizer, again = self.engine.optimizer, self._begun == epoch
         rate = float(np.asarray(optimizer.learning_rate))
         self.hooks.call("on_epoch_begin", epoch, last=again)

@@ -244,7 +244,7 @@ class Muon(SGD):
 
 
 def leave_out_others(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
-    """Shows SGD and Muon what looks like a variable that they treat in a way of its own, and is none.
+    """Makes SGD and Muon treat as ordinary variables those that only look special.
 
     These are the offsets of normalizations other than batch norm, and the kernels of depthwise and transposed convolutions. Other
     optimizers stay as they are. To be called before `build`.

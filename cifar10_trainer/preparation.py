@@ -73,8 +73,8 @@ def load(
     fraction = None if "validation_fraction" in config.adapt else config.validation_fraction
     if data.validation is not None and fraction is not None and not resumed:
         log(
-            f"validation_fraction is {fraction}, which is not used: {data.source} has validation images of its"
-            " own; move them to its training images to use it"
+            f"validation_fraction ({fraction}) is not used: {data.source} has validation images of its own; move them to its"
+            " training images to use it"
         )
     return data
 

@@ -590,6 +590,24 @@ def test_a_rate_that_a_scheduler_changes_resumes_exactly(data, tmp_path, monkeyp
     same(parts.weights[-1], whole.weights[-1], 0)
 
 
+def test_weights_that_on_epoch_begin_changes_resume_exactly(data, tmp_path, monkeypatch):
+    """Also where another callback's hook follows at the same step, which takes what it finds changed."""
+    monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)
+
+    def changing():
+        return [
+            Halve("on_epoch_begin"),
+            keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: None),
+        ]
+
+    whole, parts = Last(), Last()
+    in_train(data, tmp_path / "whole", [*changing(), whole], CONFIG)
+    with pytest.raises(RunInterrupted):
+        in_train(data, tmp_path / "parts", [*changing(), Interrupt(STEPS + 4)], CONFIG)
+    in_train(data, tmp_path / "parts", [*changing(), parts], CONFIG)
+    same(parts.weights[-1], whole.weights[-1], 0)
+
+
 def test_on_train_end_gets_the_last_logs_of_a_run_that_resumes(data, tmp_path, monkeypatch):
     """It is stopped in its last step, or before the first epoch that it resumes has ended."""
     monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)

@@ -381,8 +381,12 @@ def test_the_worker_of_a_machine_that_has_gone_gives_way_to_its_successor(meet, 
     host, port = where[0].addresses[0].split(":")
     waiting = ThreadPoolExecutor(1)
     chief = waiting.submit(lambda: meet(where[0])[0])
-    time.sleep(0.3)
-    with socket.create_connection((host, int(port)), 5) as gone:
+    gone = None
+    while gone is None:
+        with contextlib.suppress(ConnectionRefusedError):
+            gone = socket.create_connection((host, int(port)), 5)
+        time.sleep(0.05)
+    with gone:
         gone.sendall(json.dumps({"worker": 1, "addresses": list(where[0].addresses)}).encode() + b"\n")
         time.sleep(1)
         others = meet(where[1], where[2])

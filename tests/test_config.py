@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import subprocess
@@ -34,9 +35,9 @@ def error_of(function, *args, **kwargs) -> str:
 @pytest.mark.parametrize("section", [Config, Augmentation, Optimizer, Schedule, Averaging, Origin])
 def test_help_describes_every_field(section):
     described = [
-        line.partition(":")[0] for line in section.__doc__.partition("Attributes:\n")[2].splitlines()
+        line.partition(":")[0] for line in inspect.getdoc(section).partition("Attributes:\n")[2].splitlines()
     ]
-    names = [f"        {f.name}" for f in dataclasses.fields(section)]
+    names = [f"    {f.name}" for f in dataclasses.fields(section)]
     assert [line for line in described if line in names] == names  # each once, in their order
 
 

@@ -456,11 +456,12 @@ def test_a_softmax_within_and_nothing_to_train_are_refused_in_a_line(case, tmp_p
 def test_a_subclassed_model_inside_is_refused_in_a_line(tmp_path, digits):
     images = keras.Input((32, 32, 3))
     inside = Subclassed(name="inside")(images)
-    model = keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(inside)))
-    with pytest.raises(
-        ConfigError, match="has the model 'inside' inside, which is Subclassed, a subclassed one"
-    ):
-        train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
+    flat = keras.layers.Flatten()(inside)
+    reason = "has the model 'inside' inside, which is Subclassed, a subclassed one"
+    ending = Subclassed(name="inside")(keras.layers.Dense(10)(keras.layers.Flatten()(images)))
+    for model in (keras.Model(images, keras.layers.Dense(10)(flat)), keras.Model(images, ending)):
+        with pytest.raises(ConfigError, match=reason):
+            train(CONFIG, tmp_path / "run", data=digits, model=model, verbose=0)
 
 
 def shared_endings():
@@ -514,10 +515,12 @@ class Residual(keras.layers.Layer):
         return {**super().get_config(), "filters": self.filters}
 
 
-def residual(**more):
+def residual():
+    """One in the model, and one in a Sequential inside it, whose last layer stays in float32 on a CPU."""
     images = keras.Input((32, 32, 3))
     x = keras.layers.Conv2D(4, 3, padding="same")(keras.layers.Rescaling(1 / 255)(images))
-    x = keras.layers.GlobalAveragePooling2D()(Residual(4, **more)(x))
+    inner = keras.Sequential([keras.Input((32, 32, 4)), Residual(4), keras.layers.DepthwiseConv2D(3)])
+    x = keras.layers.GlobalAveragePooling2D()(inner(Residual(4)(x)))
     return keras.Model(images, keras.layers.Dense(10)(x))
 
 

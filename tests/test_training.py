@@ -489,14 +489,6 @@ def test_arguments_of_other_types_are_one_line(arguments, text, tmp_path, digits
         train_and_evaluate(TINY, dataset=digits, verbose=0, **{"workdir": tmp_path, **arguments})
 
 
-def test_overwrite_leaves_alone_what_is_no_run(tmp_path, digits):
-    (tmp_path / "tensorboard").mkdir()
-    (tmp_path / "tensorboard" / "mine").touch()
-    (tmp_path / "model.h5").write_text("mine")
-    train_quietly(TINY.override(epochs=0.25), tmp_path, digits, overwrite=True)
-    assert (tmp_path / "tensorboard" / "mine").exists() and (tmp_path / "model.h5").read_text() == "mine"
-
-
 def test_an_augmentation_that_does_not_fit_costs_no_earlier_run(tmp_path, digits):
     images, test_images = (x[:, ::2, ::2].copy() for x in (digits.train_images, digits.test_images))
     small = dataclasses.replace(digits, train_images=images, test_images=test_images)
@@ -1075,7 +1067,7 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
         ([], None),
         (
             ["--validation_fraction=0.3"],
-            "validation_fraction is 0.3, which is not used: {} has validation images",
+            "validation_fraction (0.3) is not used: {} has validation images",
         ),
         (["--final_fit"], None),
     ],

@@ -177,13 +177,6 @@ def test_another_search_in_the_folder_is_refused(finished, digits, change, says)
         tune(options.pop("space", space), digits, **options)
 
 
-def test_overwrite_removes_nothing_where_no_search_is(digits, tmp_path):
-    (tmp_path / "tensorboard").mkdir()
-    (tmp_path / "tensorboard" / "events").write_text("a run's")
-    tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=1, overwrite=True, verbose=0)
-    assert (tmp_path / "tensorboard" / "events").read_text() == "a run's"
-
-
 def test_a_search_resumes_with_its_own_images_only(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
@@ -448,7 +441,7 @@ def test_a_trial_waits_as_long_as_the_process_lives_and_a_signal_ends_that(digit
     assert len(waits) == 900
 
 
-def test_a_trial_resumes_on_another_number_of_replicas(digits, tmp_path, monkeypatch):
+def test_a_trial_may_resume_on_another_number_of_replicas(digits, tmp_path, monkeypatch):
     given, train = [], fake_training([0.8], [])
 
     def noting(config, folder, **options):
@@ -487,6 +480,34 @@ def failing(hp):
         options__filters=(4,) * 6 if kind == "too deep" else (4,),
         batch_size=10**6 if kind == "too large" else 32,
     )
+
+
+def test_hyperparameters_under_conditions_are_described_alike_in_every_process(digits):
+    """Also where a value under a condition decides what else is drawn. A name alone stands for one hyperparameter."""
+
+    def draw(hp):
+        kind = hp.Choice("kind", ["a", "b"])
+        with hp.conditional_scope("kind", ["b"]):
+            deep = hp.Float("rate", 0.0, 0.5, default=0.1) if kind == "b" else 0.0
+            if deep > 0.2:
+                hp.Int("more", 1, 3)
+        return TINY.override(options__dropout=deep)
+
+    described = [trial.describe_search(draw, digits)[0]["hyperparameters"] for _ in range(8)]
+    assert [list(one) for one in described] == [["kind", "rate"]] * 8
+    assert described[0]["rate"]["conditions"][0]["config"]["values"] == ["b"]
+
+
+def test_a_wrong_range_under_a_condition_is_one_line(digits):
+    def draw(hp):
+        if hp.Choice("kind", ["a", "b"]) == "b":
+            with hp.conditional_scope("kind", ["b"]):
+                hp.Float("rate", 0.5, 0.1)
+        with hp.conditional_scope("kind", ["b"]):
+            return TINY
+
+    with pytest.raises(ConfigError, match="the space is invalid: "):
+        trial.describe_search(draw, digits)
 
 
 @pytest.mark.parametrize("changed", ["high", "second"])
@@ -655,6 +676,12 @@ def test_somebodys_own_files_stay(name, overwrite, digits, tmp_path):
     ):
         tune(space, digits, workdir=str(tmp_path), overwrite=overwrite, verbose=0)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_empty_folder_of_a_worker_that_came_first_is_no_obstacle(digits, tmp_path, monkeypatch):
+    (tmp_path / "trials").mkdir()  # KerasTuner makes it in the worker's process
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
+    assert tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0).best.accuracy == 0.8
 
 
 def test_a_folder_that_cannot_be_written(digits, tmp_path):

@@ -124,9 +124,7 @@ class SearchOracle(kt.Oracle):
         self.on_begin: Callable[[Trial], None] = _ignore
         self.on_end: Callable[[Trial], None] = _ignore
         self.stopped = False  # whether the search is over
-        self.failure: RunError | None = (
-            None  # what ended a call of a worker: its folder has gone, or the disk is full
-        )
+        self.failure: RunError | None = None  # what ended a call of a worker, as an error of one line
         self.ended: dict[str, float] = {}  # trial id -> seconds of the search at its end
         self._last_heartbeat: dict[str, float] = {}  # worker id -> time of its last heartbeat
         self._former_heartbeat = -math.inf  # the same for workers without one since this process started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cifar10_trainer.config import PRECISIONS
@@ -69,7 +70,7 @@ class SearchFolder(LockedFolder):
             overwrite: whether to remove the search that is in the folder first.
 
         Raises:
-            ConfigError: if the folder holds a search with another record.
+            ConfigError: if the folder holds a search with another record, or files of a search's names and no search.
             RunError: if search.json is damaged or cannot be written, or if it is missing beside a state.
         """
         if overwrite:
@@ -85,7 +86,7 @@ class SearchFolder(LockedFolder):
                 f"{self.state_file} has no {self.search_file} beside it, so it is not resumed; choose another --workdir,"
                 f" or delete {self.trials}"
             )
-        elif found := [name for name in SEARCH_FILES if (self.path / name).exists()]:
+        elif found := [name for name in SEARCH_FILES if _holds_something(self.path / name)]:
             raise ConfigError(
                 f"{self} holds {', '.join(found)}, but no search, which has a {self.search_file.name}; choose another --workdir,"
                 " or move them away"
@@ -112,6 +113,11 @@ class SearchFolder(LockedFolder):
                 return policy
         except OSError as error:
             raise cannot_write(self.trials, error) from error
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a path is more than an empty folder, as a worker makes one that is started before its chief."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 def trial_folder(trial_id: str) -> str:

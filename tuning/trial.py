@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any]
     hp = kt.HyperParameters()
     try:
         config = make_config(space, hp, data)
+        parameters = _described(_all_of(space, hp, data))
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:  # from KerasTuner, about a range
@@ -103,7 +105,6 @@ def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any]
             f"{config.recipe} holds out no validation images, but a search compares validation accuracies;"
             " allowed: a validation_fraction greater than 0"
         )
-    parameters = {_name(p): {"kind": type(p).__name__, **p.get_config()} for p in _all_of(space, hp, data)}
     description = {
         "dataset": data.name,
         "images": datasets.fingerprint(data),
@@ -123,17 +124,25 @@ def _all_of(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> list
         tried.append(scope)
         other = found.copy()
         other.values.update({condition.name: condition.values[0] for condition in scope})
-        other.ensure_active_values()
+        for parameter in other.space:  # not at random, as KerasTuner does: all processes find the same
+            if other.is_active(parameter):
+                other.values.setdefault(parameter.name, parameter.default)
         make_config(space, other, data)
         found.merge(other.space)
         scopes += other.inactive_scopes
     return found.space
 
 
-def _name(parameter: HyperParameter) -> str:
-    """The name of a hyperparameter, with its conditions, because others may have the same name under other ones."""
-    conditions = [f"{c.name} in {list(c.values)}" for c in parameter.conditions]
-    return " if ".join([parameter.name, *filter(None, [" and ".join(conditions)])])
+def _described(parameters: list[HyperParameter]) -> dict[str, dict[str, Any]]:
+    """Kind, range and default of each hyperparameter, by its name; of several with one name also by their conditions."""
+    different = {
+        (p.name, " and ".join(f"{c.name} in {list(c.values)}" for c in p.conditions)): p for p in parameters
+    }
+    several = Counter(name for name, _ in different)
+    return {
+        f"{name} if {conditions}" if several[name] > 1 else name: {"kind": type(p).__name__, **p.get_config()}
+        for (name, conditions), p in different.items()
+    }
 
 
 def load(dataset: DatasetOrLoader) -> Dataset:
@@ -242,7 +251,7 @@ class ConfigTuner(BaseTuner):
             keras.utils.clear_session()  # frees the memory of the trial before
             with self._heartbeats(trial.trial_id), count_starts(folder):
                 while True:
-                    # The worker that had this trial sent no heartbeat, but where the folder is locked it lives: let it finish.
+                    # No heartbeat came from the worker that had this trial, but a locked folder shows that it lives: let it finish.
                     with contextlib.suppress(FolderBusyError):
                         return self._scored(self._train(config, folder))
                     time.sleep(1)

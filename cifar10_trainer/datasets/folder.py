@@ -356,7 +356,7 @@ def find_pictures(
     Args:
         folder: where to begin.
         left_out: counts what is left out, by its ending.
-        may_hold_run: whether a run in `folder` itself leaves only its own files out.
+        may_hold_run: whether pictures beside a run's own files in `folder` count; otherwise a folder with a run is left out whole.
     """
     left_out = Counter() if left_out is None else left_out
     waiting = [os.fspath(folder)]
@@ -371,7 +371,8 @@ def find_pictures(
             left_out[RUNS] += 1
             if not may_hold_run or current != os.fspath(folder):
                 continue
-            folders, files = ([name for name in names if name not in RUN_FILES] for names in (folders, files))
+            own = (*RUN_FILES, "search.png")
+            folders, files = ([name for name in names if name not in own] for names in (folders, files))
         waiting += [os.path.join(current, name) for name in reversed(folders)]
         for name in files:
             path, ending = os.path.join(current, name), os.path.splitext(name)[1].lower()

@@ -155,7 +155,9 @@ def _node_flops(node: Any) -> int:
         here = [tuple(tensor.shape[1:]) for tensor in node.input_tensors]
         if here != [tuple(tensor.shape[1:]) for tensor in layer.inputs]:
             inputs = [keras.Input(s, dtype=t.dtype) for s, t in zip(here, layer.inputs, strict=True)]
-            layer = keras.models.clone_model(layer, input_tensors=inputs if len(inputs) > 1 else inputs[0])
+            functional = not isinstance(layer, keras.Sequential)  # its inputs may be a list or a dictionary
+            tensors = keras.tree.pack_sequence_as(layer.input, inputs) if functional else inputs[0]
+            layer = keras.models.clone_model(layer, input_tensors=tensors)
         return forward_flops(layer)
     if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D | keras.layers.Dense):
         kernels = math.prod(

@@ -49,8 +49,8 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
         functional = keras.models.clone_model(
             functional, input_tensors=fixed, clone_function=lambda layer: layer
         )
-    _check_ending(functional)
     _check_layers(functional)
+    _check_ending(functional)
     if not functional.trainable_variables:
         raise ConfigError(
             "model has no weights to train; allowed: one with a layer that is trainable and has weights"

@@ -103,7 +103,7 @@ def versus_table(records: Sequence[Record]) -> str:
 
     The project's own recipe trains with at most a tenth of the tutorial's FLOPs; of those that do, it is the one with
     the best validation accuracy. Recipes without validation images are considered last. FLOPs are three forward
-    passes of the convolutions and dense layers for each training image; the tutorial's are those of all its epochs.
+    passes of the convolutions and dense layers for each training image; the tutorial's are those of all its epochs, or of those until its early stopping.
     A row without records is left out.
     """
     groups = group(records)
