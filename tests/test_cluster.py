@@ -376,7 +376,7 @@ def test_a_stranger_at_the_port_disturbs_nobody(what, meet, places):
 
 def test_the_worker_of_a_machine_that_has_gone_gives_way_to_its_successor(meet, places, monkeypatch):
     """While the chief waits for worker 2, worker 1 falls silent without closing its connection, and starts again elsewhere."""
-    monkeypatch.setattr(meeting, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(meeting, "HEARTBEAT", 0.5)
     where = places(3)
     host, port = where[0].addresses[0].split(":")
     waiting = ThreadPoolExecutor(1)
@@ -388,7 +388,7 @@ def test_the_worker_of_a_machine_that_has_gone_gives_way_to_its_successor(meet, 
         time.sleep(0.05)
     with gone:
         gone.sendall(json.dumps({"worker": 1, "addresses": list(where[0].addresses)}).encode() + b"\n")
-        time.sleep(1)
+        time.sleep(2)
         others = meet(where[1], where[2])
         assert agree([chief.result(), *others], *[{"seed": 0}] * 3) == [None] * 3
     waiting.shutdown()

@@ -133,7 +133,7 @@ class Team:
         """The chief's part of the meeting: waits until every other worker has connected."""
         assert self._listener is not None
         waiting, strangers, told = _Waiting(self._log), self._strangers, 0.0
-        while missing := [i for i in range(1, len(self.place.addresses)) if i not in self._members]:
+        while missing := self._missing():
             names = ", ".join(map(self.place.name, missing))
             if waiting.seconds() > self._timeout:
                 raise self._too_late(names)
@@ -161,6 +161,14 @@ class Team:
                 told = now
         self._send_to_all(all_here=True)
 
+    def _missing(self) -> list[int]:
+        """The workers that are not here. One that is silent counts as such: its machine may have gone, or it connects again."""
+        for index, connection in list(self._members.items()):
+            if time.monotonic() - connection.heard > 3 * HEARTBEAT:
+                connection.close()
+                del self._members[index]
+        return [i for i in range(1, len(self.place.addresses)) if i not in self._members]
+
     def _greet(self, connection: Connection) -> bool:
         """Reads a new connection's first message. Returns whether it is settled: a worker, or gone.
 
@@ -186,10 +194,7 @@ class Team:
                 raise error
             if not 0 < index < len(ours):
                 raise Closed
-            before = self._members.get(index)
-            if before is not None and time.monotonic() - before.heard > 3 * HEARTBEAT:
-                before.close()  # its machine has gone, and this one takes its place
-            elif before is not None:
+            if index in self._members:
                 text = f"there is another {self.place.name(index)} already; give each process an index of its own"
                 connection.send(error=text)
                 raise Closed
