@@ -262,7 +262,7 @@ def test_cpu_replicas_split_the_cpu(trained, monkeypatch):
         ),
         (
             ["--workers=", "--worker_index=0"],
-            "--workers names no worker; allowed: HOST:PORT of each, separated by commas",
+            "--workers is empty; allowed: a value; to use the default, leave the flag out",
         ),
         (
             ["--workers=a:1,a:1", "--worker_index=0"],

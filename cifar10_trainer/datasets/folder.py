@@ -210,7 +210,7 @@ def size_of(
         raises why.
     """
     try:
-        own = Path(workdir).expanduser().resolve() if workdir else None
+        own = Path(os.path.expanduser(workdir)).resolve() if workdir else None
         found = _find(_existing(data_dir), None, own)
     except (ConfigError, RunError):
         return None
