@@ -670,12 +670,15 @@ def test_a_damaged_file_is_named(name, digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["leaderboard.csv", "trials", "tensorboard"])
 def test_somebodys_own_files_stay(name, overwrite, digits, tmp_path):
-    (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("precious")
+    file = tmp_path / name if "." in name else tmp_path / name / "mine"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
     with pytest.raises(
         ConfigError, match=f"holds {name}, but no search, which has a search.json; choose another"
     ):
         tune(space, digits, workdir=str(tmp_path), overwrite=overwrite, verbose=0)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert file.read_text() == "precious"
 
 
 def test_the_empty_folder_of_a_worker_that_came_first_is_no_obstacle(digits, tmp_path, monkeypatch):
