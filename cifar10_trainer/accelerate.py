@@ -130,9 +130,8 @@ def _cloned(
     """
 
     def clone(layer: Any) -> Any:
-        keras.config.set_dtype_policy(
-            "float32"
-        )  # for the layers that it makes itself; `make` may set another one
+        # For the layers that it makes itself; `make` may set another one.
+        keras.config.set_dtype_policy("float32")
         new = make(layer)
         if type(layer).__module__.startswith("keras."):
             # Such a one makes none later, but in a nested Sequential the layers before it are built after it is made.

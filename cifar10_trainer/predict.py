@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,7 @@ from . import cli, datasets
 from .config import RESIZES
 from .datasets.arrays import check_images
 from .datasets.folder import find_pictures
-from .datasets.images import SUFFIXES, open_formats, readable
+from .datasets.images import SUFFIXES, open_formats, readable, without_warnings
 from .errors import ConfigError, RunError, check_type, reason_of
 from .keras_state import keras_defaults
 from .machine import cpu_count
@@ -218,10 +217,7 @@ def label_files(
             return str(error)
 
     open_formats()  # not in several threads at once
-    with warnings.catch_warnings(), ThreadPoolExecutor(cpu_count()) as pool:
-        warnings.filterwarnings(
-            "ignore", module=r"PIL\."
-        )  # on damaged tags, and on large pictures, which are allowed
+    with without_warnings(), ThreadPoolExecutor(cpu_count()) as pool:
         for start in range(0, len(paths), count):
             block = paths[start : start + count]
             read_ones = list(zip(block, pool.map(read, block), strict=True))

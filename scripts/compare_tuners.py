@@ -168,7 +168,7 @@ class Trials:
         do = train if trial["way"] == tuners.ANNEALED else fit
         found = {**trial, **do(config, trial["thirds"], self._data), "epochs": config.epochs}
         found["seconds"] = round(time.monotonic() - start, 2)
-        found["session"] = records.session(self.record, records.command_of("compare_tuners.py"))
+        found["session"] = records.session(self.record, records.given_command("compare_tuners.py"))
         self.record["trials"].append(found)
         files.write_json(self.path, self.record, indent=1)
         print(f"{len(self.record['trials'])}: {found}", flush=True)
@@ -205,7 +205,7 @@ def main() -> None:
         curves[contender.name] = [tuners.search(contender, s, space(base), trials) for s in seeds]
     files.write_json(
         path.with_name(tuners.SEARCHES),
-        {**records.made_by(records.command_of("compare_tuners.py")), "curves": curves},
+        {**records.made_by(records.given_command("compare_tuners.py")), "curves": curves},
         indent=None,
     )
     target = tuners.hard_target(record["trials"])

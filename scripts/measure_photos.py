@@ -185,7 +185,7 @@ def main() -> None:
                     "method": method,
                     "seed": seed,
                 }
-                number = records.session(record, records.command_of("measure_photos.py"))
+                number = records.session(record, records.given_command("measure_photos.py"))
                 runs.append({**about, **found, "session": number})
                 print(json.dumps(runs[-1]), flush=True)
                 write_json(path, record, indent=1)

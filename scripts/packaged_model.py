@@ -180,7 +180,7 @@ def main() -> None:
     test = scoring.score(dataset.test_labels, probabilities)
     alarms = _share(np.array([predict.entropy(p) for p in probabilities]) > above)
     record = {
-        **records.made_by(records.command_of("packaged_model.py")),
+        **records.made_by(records.given_command("packaged_model.py")),
         "training": {
             "command": records.without_data_dir(settings["command"]).partition(" --workdir")[0],
             "environment": settings["environment"],

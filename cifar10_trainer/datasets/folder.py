@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from ..errors import ConfigError, RunError, check_number, reason_of, unknown
 from ..machine import check_fits, cpu_count
 from ..run_folder import RUN_FILES, holds_run
 from .base import Dataset, stratified_mask
-from .images import SUFFIXES, Unreadable, decode, looks_like_image, open_formats, readable
+from .images import SUFFIXES, Unreadable, decode, looks_like_image, open_formats, readable, without_warnings
 
 LAYOUT = (
     "a folder with train/<class>/* and, optionally, val/<class>/* and test/<class>/*; or with <class>/*, from which"
@@ -466,8 +465,7 @@ def _read(
 
     said = time.monotonic()
     pool = ThreadPoolExecutor(cpu_count())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged tags and the like, of each picture
+    with without_warnings():
         try:
             for start in range(0, n, _BLOCK):
                 block = pairs[start : start + _BLOCK]

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -124,6 +125,14 @@ def readable(path: str | os.PathLike[str]) -> str:
     """A file name for people: what is no UTF-8 in it becomes "?", and control characters, too."""
     text = os.fsencode(path).decode("utf-8", "replace").replace("\ufffd", "?")
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Within it, Pillow does not warn of damaged tags and the like, nor of large pictures, which are allowed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 @functools.cache

@@ -171,9 +171,7 @@ def waiting(o: Options) -> dict[str, Any]:
         steps = o.batches * 256 // RECIPES[name].batch_size
         usual, bare = (timing.engine_for(name, images, labels) for _ in range(2))
         for kind, engine in (("as in training", usual), ("one batch", with_one_batch(bare))):
-            passes[f"{name}: a step, {kind}"] = timing.in_milliseconds(
-                timing.seconds_of(engine, steps), steps
-            )
+            passes[f"{name}: a step, {kind}"] = timing.step_of(engine, steps)
     samples = interleaved(passes, o.rounds)
     goals = []
     for name in names:

@@ -170,7 +170,7 @@ def session(record: dict[str, Any], command: str) -> int:
     return len(sessions) - 1
 
 
-def command_of(script: str) -> str:
+def given_command(script: str) -> str:
     """The command that runs now, without where the images are."""
     return without_data_dir(shlex.join(["python", f"scripts/{script}", *sys.argv[1:]]))
 
