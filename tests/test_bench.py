@@ -288,14 +288,17 @@ def test_loader():
     found = cpu.loader(TINY)
     rows = found["rows"]
     assert [n.partition(":")[0] for n in rows] == [
-        "Keras layers in map", "ImageDataGenerator", *["this project"] * 3,
+        "Keras layers in map", "ImageDataGenerator", *["this project"] * 4,
     ]  # fmt: skip
     assert all(row["median"] > 0 for row in rows.values())
-    ours, keras_, old = (
+    ours, cast, keras_, old = (
         rows[n]["median"]
-        for n in ("this project: flip, shift, cutout", "Keras layers in map: flip, shift", "ImageDataGenerator: flip, shift")
+        for n in (
+            "this project: flip, shift, cutout", "this project: flip, shift, cutout, as float32",
+            "Keras layers in map: flip, shift", "ImageDataGenerator: flip, shift",
+        )
     )  # fmt: skip
-    assert [v["value"] for v in found["verdicts"]] == pytest.approx([ours / keras_, ours / old])
+    assert [v["value"] for v in found["verdicts"]] == pytest.approx([ours / keras_, cast / keras_, ours / old])
 
 
 def test_waiting(small):

@@ -26,6 +26,7 @@ PROCESSORS = {
     "AMD EPYC Zen 4, 2.6 GHz": ("benchmark-zen4.json", None),
     "AMD EPYC Zen 3": ("benchmark-zen3.json", None),
     "Intel Xeon with AMX": ("benchmark-xeon.json", None),
+    "Intel Xeon, model 207, with AMX": ("benchmark-xeon-207.json", None),
 }
 # Its rows: their words, the section, and how the row or the result that they show begins.
 COMPARED = [
@@ -42,6 +43,7 @@ COMPARED = [
     ),
     *((f"step time / limit: `{name}`", "limit", f"{RATIO}: {name}") for name in GOALS),
     ("input pipeline with cutout / Keras layers without", "loader", "with cutout / Keras layers"),
+    ("the same, to float32 images as Keras's", "loader", "with cutout, as float32 / Keras layers"),
     ("data in a step of `leaky.baseline`", "waiting", f"{cpu.SHARE_OF_DATA} of leaky.baseline"),
     ("data in a step of `fast.85`", "waiting", f"{cpu.SHARE_OF_DATA} of fast.85"),
     ("memory / tutorial 4", "memory", "this project / the tutorial's code"),
