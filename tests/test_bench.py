@@ -298,7 +298,9 @@ def test_loader():
             "Keras layers in map: flip, shift", "ImageDataGenerator: flip, shift",
         )
     )  # fmt: skip
-    assert [v["value"] for v in found["verdicts"]] == pytest.approx([ours / keras_, cast / keras_, ours / old])
+    assert [v["value"] for v in found["verdicts"]] == pytest.approx(
+        [ours / keras_, cast / keras_, ours / old]
+    )
 
 
 def test_waiting(small):
