@@ -12,7 +12,7 @@ from absl import flags
 
 from . import cli, cluster, datasets, launch
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
-from .errors import ConfigError, RunError, cut, reason_of, shown, unknown
+from .errors import ConfigError, RunError, cut, reason_of, unknown
 from .files import new_workdir, parse_json, regular_file
 from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES, recipe_for_folder
@@ -145,12 +145,9 @@ _define(
     "answer; delete it to measure again); else float32",
 )
 _define(flags.DEFINE_boolean, "sync_batch_norm", "compute batch-norm statistics over all replicas", None)
-_define(
-    flags.DEFINE_multi_string,
-    "set",
-    "any other setting, named as in config.json, with a JSON value; may be repeated. For example "
+cli.define_set(
+    _define,
     "--set early_stopping=null --set optimizer.momentum=0.9 --set 'options.filters=[32,128,128]'",
-    [],
 )
 _define(
     flags.DEFINE_string,
@@ -257,14 +254,7 @@ def _changes() -> dict[str, Any]:
         raise ConfigError(
             "validation_fraction is 0; allowed: greater than 0 and less than 1, or --final_fit to train on every image"
         )
-    for setting in FLAGS.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {shown(setting)}; allowed: name=value or section.name=value")
-        try:
-            changes[name.replace(".", "__")] = parse_json(value)
-        except ValueError:
-            changes[name.replace(".", "__")] = value
+    changes.update(cli.parse_settings(FLAGS.set))
     if FLAGS.cpu_replicas is not None and changes.setdefault("strategy", "mirrored") != "mirrored":
         raise ConfigError(
             f"--cpu_replicas={FLAGS.cpu_replicas} and --strategy={changes['strategy']}; allowed: --strategy=mirrored"
@@ -319,7 +309,7 @@ def check_folds() -> None:
     """Raises ConfigError where a flag is given that cross-validation does not have."""
     if FLAGS.folds is None:
         return
-    several = ("workers", "local_workers", "allow_replica_change")
+    several = ("workers", "local_workers")
     given = [name for name in ("final_fit", "hdf5", "validation_fraction", *several) if FLAGS[name].present]
     fields = ("validation_fraction", "validation_split", "validation_fold")
     given += [f"set {name}" for name in fields if _is_set(name)]
@@ -398,13 +388,14 @@ def main() -> None:
         where["save_seconds"] = FLAGS.save_seconds
     if options := folder_options():
         where["folder_options"] = options
+    where["allow_replica_change"] = FLAGS.allow_replica_change
     datasets.read_ahead(config.dataset, FLAGS.data_dir)
     if FLAGS.folds is None:
         meet_workers(config)
         import_tensorflow()
         from .training import train_and_evaluate
 
-        for name in ("hdf5", "cluster_timeout", "allow_replica_change"):
+        for name in ("hdf5", "cluster_timeout"):
             where[name] = FLAGS[name].value
         train_and_evaluate(config, FLAGS.workdir, since=PROCESS_START, **where)
         return

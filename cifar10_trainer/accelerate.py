@@ -161,6 +161,11 @@ def _check_used_once(model: keras.Model, nodes: set[Any]) -> None:
             )
 
 
+def has_depthwise(model: keras.Model) -> bool:
+    """Whether the model has convolutions that are slow in bfloat16 on a CPU."""
+    return any(isinstance(layer, SLOW_IN_BFLOAT16) for layer in model._flatten_layers())
+
+
 def synchronizes(model: keras.Model) -> bool:
     """Whether a batch norm of the model asks for statistics over all replicas."""
     layers = model._flatten_layers()

@@ -21,6 +21,7 @@ from absl import flags
 
 from . import __version__, process
 from .errors import VALUE_LENGTH, ConfigError, RunError, cut, reason_of, shown
+from .files import parse_json
 from .keras_state import check_backend
 
 
@@ -42,6 +43,34 @@ def definer(flag_values: flags.FlagValues, module_name: str) -> Callable[..., No
         kind(name, default, *values, text, flag_values=flag_values, module_name=module_name, **more)
 
     return define
+
+
+def define_set(define: Callable[..., None], example: str) -> None:
+    """Defines --set with a `definer`'s function; `parse_settings` reads it. example: of its use, for --help."""
+    define(
+        flags.DEFINE_multi_string,
+        "set",
+        "any other setting, named as in config.json, with a JSON value; may be repeated. For example "
+        + example,
+        [],
+    )
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """What --set sets, as `Config.override` takes it: "optimizer.momentum=0.9" becomes {"optimizer__momentum": 0.9}.
+
+    Raises ConfigError on a text without "=".
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {shown(text)}; allowed: name=value or section.name=value")
+        try:
+            changes[name.replace(".", "__")] = parse_json(value)
+        except ValueError:
+            changes[name.replace(".", "__")] = value
+    return changes
 
 
 # Keras and TensorFlow import these packages where they are installed, for wrappers, plots and notebooks that no command

@@ -52,6 +52,7 @@ def cross_validate(
     since: float | None = None,
     folder_options: Mapping[str, Any] | None = None,
     save_seconds: float = SAVE_SECONDS,
+    allow_replica_change: bool = False,
 ) -> dict[str, Any]:
     """Splits the training images into stratified parts, and trains once for each part, validated on it.
 
@@ -79,8 +80,8 @@ def cross_validate(
     found = preparation.load(config, given, beside, data_dir, first, first is not None, folder_options, log)
     data = _without_test_images(found, folds)
     config = _adapted(config, folds, len(data.train_labels), log)
-    more: dict[str, Any] = {"data_dir": data_dir, "dataset": data, "save_seconds": save_seconds}
-    more |= {"overwrite": overwrite, "verbose": verbose, "policy": None}
+    more = dict[str, Any](data_dir=data_dir, dataset=data, save_seconds=save_seconds, policy=None)
+    more |= {"overwrite": overwrite, "verbose": verbose, "allow_replica_change": allow_replica_change}
     runs = []
     with runtime.Signals() as signals:
         for i in range(folds):
@@ -88,11 +89,10 @@ def cross_validate(
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
             log(f"-- fold {i + 1} of {folds}")
             more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
-            metrics = _run(_fold(config, folds, i), fold_folder(workdir, folds, i).path, since=since, **more)
-            more["policy"] = metrics["precision"]
-            accuracy = metrics["best_val_accuracy"]
-            log(f"   {100 * accuracy:.2f}%\n")
-            runs.append({"fold": i + 1, "val_accuracy": accuracy, **{k: metrics[k] for k in TAKEN}})
+            run = _run(_fold(config, folds, i), fold_folder(workdir, folds, i).path, since=since, **more)
+            more["policy"] = run["precision"]
+            log(f"   {100 * run['best_val_accuracy']:.2f}%\n")
+            runs.append(_row(i + 1, run))
             since = time.monotonic()
     summary = _summary(config, data, runs)
     write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)
@@ -165,7 +165,7 @@ def _run(config: Config, folder: Path, *, overwrite: bool, policy: str | None, *
 
     policy: the precision of the folds before, which may have trained on another machine.
     """
-    metrics = None if overwrite else _finished(folder, config, more["dataset"])
+    metrics = None if overwrite else _finished(folder, config, more["dataset"], more["allow_replica_change"])
     if metrics is not None:
         return metrics
     try:
@@ -175,6 +175,11 @@ def _run(config: Config, folder: Path, *, overwrite: bool, policy: str | None, *
         raise interrupted(f"stopped in {folder.name}", folder.parent, overwrite) from error
     finally:
         keras.utils.clear_session()  # otherwise memory would hold the models of all folds
+
+
+def _row(fold: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What folds.json holds of a run."""
+    return {"fold": fold, "val_accuracy": metrics["best_val_accuracy"], **{k: metrics[k] for k in TAKEN}}
 
 
 def _summary(config: Config, data: Dataset, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -213,8 +218,10 @@ def _without_test_images(data: Dataset, folds: int) -> Dataset:
     )
 
 
-def _finished(folder: Path, config: Config, data: Dataset) -> dict[str, Any] | None:
+def _finished(folder: Path, config: Config, data: Dataset, any_strategy: bool) -> dict[str, Any] | None:
     """The metrics of the finished run of `config` on `data` in the folder; None where no run is finished.
+
+    any_strategy: whether it may have had another strategy.
 
     Raises ConfigError where the run had another config or other images, RunError where its files are damaged.
     """
@@ -223,7 +230,8 @@ def _finished(folder: Path, config: Config, data: Dataset) -> dict[str, Any] | N
         return None
     try:
         there, metrics = run.read_config(), run.read_metrics()
-        same = Config.from_record(there) == config
+        had = Config.from_record(there)
+        same = (had.override(strategy=config.strategy) if any_strategy else had) == config
     except (RunError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is damaged ({error}); delete it to run this fold again") from error
     if not same or there.get("fingerprint") != datasets.fingerprint(data):

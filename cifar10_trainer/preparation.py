@@ -14,14 +14,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import adaptation, cluster, datasets, runtime, summary
+from . import accelerate, adaptation, cluster, datasets, runtime, summary
 from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
 from .errors import ConfigError, shown
+from .loop import saved_precision
 from .machine import check_fits
 from .model_file import ModelInfo
-from .models import own
+from .models import own, transfer
 from .run_folder import RunFolder
 
 Log = Callable[[str], None]
@@ -44,6 +45,24 @@ def check_arguments(
         raise ConfigError(
             "validation_data, test_data or class_names is set without data; allowed: beside data=(images, labels)"
         )
+
+
+def has_depthwise(config: Config, model: keras.Model | None = None) -> bool:
+    """Whether the network has depthwise convolutions. model: the user's own; None: the config's, which is not built for this."""
+    if model is not None:
+        return accelerate.has_depthwise(model)
+    backbone = transfer.BACKBONES.get(str(config.options.get("backbone")))
+    return config.architecture == "transfer" and backbone is not None and backbone.depthwise
+
+
+def agree_on_precision(
+    config: Config, model: keras.Model | None, saved: Any, team: cluster.Team | None, log: Log
+) -> str:
+    """`runtime.agree_on_precision` for a run of `config`. model: the user's own; saved: the state that it resumes."""
+    depthwise = has_depthwise(config, model)
+    return runtime.agree_on_precision(
+        config.precision, saved_precision(saved), team, log, depthwise=depthwise
+    )
 
 
 def load(

@@ -149,12 +149,16 @@ def auto_precision(policy: str | None) -> Iterator[None]:
         _auto.reset(token)
 
 
-def choose_precision(requested: str) -> tuple[str, str]:
+def choose_precision(requested: str, *, depthwise: bool = False) -> tuple[str, str]:
     """The Keras dtype policy for "auto" or a policy's name, and why.
 
     auto: on GPUs, bfloat16 where they multiply it natively, float16 where they only have that, else float32. On a CPU,
     bfloat16 where the processor multiplies it natively and is measured to be faster with it, else float32. The
     measurement uses TensorFlow's devices, so `choose_strategy` comes before this.
+
+    Args:
+        requested: "auto" or a policy's name.
+        depthwise: whether the network has depthwise convolutions.
     """
     gpus = tf.config.get_visible_devices("GPU")
     if requested != "auto":
@@ -173,6 +177,8 @@ def choose_precision(requested: str) -> tuple[str, str]:
         return "float32", f"the GPU's compute capability {text} has no fast 16-bit arithmetic"
     if not precision.native_flags():
         return "float32", "no native bfloat16 here"
+    if depthwise:
+        return "float32", "TensorFlow has no fast bfloat16 kernels for depthwise convolutions on a CPU"
     ratio, source = precision.bfloat16_ratio()
     limit = precision.CLEARLY_AHEAD
     if ratio <= limit:
@@ -201,7 +207,12 @@ def choose_devices(
 
 
 def agree_on_precision(
-    requested: str, before: str | None, team: cluster.Team | None, log: Callable[[str], None]
+    requested: str,
+    before: str | None,
+    team: cluster.Team | None,
+    log: Callable[[str], None],
+    *,
+    depthwise: bool = False,
 ) -> str:
     """The dtype policy of a run, the same for all its workers and for all its life.
 
@@ -210,13 +221,14 @@ def agree_on_precision(
         before: of the run that is resumed; None: a new run.
         team: the workers. With "auto", the chief's choice holds for all, also where another's hardware suggests another.
         log: prints the policy, and why.
+        depthwise: whether the network has depthwise convolutions.
     """
     if requested == "auto" and before is not None:
         policy, why = before, "this run began with it"
     elif requested == "auto" and team is not None and team.place.index > 0:
         policy, why = "", f"{team.place.name(0)} chose it"
     else:
-        policy, why = choose_precision(requested)
+        policy, why = choose_precision(requested, depthwise=depthwise)
     if team is not None:
         policy = team.take_from_chief(policy)
     log(f"precision: {policy}: {why}")

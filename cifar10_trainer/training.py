@@ -35,7 +35,7 @@ from .engine import Engine
 from .errors import ConfigError, check_number, check_type, interrupted
 from .files import cannot_write, new_workdir
 from .hooks import check_callbacks
-from .loop import SAVE_SECONDS, TrainingLoop, saved_precision
+from .loop import SAVE_SECONDS, TrainingLoop
 from .model_file import load_model
 from .models import own
 from .run_folder import RunFolder
@@ -130,7 +130,7 @@ def train_and_evaluate(
     alone, locked = _only_run(config, model, log), folder.lock() if chief else contextlib.nullcontext()
     with alone, runtime.reporting_errors(team), locked, _interruptible(folder, overwrite) as training_is_over:
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
-        policy = runtime.agree_on_precision(config.precision, saved_precision(saved), team, log)
+        policy = preparation.agree_on_precision(config, model, saved, team, log)
         # ---- data and model
         given, resumed = dataset if data is None else data, saved is not None
         found = preparation.load(config, given, beside, data_dir, folder, resumed, folder_options, log)

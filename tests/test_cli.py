@@ -462,7 +462,10 @@ def test_folds(trained, monkeypatch):
     monkeypatch.setattr(folds, "cross_validate", lambda *given, **more: calls.append((*given, more)))
     assert invoke("--recipe=vgg.3", "--folds=5", "--workdir=there", "--data_dir=here", "--overwrite") == 0
     expected = {"data_dir": "here", "overwrite": True, "verbose": "auto", "since": 12.5}
+    expected["allow_replica_change"] = False
     assert calls == [(RECIPES["vgg.3"], 5, "there", expected)]
+    assert invoke("--folds=5", "--workdir=there", "--allow_replica_change") == 0
+    assert calls[-1][-1]["allow_replica_change"] is True
     assert not trained
 
 

@@ -218,6 +218,24 @@ def test_a_finished_or_different_cross_validation_is_kept(tmp_path, digits, scri
         quietly(2, tmp_path, digits)
 
 
+def test_folds_of_another_number_of_replicas_where_that_is_allowed(tmp_path, digits, scripted):
+    """A finished fold counts as it is; the others are trained with the new strategy, and know that it may be new."""
+    quietly(3, tmp_path, digits)
+    for file in (tmp_path / "folds.json", tmp_path / "fold-2-of-3" / "metrics.json"):
+        file.unlink()
+    mirrored = TINY.override(strategy="mirrored")
+    with pytest.raises(ConfigError, match=r"fold-1-of-3 holds a run of another configuration"):
+        quietly(3, tmp_path, digits, mirrored)
+    del scripted[:]
+    quietly(3, tmp_path, digits, mirrored, allow_replica_change=True)
+    (again,) = scripted
+    assert again["workdir"] == tmp_path / "fold-2-of-3" and again["config"].strategy == "mirrored"
+    assert again["allow_replica_change"] is True
+    (tmp_path / "folds.json").unlink()
+    with pytest.raises(ConfigError, match=r"fold-1-of-3 holds a run of another configuration"):
+        quietly(3, tmp_path, digits, mirrored.override(seed=1), allow_replica_change=True)
+
+
 @pytest.mark.parametrize("folds", [-1, 0, 1, 1000])
 def test_folds_that_cannot_be(tmp_path, digits, scripted, folds):
     smallest = np.bincount(digits.train_labels).min()

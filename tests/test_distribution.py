@@ -364,7 +364,7 @@ def worker(out):
         found["stopped"] = str(error)
     found["parts"] = train_and_evaluate(config, f"{folder}/parts", **run)
     # Their processors differ, and the chief's decides.
-    runtime.choose_precision = lambda _: (("mixed_bfloat16", "float32")[index], "it is faster here")
+    runtime.choose_precision = lambda *_, **more: (("mixed_bfloat16", "float32")[index], "it is faster here")
     again = digits_config(epochs=0.25, seed=3, precision="auto")
     found["again"] = train_and_evaluate(again, f"{folder}/parts", overwrite=True, **run)
     Path(out).write_text(json.dumps(found))

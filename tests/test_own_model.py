@@ -11,11 +11,23 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from cifar10_trainer import Averaging, Config, Optimizer, evaluate_model, load_data, predict_images, train
-from cifar10_trainer.accelerate import make_training_model
+from cifar10_trainer import (
+    Averaging,
+    Config,
+    Optimizer,
+    evaluate_model,
+    load_data,
+    machine,
+    precision,
+    predict_images,
+    preparation,
+    train,
+)
+from cifar10_trainer.accelerate import has_depthwise, make_training_model
 from cifar10_trainer.engine import make_engine
 from cifar10_trainer.errors import ConfigError, RunInterrupted
 from cifar10_trainer.layers import FastConv2D, FastDropout, FusedBatchNormalization
+from cifar10_trainer.models import transfer
 from cifar10_trainer.models.own import digest, plain_model
 
 CONFIG = Config(
@@ -34,6 +46,42 @@ ENDINGS = (
     "logits",
     "scaled logits",
 )
+
+
+def mobile():
+    """A small network with a depthwise convolution in a model inside it."""
+    images = keras.Input((8, 8, 3))
+    inner = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.DepthwiseConv2D(3), keras.layers.Flatten()]
+    )
+    return keras.Model(images, keras.layers.Dense(2, activation="softmax")(inner(images)))
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"), [(mobile, "float32"), (lambda: classifier(), "mixed_bfloat16")]
+)
+def test_auto_takes_float32_for_depthwise_convolutions(build, expected, tmp_path, monkeypatch):
+    """Where bfloat16 is measured to be faster for convolutions, as on a CPU that has it."""
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(precision, "bfloat16_ratio", lambda: (0.5, "measured so"))
+    model = build()
+    side, classes = model.input_shape[1], model.output_shape[-1]
+    data = np.zeros((20 * classes, side, side, 3), np.uint8), np.arange(20 * classes) % classes
+    config = CONFIG.override(precision="auto", epochs=1, batch_size=10)
+    metrics = train(config, tmp_path, data=data, model=model, verbose=0)
+    assert metrics["precision"] == expected
+
+
+@pytest.mark.parametrize("name", transfer.BACKBONES)
+def test_the_backbones_with_depthwise_convolutions(name):
+    chosen = transfer.BACKBONES[name]
+    network = getattr(keras.applications, chosen.application)(
+        input_shape=(32, 32, 3), weights=None, include_top=False
+    )
+    assert has_depthwise(network) == chosen.depthwise
+    config = CONFIG.override(architecture="transfer", options={"backbone": name})
+    assert preparation.has_depthwise(config) == chosen.depthwise
+    assert not preparation.has_depthwise(CONFIG)
 
 
 def classifier(ending="dense softmax", seed=1):

@@ -290,6 +290,17 @@ def test_precision_by_what_was_measured(flag, ratio, expected, reason, devices, 
     assert why.startswith(reason) and why.endswith("(measured so)")
 
 
+def test_a_network_with_depthwise_convolutions_stays_in_float32_on_a_cpu(devices, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(precision, "bfloat16_ratio", lambda: (0.5, "measured so"))
+    devices(0)
+    policy, why = runtime.choose_precision("auto", depthwise=True)
+    assert policy == "float32" and "depthwise convolutions" in why
+    assert runtime.choose_precision("mixed_bfloat16", depthwise=True)[0] == "mixed_bfloat16", "as asked"
+    devices(1, {"compute_capability": (9, 0)})
+    assert runtime.choose_precision("auto", depthwise=True)[0] == "mixed_bfloat16"
+
+
 @pytest.mark.parametrize(
     ("requested", "before", "expected", "why"),
     [
@@ -301,7 +312,7 @@ def test_precision_by_what_was_measured(flag, ratio, expected, reason, devices, 
 )
 def test_a_run_keeps_the_precision_that_it_began_with(requested, before, expected, why, monkeypatch):
     choices = {"auto": ("float32", "chosen here"), "mixed_float16": ("mixed_float16", "as asked")}
-    monkeypatch.setattr(runtime, "choose_precision", choices.__getitem__)
+    monkeypatch.setattr(runtime, "choose_precision", lambda name, **more: choices[name])
     lines = []
     assert runtime.agree_on_precision(requested, before, None, lines.append) == expected
     assert lines == [f"precision: {expected}: {why}"]

@@ -751,6 +751,9 @@ def restore_flags(values):
         "--space=foo",
         "--max_trials=many",
         "--tuner=x",
+        "--set=precision",
+        "--set=precisoin=float32",
+        "--set=precision=half",
         "x",
     ],
 )
@@ -839,6 +842,41 @@ def test_a_trial_whose_settings_adapt_is_that_of_the_adapted_ones(digits, tmp_pa
 
     train_and_evaluate(found.override(epochs=1), tmp_path, data=few, verbose=0, full_report=False)
     assert Config.from_record(json.loads((tmp_path / "config.json").read_text())) == found.override(epochs=1)
+
+
+def test_set_changes_the_recipe_that_is_searched():
+    from tuning import search
+
+    try:
+        search.FLAGS(["search", "--epochs=2", "--set=precision=float32", "--set=augmentation.cutout=4"])
+        changes = {"epochs": 2, "precision": "float32", "augmentation__cutout": 4}
+        assert search.base_from_flags() == RECIPES["fast.85"].override(**changes)
+        restore_flags(search.FLAGS)
+        search.FLAGS(["search", "--set=dataset=digits"])
+        assert search.base_from_flags() == RECIPES["fast.digits"], "as with --dataset"
+    finally:
+        restore_flags(search.FLAGS)
+
+
+def test_a_set_batch_of_a_folder_stays(tmp_path):
+    from tuning import search
+
+    pictures = folder_of(tmp_path / "pictures", 75)
+    try:
+        search.FLAGS(
+            [
+                "search",
+                "--dataset=folder",
+                f"--data_dir={pictures}",
+                f"--workdir={tmp_path}",
+                "--set=batch_size=30",
+            ]
+        )
+        base = search.base_from_flags()
+        suited = search.suited_to_folder(base, search.options_from_flags(base.recipe))
+        assert suited.batch_size == 30 and suited.epochs > base.epochs
+    finally:
+        restore_flags(search.FLAGS)
 
 
 def folder_of(path, count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import sys
 import keras_tuner as kt
 import pytest
 
+from cifar10_trainer import load_data
 from cifar10_trainer.config import Augmentation, ConfigError
 from cifar10_trainer.recipes import RECIPES
+from tuning import tune
 from tuning.space import DEFAULT_SPACE, SPACE, Space, parse
 
 FAST = RECIPES["fast.85"]
@@ -172,3 +175,28 @@ def test_an_empty_space_is_refused():
 def test_what_a_recipe_cannot_do(base, asked, says):
     with pytest.raises(ConfigError, match=says):
         Space(base, asked)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "name", "says"),
+    [
+        ("practical.baseline", {"options__dense": ()}, "dropout", "dropout changes nothing in practical.baseline: 0 and 0.5"),
+        ("transfer.cifar", {}, "dropout", "dropout changes nothing in transfer.cifar"),
+        ("practical.baseline", {}, "dropout", None),
+        ("practical.baseline", {"options__dense": ()}, "filters", None),
+        ("fast.85", {}, "dropout", None),
+    ],
+)  # fmt: skip
+def test_an_option_that_changes_no_network_is_refused(recipe, options, name, says):
+    space = Space(RECIPES[recipe].override(**options), {name: None})
+    refused = pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext()
+    with refused:
+        space.check_networks((32, 32, 3), 10)
+
+
+def test_a_search_refuses_an_option_that_changes_no_network(tmp_path):
+    digits = load_data("digits")
+    space = Space(RECIPES["practical.baseline"].override(options__dense=()), {"dropout": None})
+    with pytest.raises(ConfigError, match="dropout changes nothing"):
+        tune(space, digits, workdir=tmp_path / "search", verbose=0)
+    assert not (tmp_path / "search").exists()

@@ -82,6 +82,7 @@ _define(
     "validation_fraction",
     "share of the training images to hold out; default: the recipe's",
 )
+cli.define_set(_define, "--set precision=float32 --set augmentation.cutout=8")
 _define(flags.DEFINE_integer, "seed", "seed of the search and of every trial", Options.seed)
 _define(
     flags.DEFINE_integer,
@@ -119,15 +120,18 @@ _define(flags.DEFINE_boolean, "overwrite", "replace the search that is in --work
 
 def base_from_flags() -> Config:
     """The recipe to start from, with the settings that flags override. Raises ConfigError on an unknown recipe."""
-    recipe = FLAGS.recipe or DEFAULT_FOR.get(FLAGS.dataset, BASE_RECIPE)
+    changes = _changes()
+    recipe = FLAGS.recipe or DEFAULT_FOR.get(str(changes.get("dataset")), BASE_RECIPE)
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
-    changes: dict[str, Any] = {
-        name: FLAGS[name].value
-        for name in ("dataset", "image_size", "epochs", "validation_fraction", "seed")
-        if FLAGS[name].value is not None
-    }
     return RECIPES[recipe].override(**changes)
+
+
+def _changes() -> dict[str, Any]:
+    """What the flags change in the recipe, as `Config.override` takes it. Raises ConfigError."""
+    names = ("dataset", "image_size", "epochs", "validation_fraction", "seed")
+    given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    return {**given, **cli.parse_settings(FLAGS.set)}
 
 
 def suited_to_folder(base: Config, options: Options) -> Config:
@@ -138,7 +142,7 @@ def suited_to_folder(base: Config, options: Options) -> Config:
     size, begun = datasets.folder_size(FLAGS.data_dir), SearchFolder(options.workdir).search_file
     if size is None:
         return base
-    free = [name for name in ADAPTABLE if name not in FLAGS or FLAGS[name].value is None]
+    free = [name for name in ADAPTABLE if name not in _changes()]
     before = base.override(adapt=free)
     suited = adaptation.adapt(before, size.images, size.validation)
     if begun.exists() and not options.overwrite:

@@ -12,11 +12,14 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer.config import Augmentation, Config
-from cifar10_trainer.errors import ConfigError, shown, unknown
-from cifar10_trainer.models import check_options
+from cifar10_trainer.errors import ConfigError, RunError, shown, unknown
+from cifar10_trainer.models import build, check_options
+
+if TYPE_CHECKING:
+    import keras
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,25 @@ class Space:
             values[name] = _short(draw(name, low, high, step=step, sampling=sampling, default=default))
         return self.config(values)
 
+    def check_networks(self, input_shape: Sequence[int], num_classes: int) -> None:
+        """Raises ConfigError where both ends of a range give the same network, as with dropout after no layer. Imports Keras."""
+        for name in self.ranges:
+            if not self._setting(name).startswith("options__"):
+                continue
+            low, high, _ = self._range(name)
+            try:
+                first, second = (
+                    _layers(build(self.config({name: x}), input_shape=input_shape, num_classes=num_classes))
+                    for x in (low, high)
+                )
+            except (ConfigError, RunError):  # only the trials there fail, and say why
+                continue
+            if first == second:
+                raise ConfigError(
+                    f"{name} changes nothing in {self.base.recipe}: {low:g} and {high:g} give the same network;"
+                    " allowed: a space without it"
+                )
+
     def _setting(self, name: str) -> str:
         """The name that `Config.override` takes."""
         setting = SPACE[name].setting
@@ -189,6 +211,14 @@ class Space:
         """The recipe with these values of hyperparameters, by their names in SPACE."""
         changes = {self._setting(n): _scaled(self._recipe_value(n), value) for n, value in values.items()}
         return self.base.override(**changes)
+
+
+def _layers(model: keras.Model) -> list[tuple[str, dict[str, Any]]]:
+    """Kind and settings of each layer, without the names and the seeds that Keras draws."""
+    return [
+        (type(layer).__name__, {k: v for k, v in layer.get_config().items() if k not in ("name", "seed")})
+        for layer in model.layers
+    ]
 
 
 def _short(value: float | int) -> float | int:

@@ -23,7 +23,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.hyperparameters import HyperParameter
 from keras_tuner.engine.trial import Trial
 
-from cifar10_trainer import adaptation, datasets, files, models, runtime
+from cifar10_trainer import adaptation, datasets, files, models, preparation, runtime
 from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import (
@@ -40,6 +40,7 @@ from cifar10_trainer.training import train_and_evaluate
 from . import oracle
 from .options import OBJECTIVES, Options
 from .search_folder import SearchFolder
+from .space import Space
 
 # How often a trial is started whose process dies each time without progress: in general, and if memory runs out.
 MAX_STARTS, MAX_OUT_OF_MEMORY_STARTS = 10, 2
@@ -100,6 +101,8 @@ def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any]
     if not hp.space:
         raise ConfigError("the space draws no hyperparameter; allowed: one or more, as hp.Float(...)")
     models.check_options(config.architecture, config.options)
+    if isinstance(space, Space):
+        space.check_networks(data.input_shape, data.num_classes)
     if config.validation_fraction is None and data.validation is None:
         raise ConfigError(
             f"{config.recipe} holds out no validation images, but a search compares validation accuracies;"
@@ -318,7 +321,8 @@ class ConfigTuner(BaseTuner):
         if config.precision != "auto":
             return None
         runtime.choose_strategy(config.strategy)  # before TensorFlow's devices are used
-        return self._folder.precision(lambda: runtime.choose_precision("auto")[0])
+        depthwise = preparation.has_depthwise(config)
+        return self._folder.precision(lambda: runtime.choose_precision("auto", depthwise=depthwise)[0])
 
     @contextlib.contextmanager
     def _heartbeats(self, trial_id: str) -> Iterator[None]:

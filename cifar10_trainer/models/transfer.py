@@ -29,17 +29,19 @@ class Backbone(NamedTuple):
         mean: one number per channel, in units of 0-1 pixels.
         std: one number per channel, in units of 0-1 pixels.
         bgr: whether the weights expect blue first, as those from Caffe do.
+        depthwise: whether it has depthwise convolutions.
     """
 
     application: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     bgr: bool = False
+    depthwise: bool = False
 
 
 BACKBONES = {
     "vgg16": Backbone("VGG16", (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3, bgr=True),
-    "mobilenetv2": Backbone("MobileNetV2", (0.5,) * 3, (0.5,) * 3),
+    "mobilenetv2": Backbone("MobileNetV2", (0.5,) * 3, (0.5,) * 3, depthwise=True),
     "resnet50v2": Backbone("ResNet50V2", (0.5,) * 3, (0.5,) * 3),
     "densenet121": Backbone("DenseNet121", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }

@@ -151,12 +151,13 @@ def engine_for(
 
     It trains for so many epochs that no benchmark reaches the end. model: somebody's own, instead of the recipe's.
     """
-    from cifar10_trainer import runtime
+    from cifar10_trainer import preparation, runtime
     from cifar10_trainer.engine import make_engine
 
     config = RECIPES[recipe].override(**{"epochs": 10_000, **changes})
     chosen = runtime.choose_strategy(strategy)[0] if isinstance(strategy, str) else strategy
-    policy, _ = runtime.choose_precision(config.precision)
+    depthwise = preparation.has_depthwise(config, model)
+    policy, _ = runtime.choose_precision(config.precision, depthwise=depthwise)
     return make_engine(config, images, labels, num_classes=10, strategy=chosen, policy=policy, model=model)
 
 
