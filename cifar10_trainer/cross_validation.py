@@ -63,14 +63,14 @@ def cross_validate(
         config: what to train; its own validation split is replaced.
         folds: the number of parts, 2 to the number of images of the smallest class.
         workdir: the folder of all runs; None: runs/<recipe>-folds-<time>.
-        data and what follows it: as for `train_and_evaluate`.
+        data and what follows it: as for `train`.
 
     Returns:
         The contents of folds.json: recipe, dataset, folds, seed, n_train, val_accuracy_mean, val_accuracy_std (of the
         sample) and the list `runs` (fold, n_validation, val_accuracy, epochs, best_epoch, train_seconds).
 
     Raises:
-        as `train_and_evaluate`.
+        as `train`.
     """
     preparation.check_arguments(config, data, dataset, data_dir, (class_names,))
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)

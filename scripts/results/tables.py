@@ -20,14 +20,15 @@ DOCUMENTS = {
     "docs/photos.md": ("packaged", "photos"),
 }
 TUTORIALS = (1, 2, 3, 4, 5)
-HIGHLIGHTS = (  # recipe and epochs: the project's own, and each tutorial's own network
+HIGHLIGHTS = (  # recipe and epochs: the project's own, and the best measured of each tutorial
     ("fast.85", 3),
     ("fast.default", 40),
     ("fast.94", 10),
     ("fast.96", 40),
-    ("practical.baseline", 30),
-    ("vgg.1", 100),
-    ("leaky.baseline", 40),
+    ("practical.plateau", 30),
+    ("vgg.3_rising_dropout_augmented_bn", 400),
+    ("course.baseline", 10),
+    ("leaky.augmented", 40),
     ("wide_head.baseline", 25),
 )
 
