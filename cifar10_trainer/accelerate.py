@@ -38,20 +38,8 @@ from .models.own import logits_before_softmax, softmax_of
 
 # Layers whose results lose too much in 16 bits.
 FLOAT32_LAYERS = {"preprocess", "head", "logits"}
-PREPROCESSING_LAYERS = (
-    RandomLayer,
-    keras.layers.CenterCrop,
-    keras.layers.Normalization,
-    keras.layers.RandomBrightness,
-    keras.layers.RandomContrast,
-    keras.layers.RandomCrop,
-    keras.layers.RandomFlip,
-    keras.layers.RandomRotation,
-    keras.layers.RandomTranslation,
-    keras.layers.RandomZoom,
-    keras.layers.Rescaling,
-    keras.layers.Resizing,
-)
+# The base of all preprocessing and augmentation layers of Keras, which has no public name.
+PREPROCESSING_LAYERS = (RandomLayer, keras.layers.Rescaling.__base__)
 # TensorFlow has no fast bfloat16 kernel for them on a CPU: in float32 a step of MobileNetV2 takes half of the time.
 SLOW_IN_BFLOAT16 = (keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
 # Layers whose attribute `activation` is the activation function; and the slow functions that compute each element alone.
@@ -239,7 +227,7 @@ def _training_layer(
         if replicas > 1 and (synchronize or layer.synchronized):
             return keras.layers.BatchNormalization.from_config({**config, "synchronized": True})
         last_axis = shape and len(shape) in (2, 4) and config["axis"] in (-1, len(shape) - 1)
-        if last_axis and layer.dtype_policy.variable_dtype == "float32":
+        if last_axis and FusedBatchNormalization.suits(layer):
             return FusedBatchNormalization.from_config(config)
     if kind is keras.layers.Dropout and layer.noise_shape is None:
         return FastDropout.from_config(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import re
 import types
 import typing
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError, shown, unknown
+from .errors import ConfigError, check_type, shown, unknown
 
 DATASETS = ("cifar10", "digits", "folder")
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
@@ -60,6 +61,7 @@ def check_views(views: int, views_share: float) -> None:
     """Raises ConfigError where there is no such TTA."""
     if views not in (1, 2, 6):
         raise ConfigError(f"views is {shown(views)}; allowed: 1, 2, 6")
+    check_type("views_share", views_share, numbers.Real, "above 0, up to 1")
     if not 0 < views_share <= 1:
         raise ConfigError(f"views_share is {shown(views_share)}; allowed: above 0, up to 1")
 
@@ -148,6 +150,7 @@ def python_value(value: Any) -> Any:
 
 
 def _section_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    check_type(where, values, Mapping, "names with their values")
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in names:

@@ -117,6 +117,8 @@ def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -
     """The folder of all runs. Raises ConfigError on a cluster, and where a finished cross-validation is there to be kept."""
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
+    if workdir:
+        check_type("workdir", workdir, (str, os.PathLike), "a folder, or None")
     folder = Path(os.path.expanduser(workdir)) if workdir else new_workdir(f"{config.recipe}-folds")
     if (folder / FOLDS_FILE).exists() and not overwrite:
         raise ConfigError(

@@ -127,8 +127,7 @@ def fast_relu(slope: float, fuses: bool) -> Activation:
 class FusedBatchNormalization(keras.layers.BatchNormalization):
     """Keras's batch norm over the last axis, as one kernel forward and one backward.
 
-    The input may be bfloat16; the statistics are float32. An epsilon below 1.001e-5 acts as 1.001e-5, because the
-    kernel requires it.
+    The input may be bfloat16; the statistics are float32. An epsilon of 1e-5 acts as 1.001e-5, because the kernel requires it.
     """
 
     def call(
@@ -167,6 +166,11 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
             old = tf.convert_to_tensor(average)
             average.assign(old * self.momentum + new * (1 - self.momentum))
         return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
+
+    @staticmethod
+    def suits(layer: keras.layers.BatchNormalization) -> bool:
+        """Returns whether this class can replace `layer`, except for its axis: a smaller epsilon would be another function."""
+        return layer.dtype_policy.variable_dtype == "float32" and layer.epsilon >= 1e-5
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")

@@ -24,7 +24,7 @@ from .config import RESIZES
 from .datasets.arrays import check_images
 from .datasets.folder import find_pictures
 from .datasets.images import SUFFIXES, open_formats, readable, without_warnings
-from .errors import ConfigError, RunError, check_type, reason_of
+from .errors import ConfigError, RunError, check_type, reason_of, unknown
 from .keras_state import keras_defaults
 from .machine import cpu_count
 from .model_file import PACKAGED, check_model_file, info_of, load_model
@@ -134,6 +134,8 @@ def predict_images(
     check_model(model)
     height, width, _ = model.input_shape[1:]
     names = _check_class_names(model, class_names)
+    if resize is not None and resize not in RESIZES:
+        raise unknown("resize", resize, RESIZES)
     resize = resize or info_of(model).resize
     if not isinstance(images, str | Path | np.ndarray):
         images = list(images) if isinstance(images, Iterable) else [images]
@@ -160,6 +162,7 @@ def _check_class_names(model: keras.Model, class_names: Sequence[str] | None) ->
     classes = model.output_shape[-1]
     names = info_of(model).class_names or tuple(map(str, range(classes)))
     if class_names is not None:
+        check_type("class_names", class_names, (list, tuple, np.ndarray), "a list of names")
         names = tuple(map(str, class_names))
     if len(names) != classes or len(set(names)) != classes:
         raise ConfigError(

@@ -49,8 +49,8 @@ def check_arguments(
 
 def has_depthwise(config: Config, model: keras.Model | None = None) -> bool:
     """Whether the network has depthwise convolutions. model: the user's own; None: the config's, which is not built for this."""
-    if model is not None:
-        return accelerate.has_depthwise(model)
+    if model is not None:  # what is no model is refused later
+        return isinstance(model, keras.Model) and accelerate.has_depthwise(model)
     backbone = transfer.BACKBONES.get(str(config.options.get("backbone")))
     return config.architecture == "transfer" and backbone is not None and backbone.depthwise
 

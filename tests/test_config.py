@@ -18,6 +18,7 @@ from cifar10_trainer.config import (
     Optimizer,
     Origin,
     Schedule,
+    check_views,
 )
 from cifar10_trainer.errors import ConfigError, unknown
 from cifar10_trainer.recipes import RECIPES
@@ -399,3 +400,13 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("value", [None, [], "fast.85", 3])
+def test_what_is_no_mapping_is_no_config(value):
+    assert error_of(Config.from_dict, value).startswith("the configuration is ")
+
+
+@pytest.mark.parametrize("share", [None, "half", True])
+def test_a_share_of_views_is_a_number(share):
+    assert error_of(check_views, 2, share).endswith("; allowed: above 0, up to 1")

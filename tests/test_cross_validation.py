@@ -284,6 +284,11 @@ def test_a_folder_with_validation_images_of_its_own_has_no_folds(tmp_path, digit
     assert not scripted
 
 
+def test_a_folder_that_is_none(digits, scripted):
+    with pytest.raises(ConfigError, match="workdir is 3; allowed: a folder, or None"):
+        quietly(2, 3, digits)
+
+
 def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
     """Before the workers of TF_CONFIG are waited for."""
     cluster = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}

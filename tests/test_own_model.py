@@ -23,7 +23,7 @@ from cifar10_trainer import (
     preparation,
     train,
 )
-from cifar10_trainer.accelerate import has_depthwise, make_training_model
+from cifar10_trainer.accelerate import PREPROCESSING_LAYERS, has_depthwise, make_training_model
 from cifar10_trainer.engine import make_engine
 from cifar10_trainer.errors import ConfigError, RunInterrupted
 from cifar10_trainer.layers import FastConv2D, FastDropout, FusedBatchNormalization
@@ -70,6 +70,39 @@ def test_auto_takes_float32_for_depthwise_convolutions(build, expected, tmp_path
     config = CONFIG.override(precision="auto", epochs=1, batch_size=10)
     metrics = train(config, tmp_path, data=data, model=model, verbose=0)
     assert metrics["precision"] == expected
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        keras.layers.RandomSaturation((0.3, 0.3), seed=1),
+        keras.layers.RandomGrayscale(0.5, seed=1),
+        keras.layers.AutoContrast(),
+        keras.layers.Normalization(mean=1.0, variance=4.0),
+    ],
+)  # fmt: skip
+def test_all_preprocessing_stays_in_float32(layer):
+    images = keras.Input((8, 8, 3))
+    outputs = keras.layers.Dense(2, activation="softmax")(keras.layers.Flatten()(layer(images)))
+    made = make_training_model(keras.Model(images, outputs), "mixed_bfloat16")
+    (copy,) = (x for x in made.layers if type(x) is type(layer))
+    assert copy.compute_dtype == "float32" and made.layers[-1].compute_dtype == "float32"
+    assert keras.layers.Conv2D not in PREPROCESSING_LAYERS and keras.layers.Layer not in PREPROCESSING_LAYERS
+
+
+@pytest.mark.parametrize(("epsilon", "fused"), [(1e-3, True), (1e-5, True), (1e-6, False), (1e-7, False)])
+def test_batch_norm_of_a_small_epsilon_is_the_models_own(epsilon, fused):
+    """Inputs whose variance is of the size of the epsilon, in training, beside the formula."""
+    images = keras.Input((4, 4, 3))
+    norm = keras.layers.BatchNormalization(epsilon=epsilon, scale=False, center=False)
+    model = keras.Model(images, keras.layers.Softmax()(keras.layers.Flatten()(norm(images))))
+    made = make_training_model(model, "float32")
+    assert isinstance(made.layers[1], FusedBatchNormalization) == fused
+    pixels = np.random.default_rng(0).normal(0, 3e-3, (64, 4, 4, 3)).astype("float32")
+    mean, variance = pixels.mean((0, 1, 2)), pixels.var((0, 1, 2))
+    expected = (pixels - mean) / np.sqrt(variance + epsilon)
+    # 1e-5 acts as 1.001e-5: less than 0.03% of the standard deviation here, where the variance is 9e-6
+    np.testing.assert_allclose(made(pixels, training=True), expected.reshape(64, -1), rtol=5e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", transfer.BACKBONES)
@@ -494,9 +527,46 @@ def refused_although_classifiers():
     fixed = keras.Model(one, keras.layers.Dense(10)(flat))
     fixed.trainable = False
     yield fixed, "model has no weights to train"
+    normed = keras.layers.SpectralNormalization(keras.layers.Conv2D(4, 3, name="normed"))(one)
+    yield (
+        keras.Model(one, dense_end(normed)),
+        "normed/kernel' itself, as SpectralNormalization does",
+    )
+    floor = Floor(10, activation="softmax", name="floor")
+    yield keras.Model(one, floor(flat)), "ends in 'floor', a Floor with the activation softmax, after which"
+    yield keras.Model(one, Head()(flat)), "a Head with the activation softmax, after which it may compute"
+    penalty = keras.regularizers.L2(0.1)
+    dense = keras.layers.Dense(10, activation="softmax", activity_regularizer=penalty, name="end")
+    yield keras.Model(one, dense(flat)), "ends in 'end', whose activity_regularizer would act on the logits"
+    end = keras.layers.Activation("softmax", activity_regularizer=penalty, name="end")
+    yield keras.Model(one, end(keras.layers.Dense(10)(flat))), "ends in 'end', whose activity_regularizer"
 
 
-@pytest.mark.parametrize("case", range(3))
+@keras.saving.register_keras_serializable("test_own_model")
+class Floor(keras.layers.Dense):
+    """Probabilities of at least 2%."""
+
+    def call(self, inputs, training=None):
+        return 0.8 * super().call(inputs) + 0.2 / self.units
+
+
+@keras.saving.register_keras_serializable("test_own_model")
+class Head(keras.layers.Layer):
+    """It has an activation that its configuration does not name."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.dense, self.activation = keras.layers.Dense(10), keras.activations.softmax
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, inputs):
+        return self.activation(self.dense(inputs))
+
+
+@pytest.mark.parametrize("case", range(8))
 def test_a_softmax_within_and_nothing_to_train_are_refused_in_a_line(case, tmp_path, digits):
     model, text = list(refused_although_classifiers())[case]
     assert "; allowed: " in refusal(model, text, tmp_path, digits)

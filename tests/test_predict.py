@@ -63,6 +63,10 @@ def test_predict_as_a_function(folder):
     assert red["probabilities"]["blue"] == pytest.approx((1 - SURE) / 2, rel=1e-4)  # six digits
     assert predict.predict_images(colour_model(), paths[:1])[0]["label"] == "0"
     assert predict.predict_images(colour_model(), []) == []
+    with pytest.raises(ConfigError, match=r"unknown resize 'fit'.*squash, crop, pad"):
+        predict.predict_images(colour_model(), paths, resize="fit")
+    with pytest.raises(ConfigError, match="class_names is 'ab'; allowed: a list of names"):
+        predict.predict_images(colour_model(), paths, class_names="ab")
     for one in (paths[1], str(paths[1])):
         assert predict.predict_images(colour_model(), one, NAMES) == [red]
 

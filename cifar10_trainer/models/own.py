@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any
@@ -51,6 +52,7 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
         )
     _check_layers(functional)
     _check_ending(functional)
+    _check_assignments(functional)
     if not functional.trainable_variables:
         raise ConfigError(
             "model has no weights to train; allowed: one with a layer that is trainable and has weights"
@@ -77,7 +79,8 @@ def softmax_of(model: keras.Model) -> Any:
     last = _last_operation(model)
     if isinstance(last, keras.Model):
         return softmax_of(last)
-    is_softmax = getattr(last, "activation", None) is keras.activations.softmax
+    # A layer of the user's own may compute something after its activation.
+    is_softmax = getattr(last, "activation", None) is keras.activations.softmax and _is_of_keras(last)
     return last if is_softmax or type(last).__name__ == "Softmax" else None
 
 
@@ -179,6 +182,27 @@ def _check_layers(model: keras.Model) -> None:
             ) from error
 
 
+def _check_assignments(model: keras.Model) -> None:
+    """Raises ConfigError where a layer sets its own trainable weights in training: a step keeps the optimizer's values only."""
+    images = keras.ops.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype)
+    with (
+        keras.StatelessScope() as scope,
+        contextlib.suppress(Exception),
+    ):  # what fails, fails in training as well
+        model(images, training=True)
+    for variable in model.trainable_variables:
+        if scope.get_current_value(variable) is not None:
+            raise ConfigError(
+                f"model has a layer that sets its trainable weight {variable.path!r} itself, as SpectralNormalization does; allowed:"
+                " layers whose trainable weights only the optimizer changes"
+            )
+
+
+def _is_of_keras(operation: Any) -> bool:
+    """Whether Keras made the layer or operation."""
+    return type(operation).__module__.startswith("keras.")
+
+
 def _check_logits(model: keras.Model) -> None:
     """Raises ConfigError where the outputs are probabilities, though no softmax is the last layer: a second one would follow."""
     images = np.random.default_rng(0).integers(0, 256, (2, *model.input_shape[1:]))
@@ -202,7 +226,16 @@ def _check_ending(model: keras.Model) -> None:
     activation = getattr(last, "activation", None)
     if softmax_of(model) is None and activation not in (None, keras.activations.linear):
         name = getattr(activation, "__name__", str(activation))
+        if not _is_of_keras(last):
+            raise ConfigError(
+                f"model ends in {last.name!r}, a {type(last).__name__} with the activation {name}, after which it may compute"
+                ' something else; allowed: a layer of Keras at the end, as Activation("softmax", dtype="float32"), or logits'
+            )
         hint = ' (activation="softmax")' if name.startswith("softmax") else ""  # that of keras.ops is another
         raise ConfigError(f"model ends in the activation {name}; {ALLOWED}{hint}")
-    if type(last).__module__.startswith("keras.") and type(last).__name__ in ACTIVATIONS:
+    if _is_of_keras(last) and type(last).__name__ in ACTIVATIONS:
         raise ConfigError(f"model ends in the operation {type(last).__name__}; {ALLOWED}")
+    if softmax_of(model) is not None and getattr(last, "activity_regularizer", None) is not None:
+        raise ConfigError(
+            f"model ends in {last.name!r}, whose activity_regularizer would act on the logits; allowed: none in the layer of the softmax"
+        )
