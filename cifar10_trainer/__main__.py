@@ -356,6 +356,8 @@ def meet_workers(config: Config) -> None:
 def start_local_workers(config: Config) -> None:
     """The command again, in --local_workers processes. Raises their error."""
     argv = launch.arguments_without(sys.argv[1:], "local_workers")
+    if len(argv) == len(sys.argv) - 1:  # the workers would read it again
+        raise ConfigError("--local_workers stands in a --flagfile; allowed: on the command line")
     if FLAGS.workdir is None:  # one for all
         argv.append(f"--workdir={new_workdir(config.recipe)}")
     launch.run_local_workers(FLAGS.local_workers, argv)

@@ -481,7 +481,7 @@ class Config(_Section):
         """The Config in a run's config.json, which holds the keys RECORDED as well. Raises ConfigError."""
         return cls.from_dict({k: v for k, v in record.items() if k not in RECORDED})
 
-    def override(self, **values: Any) -> Config:
+    def override(self, /, **values: Any) -> Config:
         """A copy with other values.
 
         Args:

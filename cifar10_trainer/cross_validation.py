@@ -5,6 +5,7 @@ Each training image is a validation image of exactly one run. The test images ar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import numbers
 import os
@@ -25,7 +26,7 @@ from .errors import ConfigError, RunError, RunInterrupted, check_type, interrupt
 from .files import new_workdir, write_json
 from .keras_state import keras_defaults
 from .loop import SAVE_SECONDS
-from .run_folder import FOLDS_FILE, RunFolder, fold_folder
+from .run_folder import FOLDS_FILE, RunFolder, difference, fold_folder, or_allow_it
 from .training import train_and_evaluate
 
 TAKEN = (
@@ -79,7 +80,7 @@ def cross_validate(
     first = None if overwrite else _first_run(workdir, folds, data_dir)
     found = preparation.load(config, given, beside, data_dir, first, first is not None, folder_options, log)
     data = _without_test_images(found, folds)
-    config = _adapted(config, folds, len(data.train_labels), log)
+    config = _adapted(config, folds, len(data.train_labels), None if overwrite else workdir, log)
     more = dict[str, Any](data_dir=data_dir, dataset=data, save_seconds=save_seconds, policy=None)
     more |= {"overwrite": overwrite, "verbose": verbose, "allow_replica_change": allow_replica_change}
     runs = []
@@ -100,11 +101,19 @@ def cross_validate(
     return summary
 
 
-def _adapted(config: Config, folds: int, n: int, log: Callable[..., None]) -> Config:
-    """The config with what its `adapt` names chosen for n images, of which each fold holds out its share."""
+def _adapted(config: Config, folds: int, n: int, begun: Path | None, log: Callable[..., None]) -> Config:
+    """The config with what its `adapt` names chosen for n images, of which each fold holds out its share.
+
+    begun: the folder of all runs, whose first fold has chosen already; None: it may not be used.
+    """
     if not config.adapt:
         return config
     free = tuple(name for name in config.adapt if name != "validation_fraction")
+    first = None if begun is None else fold_folder(begun, folds, 0)
+    if first is not None and first.has_trained():
+        with contextlib.suppress(RunError, ValueError, TypeError):  # what is damaged, the fold reports
+            there = Config.from_record(first.read_config())
+            return config.override(**{name: getattr(there, name) for name in free}, adapt=())
     before = config.override(validation_fraction=1 / folds, validation_fold=0, adapt=free)
     after = adapt(before, n, False, runtime.choose_strategy(config.strategy)[0].num_replicas_in_sync)
     text = in_words(before, after, n)
@@ -232,13 +241,15 @@ def _finished(folder: Path, config: Config, data: Dataset, any_strategy: bool) -
         return None
     try:
         there, metrics = run.read_config(), run.read_metrics()
-        had = Config.from_record(there)
-        same = (had.override(strategy=config.strategy) if any_strategy else had) == config
+        other = difference(Config.from_record(there), config, any_strategy)
     except (RunError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is damaged ({error}); delete it to run this fold again") from error
-    if not same or there.get("fingerprint") != datasets.fingerprint(data):
-        other = "on other images" if same else "of another configuration"
+    now = runtime.choose_strategy(config.strategy)[0].num_replicas_in_sync
+    if not any_strategy and not other and metrics.get("replicas", now) != now:
+        other = f"strategy of {metrics['replicas']} replicas, now {now}"
+    if other or there.get("fingerprint") != datasets.fingerprint(data):
+        what = f"of another configuration ({other})" if other else "on other images"
         raise ConfigError(
-            f"{folder} holds a run {other}; choose another --workdir, or replace it with --overwrite"
+            f"{folder} holds a run {what}; choose another --workdir, or replace it with --overwrite{or_allow_it(other)}"
         )
     return metrics

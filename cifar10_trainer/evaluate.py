@@ -222,7 +222,10 @@ def load_images(
             rows, others = None, not any(there)
     if rows:
         where = RunFolder(FLAGS.workdir).split_file
-        print(f"the images are those of {where}; files that came later are in no part", file=sys.stderr)
+        print(
+            f"the images are the files that {where} names; files that came later are in no part",
+            file=sys.stderr,
+        )
     has_test = any(part == "test" for _, _, part in rows or ())
     only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
     scores_test = FLAGS.split in (None, "test")

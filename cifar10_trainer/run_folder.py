@@ -351,9 +351,9 @@ class RunFolder(LockedFolder):
             there = Config.from_dict(parse_json(str(arrays.pop("config"))))
         except (ValueError, TypeError) as error:
             raise self.damaged_state(error) from error
-        if difference := _difference(there, config, any_strategy):
-            why = f"is of another configuration ({difference})"
-            raise self._foreign_state(self._states(), why, _or_allow_it(difference))
+        if other := difference(there, config, any_strategy):
+            why = f"is of another configuration ({other})"
+            raise self._foreign_state(self._states(), why, or_allow_it(other))
 
     def _foreign_state(self, states: list[Path], why: str, hint: str = "") -> RunError:
         """The one-line error for a state that does not belong to the run that is asked for."""
@@ -369,10 +369,10 @@ class RunFolder(LockedFolder):
             raise RunError(
                 f"{self.config_file} is damaged ({error}); choose another --workdir, or replace it with --overwrite"
             ) from error
-        if difference := _difference(there, config, any_strategy):
+        if other := difference(there, config, any_strategy):
             raise ConfigError(
-                f"{self} holds an unfinished run of another configuration ({difference});"
-                f" choose another --workdir, or replace it with --overwrite{_or_allow_it(difference)}"
+                f"{self} holds an unfinished run of another configuration ({other});"
+                f" choose another --workdir, or replace it with --overwrite{or_allow_it(other)}"
             )
 
     def resume(
@@ -398,7 +398,7 @@ class RunFolder(LockedFolder):
         )
 
 
-def _difference(there: Config, ours: Config, any_strategy: bool) -> str:
+def difference(there: Config, ours: Config, any_strategy: bool) -> str:
     """The first setting that differs, as in "seed 0, now 7"; the strategy last; empty where none does."""
     was, now = there.to_dict(), ours.to_dict()
     keys = [key for key in {**now, **was} if was.get(key) != now.get(key)]
@@ -408,9 +408,9 @@ def _difference(there: Config, ours: Config, any_strategy: bool) -> str:
     return f"{keys[0]} {shown(was.get(keys[0]))}, now {shown(now.get(keys[0]))}" if keys else ""
 
 
-def _or_allow_it(difference: str) -> str:
+def or_allow_it(what: str) -> str:
     """The end of an error about this difference: the flag that allows it, if there is one."""
-    return ", or allow it with --allow_replica_change" if difference.startswith("strategy ") else ""
+    return ", or allow it with --allow_replica_change" if what.startswith("strategy ") else ""
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -324,6 +324,15 @@ def test_local_workers_get_the_other_arguments(argv, rest, monkeypatch):
     assert calls[1][1][:-1] == rest and calls[1][1][-1].startswith(f"--workdir=runs/{DEFAULT_RECIPE}-")
 
 
+def test_local_workers_of_a_flagfile(tmp_path, monkeypatch, capsys):
+    """The workers would read the file as well."""
+    file = tmp_path / "flags"
+    file.write_text("--local_workers=2\n")
+    monkeypatch.setattr(sys, "argv", ["cifar10_trainer", f"--flagfile={file}"])
+    text = "--local_workers stands in a --flagfile; allowed: on the command line"
+    assert error_of(capsys, f"--flagfile={file}") == (2, text)
+
+
 @pytest.mark.parametrize(("flag", "verbose"), [("--quiet", 0), ("--verbose", 1)])
 def test_quiet_and_verbose(flag, verbose, trained, capsys):
     assert invoke(flag) == 0 and trained[0]["verbose"] == verbose

@@ -211,7 +211,10 @@ def test_a_finished_or_different_cross_validation_is_kept(tmp_path, digits, scri
     quietly(2, tmp_path, digits, overwrite=True)
     assert len(scripted) == 4
     (tmp_path / "folds.json").unlink()
-    with pytest.raises(ConfigError, match=r"fold-1-of-2 holds a run of another configuration; .*--overwrite"):
+    with pytest.raises(
+        ConfigError,
+        match=r"fold-1-of-2 holds a run of another configuration \(seed 0, now 1\); .*--overwrite$",
+    ):
         quietly(2, tmp_path, digits, TINY.override(seed=1))
     (tmp_path / "fold-1-of-2" / "metrics.json").write_text("{")
     with pytest.raises(RunError, match=r"fold-1-of-2 is damaged .*; delete it"):
@@ -224,7 +227,10 @@ def test_folds_of_another_number_of_replicas_where_that_is_allowed(tmp_path, dig
     for file in (tmp_path / "folds.json", tmp_path / "fold-2-of-3" / "metrics.json"):
         file.unlink()
     mirrored = TINY.override(strategy="mirrored")
-    with pytest.raises(ConfigError, match=r"fold-1-of-3 holds a run of another configuration"):
+    with pytest.raises(
+        ConfigError,
+        match=r"fold-1-of-3 holds a run .* \(strategy 'auto', now 'mirrored'\); .* or allow it with --allow_replica_change$",
+    ):
         quietly(3, tmp_path, digits, mirrored)
     del scripted[:]
     quietly(3, tmp_path, digits, mirrored, allow_replica_change=True)
@@ -234,6 +240,33 @@ def test_folds_of_another_number_of_replicas_where_that_is_allowed(tmp_path, dig
     (tmp_path / "folds.json").unlink()
     with pytest.raises(ConfigError, match=r"fold-1-of-3 holds a run of another configuration"):
         quietly(3, tmp_path, digits, mirrored.override(seed=1), allow_replica_change=True)
+
+
+def test_folds_of_other_replicas_are_not_mixed_in_silence(tmp_path, digits, scripted):
+    """The same strategy by name, as auto on another machine."""
+    quietly(2, tmp_path, digits)
+    (tmp_path / "folds.json").unlink()
+    file = tmp_path / "fold-1-of-2" / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "replicas": 3}))
+    with pytest.raises(
+        ConfigError, match=r"\(strategy of 3 replicas, now 1\); .* or allow it with --allow_replica"
+    ):
+        quietly(2, tmp_path, digits)
+    assert quietly(2, tmp_path, digits, allow_replica_change=True)["folds"] == 2
+
+
+def test_what_the_first_fold_chose_holds_for_all(tmp_path, digits, scripted):
+    """Also where today's number of replicas would choose another batch."""
+    config = TINY.override(adapt=("batch_size",))
+    quietly(2, tmp_path, digits, config)
+    for file in (tmp_path / "folds.json", tmp_path / "fold-2-of-2" / "metrics.json"):
+        file.unlink()
+    file = tmp_path / "fold-1-of-2" / "config.json"
+    there = json.loads(file.read_text())
+    file.write_text(json.dumps({**there, "batch_size": 6}))
+    quietly(2, tmp_path, digits, config)
+    assert there["batch_size"] != 6 and scripted[-1]["config"].batch_size == 6
+    assert scripted[-1]["workdir"] == tmp_path / "fold-2-of-2"
 
 
 @pytest.mark.parametrize("folds", [-1, 0, 1, 1000])

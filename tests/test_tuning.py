@@ -27,6 +27,7 @@ from tuning import Options, oracle, trial, tune
 from tuning.figure import search_figure
 from tuning.leaderboard import Row, duration
 from tuning.search_folder import SearchFolder
+from tuning.space import Space
 
 pytestmark = pytest.mark.filterwarnings(
     # KerasTuner 1.4.8 asks the threading module by its old names.
@@ -754,6 +755,10 @@ def restore_flags(values):
         "--set=precision",
         "--set=precisoin=float32",
         "--set=precision=half",
+        "--set=target=0.9",
+        '--set=adapt=["epochs"]',
+        "--set=options.filters=null",
+        "--set=self=1",
         "x",
     ],
 )
@@ -842,6 +847,19 @@ def test_a_trial_whose_settings_adapt_is_that_of_the_adapted_ones(digits, tmp_pa
 
     train_and_evaluate(found.override(epochs=1), tmp_path, data=few, verbose=0, full_report=False)
     assert Config.from_record(json.loads((tmp_path / "config.json").read_text())) == found.override(epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [({}, "TF_CONFIG names a cluster, but a trial"), ({"strategy": "multi_worker"}, "strategy is multi_worker, but a trial")],
+)  # fmt: skip
+def test_a_search_does_not_wait_for_a_cluster(config, says, tmp_path, digits, monkeypatch):
+    cluster = {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 0}}))
+    base = RECIPES["fast.digits"].override(**config)
+    with pytest.raises(ConfigError, match=says):
+        tune(Space(base, {"learning_rate": None}), digits, workdir=tmp_path / "search", verbose=0)
+    assert not (tmp_path / "search").exists()
 
 
 def test_set_changes_the_recipe_that_is_searched():

@@ -200,3 +200,27 @@ def test_a_search_refuses_an_option_that_changes_no_network(tmp_path):
     with pytest.raises(ConfigError, match="dropout changes nothing"):
         tune(space, digits, workdir=tmp_path / "search", verbose=0)
     assert not (tmp_path / "search").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("filters", {"options__filters": (8.0, 16.0)}, r"options.filters is \(8.0, 16.0\); allowed in a search over filters: whole numbers"),
+        ("filters", {"options__filters": ()}, r"options.filters is \(\); allowed in a search over filters: whole numbers"),
+        ("filters", {"options__filters": None}, "options.filters is None; allowed in a search over filters: whole numbers"),
+        ("dropout", {"options__dropout": "x"}, "options.dropout is 'x'; allowed in a search over dropout: numbers"),
+        ("dropout", {"options__dropout": (0, 0.1, 0.2)}, "begins with 0, to which the other numbers have no ratio"),
+        ("augmentation", {"augmentation__cutout": 20}, "cutout is 40; .*; the range of augmentation ends there; another one: --space=augmentation=LOW:HIGH"),
+        ("learning_rate", {"optimizer__learning_rate": 50}, "learning_rate is 200.0; .*; the range of learning_rate ends there"),
+    ],
+)  # fmt: skip
+def test_a_setting_without_a_range_around_it_is_refused(name, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        Space(FAST.override(**changes), {name: None})
+
+
+@pytest.mark.parametrize("own", [0, 1e-9, 0.25])
+def test_a_dropout_of_zero_is_a_rate_as_any_other(own):
+    space = Space(FAST.override(options__dropout=own), {"dropout": None})
+    assert space._range("dropout") == (0.0, 0.5, 0.05)
+    assert drawn(space, dropout=0.35).options["dropout"] == 0.35

@@ -13,7 +13,7 @@ from absl import flags
 
 from cifar10_trainer import adaptation, cli, datasets
 from cifar10_trainer.config import ADAPTABLE, DATASETS, Config
-from cifar10_trainer.errors import unknown
+from cifar10_trainer.errors import ConfigError, shown, unknown
 from cifar10_trainer.files import read_json
 from cifar10_trainer.recipes import DEFAULT_FOR, RECIPES
 
@@ -131,7 +131,11 @@ def _changes() -> dict[str, Any]:
     """What the flags change in the recipe, as `Config.override` takes it. Raises ConfigError."""
     names = ("dataset", "image_size", "epochs", "validation_fraction", "seed")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
-    return {**given, **cli.parse_settings(FLAGS.set)}
+    settings = cli.parse_settings(FLAGS.set)
+    for name, instead in (("target", "--target"), ("adapt", "what a search of a folder adapts by itself")):
+        if name in settings:
+            raise ConfigError(f"--set {name}={shown(settings[name])}; allowed in a search: {instead}")
+    return {**given, **settings}
 
 
 def suited_to_folder(base: Config, options: Options) -> Config:

@@ -31,6 +31,7 @@ class Parameter:
             one, and the others keep their ratios to it. For an augmentation, it is the strength; the recipe's is 1.
         low: the lower limit.
         high: the upper limit.
+        whole: whether the values are whole numbers.
         relative: whether the limits and a linear step are multiples of the recipe's value.
         log: whether the values are drawn from a logarithmic scale; `step` is then a factor.
         step: the step between two values; None: any value.
@@ -39,17 +40,18 @@ class Parameter:
     setting: str
     low: float
     high: float
+    whole: bool = False
     relative: bool = False
     log: bool = False
     step: float | None = None
 
 
 SPACE = {
-    "filters": Parameter("options__filters", 0.5, 1.5, relative=True, step=0.25),
+    "filters": Parameter("options__filters", 0.5, 1.5, whole=True, relative=True, step=0.25),
     "dropout": Parameter("options__dropout", 0.0, 0.5, step=0.05),
     "learning_rate": Parameter("optimizer__learning_rate", 0.25, 4, relative=True, log=True),
     "weight_decay": Parameter("optimizer__weight_decay", 0.1, 10, relative=True, log=True),
-    "batch_size": Parameter("batch_size", 0.5, 2, relative=True, log=True, step=2),
+    "batch_size": Parameter("batch_size", 0.5, 2, whole=True, relative=True, log=True, step=2),
     "label_smoothing": Parameter("label_smoothing", 0.0, 0.4, step=0.05),
     "augmentation": Parameter("augmentation", 0.0, 2.0, step=0.5),
     "epochs": Parameter("epochs", 0.5, 2, relative=True, log=True),
@@ -136,7 +138,7 @@ class Space:
                     f"the range of {name} begins at {low:g}, but its scale is logarithmic;"
                     f" allowed: low greater than 0, as in --space={name}=0.0001:0.01"
                 )
-            if self.config({name: low}) == self.config({name: high}):
+            if self._end(name, low) == self._end(name, high):
                 raise ConfigError(
                     f"{name} changes nothing in {self.base.recipe}; allowed: a space without it"
                 )
@@ -152,8 +154,8 @@ class Space:
         """
         values = {}
         for name in self.ranges:
-            (low, high, step), own = self._range(name), _first(self._recipe_value(name))
-            draw = hp.Int if isinstance(own, int) else hp.Float
+            (low, high, step), own = self._range(name), self._own(name)
+            draw = hp.Int if SPACE[name].whole else hp.Float
             sampling = "log" if SPACE[name].log else "linear"
             default = _short(type(own)(min(max(own, low), high)))
             values[name] = _short(draw(name, low, high, step=step, sampling=sampling, default=default))
@@ -196,16 +198,39 @@ class Space:
 
     def _range(self, name: str) -> tuple[Any, Any, Any]:
         """(low, high, step) in the units of the setting; integers if the recipe's value is one."""
-        parameter, own = SPACE[name], _first(self._recipe_value(name))
+        parameter, own = SPACE[name], self._own(name)
         low, high = self.ranges[name] or (parameter.low, parameter.high)
         step: float | None = parameter.step
         if parameter.relative and self.ranges[name] is None:
             low, high = low * own, high * own
         if parameter.relative and not parameter.log and step is not None:
             step = step * own
-        if isinstance(own, int):
+        if parameter.whole:
             return round(low), round(high), max(1, round(step or 1))
         return low, high, step
+
+    def _own(self, name: str) -> float | int:
+        """The recipe's value of the hyperparameter. Raises ConfigError where that is no number."""
+        recipes = self._recipe_value(name)
+        value, whole = _first(recipes), SPACE[name].whole
+        if isinstance(recipes, tuple) and value == 0:
+            raise ConfigError(
+                f"{recipes} begins with 0, to which the other numbers have no ratio; allowed: another recipe"
+            )
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            setting = self._setting(name).replace("__", ".")
+            kind = "whole numbers" if whole else "numbers"
+            raise ConfigError(f"{setting} is {shown(recipes)}; allowed in a search over {name}: {kind}")
+        return value if whole else float(value)
+
+    def _end(self, name: str, value: float | int) -> Config:
+        """The recipe at one end of a range. Raises ConfigError where the end is not allowed."""
+        try:
+            return self.config({name: value})
+        except ConfigError as error:
+            raise ConfigError(
+                f"{str(error).rstrip('.')}; the range of {name} ends there; another one: --space={name}=LOW:HIGH"
+            ) from error
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The recipe with these values of hyperparameters, by their names in SPACE."""
@@ -230,7 +255,7 @@ def _first(value: Any) -> float | int:
     """The number that the hyperparameter replaces; for an augmentation, its strength."""
     if isinstance(value, Augmentation):
         return 1.0
-    while isinstance(value, tuple):
+    while isinstance(value, tuple) and value:
         value = value[0]
     return value
 
@@ -244,10 +269,6 @@ def _scaled(own: Any, value: Any) -> Any:
     if not isinstance(own, tuple):
         return value
     first = _first(own)
-    if not first:
-        raise ConfigError(
-            f"{own} begins with 0, to which the other numbers have no ratio; allowed: another recipe"
-        )
 
     def scale(part: Any) -> Any:
         if isinstance(part, tuple):

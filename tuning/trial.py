@@ -23,7 +23,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.hyperparameters import HyperParameter
 from keras_tuner.engine.trial import Trial
 
-from cifar10_trainer import adaptation, datasets, files, models, preparation, runtime
+from cifar10_trainer import adaptation, cluster, datasets, files, models, preparation, runtime
 from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import (
@@ -101,6 +101,12 @@ def describe_search(space: SpaceFunction, data: Dataset) -> tuple[dict[str, Any]
     if not hp.space:
         raise ConfigError("the space draws no hyperparameter; allowed: one or more, as hp.Float(...)")
     models.check_options(config.architecture, config.options)
+    of_cluster = config.strategy == "auto" and cluster.place_in_tf_config() is not None
+    if of_cluster or config.strategy == "multi_worker":
+        raise ConfigError(
+            ("TF_CONFIG names a cluster" if of_cluster else "strategy is multi_worker")
+            + ", but a trial trains on one machine; allowed: unset TF_CONFIG and another strategy; a search has --workers of its own"
+        )
     if isinstance(space, Space):
         space.check_networks(data.input_shape, data.num_classes)
     if config.validation_fraction is None and data.validation is None:
