@@ -146,7 +146,8 @@ def suited_to_folder(base: Config, options: Options) -> Config:
     size, begun = datasets.folder_size(FLAGS.data_dir), SearchFolder(options.workdir).search_file
     if size is None:
         return base
-    free = [name for name in ADAPTABLE if name not in _changes()]
+    given = _changes()
+    free = [name for name in ADAPTABLE if name not in given]
     before = base.override(adapt=free)
     suited = adaptation.adapt(before, size.images, size.validation)
     if begun.exists() and not options.overwrite:

@@ -12,14 +12,11 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cifar10_trainer.config import Augmentation, Config
 from cifar10_trainer.errors import ConfigError, RunError, shown, unknown
 from cifar10_trainer.models import build, check_options
-
-if TYPE_CHECKING:
-    import keras
 
 
 @dataclass(frozen=True)
@@ -163,13 +160,15 @@ class Space:
 
     def check_networks(self, input_shape: Sequence[int], num_classes: int) -> None:
         """Raises ConfigError where both ends of a range give the same network, as with dropout after no layer. Imports Keras."""
+        from cifar10_trainer.models.own import digest
+
         for name in self.ranges:
             if not self._setting(name).startswith("options__"):
                 continue
             low, high, _ = self._range(name)
             try:
                 first, second = (
-                    _layers(build(self.config({name: x}), input_shape=input_shape, num_classes=num_classes))
+                    digest(build(self.config({name: x}), input_shape=input_shape, num_classes=num_classes))
                     for x in (low, high)
                 )
             except (ConfigError, RunError):  # only the trials there fail, and say why
@@ -197,7 +196,7 @@ class Space:
         return inspect.signature(build).parameters[key].default
 
     def _range(self, name: str) -> tuple[Any, Any, Any]:
-        """(low, high, step) in the units of the setting; integers if the recipe's value is one."""
+        """(low, high, step) in the units of the setting; integers if the parameter is whole."""
         parameter, own = SPACE[name], self._own(name)
         low, high = self.ranges[name] or (parameter.low, parameter.high)
         step: float | None = parameter.step
@@ -236,14 +235,6 @@ class Space:
         """The recipe with these values of hyperparameters, by their names in SPACE."""
         changes = {self._setting(n): _scaled(self._recipe_value(n), value) for n, value in values.items()}
         return self.base.override(**changes)
-
-
-def _layers(model: keras.Model) -> list[tuple[str, dict[str, Any]]]:
-    """Kind and settings of each layer, without the names and the seeds that Keras draws."""
-    return [
-        (type(layer).__name__, {k: v for k, v in layer.get_config().items() if k not in ("name", "seed")})
-        for layer in model.layers
-    ]
 
 
 def _short(value: float | int) -> float | int:
