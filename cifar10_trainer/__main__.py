@@ -123,6 +123,7 @@ _define(
     "cpu_replicas",
     "train with --strategy=mirrored on so many logical devices of this machine's CPU",
     lower_bound=1,
+    upper_bound=64,
 )
 _define(
     flags.DEFINE_float,

@@ -34,7 +34,7 @@ from .layers import (
     fast_activation,
     fast_relu,
 )
-from .models.own import logits_before_softmax, softmax_of
+from .models.own import is_of_keras, logits_before_softmax, softmax_of
 
 # Layers whose results lose too much in 16 bits.
 FLOAT32_LAYERS = {"preprocess", "head", "logits"}
@@ -121,7 +121,7 @@ def _cloned(
         # For the layers that it makes itself; `make` may set another one.
         keras.config.set_dtype_policy("float32")
         new = make(layer)
-        if type(layer).__module__.startswith("keras."):
+        if is_of_keras(layer):
             # Such a one makes none later, but in a nested Sequential the layers before it are built after it is made.
             keras.config.set_dtype_policy(policy)
         return new

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from .loop import saved_precision
 from .machine import check_fits
 from .model_file import ModelInfo
 from .models import own, transfer
+from .process import Log
 from .run_folder import RunFolder
-
-Log = Callable[[str], None]
 
 
 def check_arguments(

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeAlias, cast
 
 from .errors import reason_of
+
+Log: TypeAlias = Callable[[str], None]  # prints a line, or drops it
 
 
 def stop_signals() -> list[int]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import measures, report, scoring
 from .datasets import Dataset
+from .process import Log
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     import keras
 
-Log = Callable[[str], None]
 FEW_IMAGES = 10  # of a class to train on, below which a run warns
 PRECISION_IMAGES = 500  # validation images on which the saved model is compared with the one that trained
 

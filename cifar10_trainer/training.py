@@ -38,9 +38,9 @@ from .hooks import check_callbacks
 from .loop import SAVE_SECONDS, TrainingLoop
 from .model_file import load_model
 from .models import own
+from .process import Log
 from .run_folder import RunFolder
 
-Log = Callable[[str], None]
 SCORES = (
     "test_loss",
     "test_accuracy",

@@ -16,7 +16,7 @@ from cifar10_trainer import process
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted, interrupted, shown, unknown
-from cifar10_trainer.training import Log
+from cifar10_trainer.process import Log
 
 from . import chief
 from .figure import search_figure

@@ -14,7 +14,8 @@ import platform
 
 from .. import __version__
 from ..errors import ConfigError
-from .meeting import Log, LostWorkerError, Team
+from ..process import Log
+from .meeting import LostWorkerError, Team
 from .place import Place, place_in_tf_config, set_tf_config
 from .servers import connecting_servers
 

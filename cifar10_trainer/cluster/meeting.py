@@ -9,10 +9,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import ConfigError, RunError, RunInterrupted, reason_of
+from ..process import Log
 from .connection import Closed, Connection, connect, listen, readable
 from .place import Place, is_list_of_texts
 
@@ -22,8 +23,6 @@ GRACE = 5.0  # seconds in which the main thread may end by itself after a worker
 SPEAK, REPEAT = 2.0, 30.0  # seconds of waiting until it is printed, and until it is printed again
 HELLO = 10.0  # seconds in which a new connection must name its worker
 STRANGERS = 64  # connections that have not named their worker yet
-
-Log = Callable[[str], None]
 
 
 class LostWorkerError(RunError):

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Real
@@ -20,6 +20,7 @@ import numpy as np
 from ..config import RESIZES
 from ..errors import ConfigError, RunError, check_number, reason_of, unknown
 from ..machine import check_fits, cpu_count
+from ..process import Log
 from ..run_folder import RUN_FILES, holds_run
 from .base import Dataset, stratified_mask
 from .images import SUFFIXES, Unreadable, decode, looks_like_image, open_formats, readable, without_warnings
@@ -42,7 +43,6 @@ SHOWN = 10  # files that a message names
 PROGRESS_SECONDS = 10.0
 _BLOCK = 1024  # files that are handed to the threads at a time
 
-Log = Callable[[str], None]
 _Part = tuple[np.ndarray, np.ndarray, list[str]]  # images, labels, files
 Row = tuple[str, str, str]  # file, relative to the data set's folder; class; part
 

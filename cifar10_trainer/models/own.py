@@ -80,7 +80,7 @@ def softmax_of(model: keras.Model) -> Any:
     if isinstance(last, keras.Model):
         return softmax_of(last)
     # A layer of the user's own may compute something after its activation.
-    is_softmax = getattr(last, "activation", None) is keras.activations.softmax and _is_of_keras(last)
+    is_softmax = getattr(last, "activation", None) is keras.activations.softmax and is_of_keras(last)
     return last if is_softmax or type(last).__name__ == "Softmax" else None
 
 
@@ -198,7 +198,7 @@ def _check_assignments(model: keras.Model) -> None:
             )
 
 
-def _is_of_keras(operation: Any) -> bool:
+def is_of_keras(operation: Any) -> bool:
     """Whether Keras made the layer or operation."""
     return type(operation).__module__.startswith("keras.")
 
@@ -226,14 +226,14 @@ def _check_ending(model: keras.Model) -> None:
     activation = getattr(last, "activation", None)
     if softmax_of(model) is None and activation not in (None, keras.activations.linear):
         name = getattr(activation, "__name__", str(activation))
-        if not _is_of_keras(last):
+        if not is_of_keras(last):
             raise ConfigError(
                 f"model ends in {last.name!r}, a {type(last).__name__} with the activation {name}, after which it may compute"
                 ' something else; allowed: a layer of Keras at the end, as Activation("softmax", dtype="float32"), or logits'
             )
         hint = ' (activation="softmax")' if name.startswith("softmax") else ""  # that of keras.ops is another
         raise ConfigError(f"model ends in the activation {name}; {ALLOWED}{hint}")
-    if _is_of_keras(last) and type(last).__name__ in ACTIVATIONS:
+    if is_of_keras(last) and type(last).__name__ in ACTIVATIONS:
         raise ConfigError(f"model ends in the operation {type(last).__name__}; {ALLOWED}")
     if softmax_of(model) is not None and getattr(last, "activity_regularizer", None) is not None:
         raise ConfigError(
