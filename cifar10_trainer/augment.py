@@ -301,7 +301,8 @@ class RandomZoom(Projective):
 class RandomCutout(RandomLayer):
     """Blanks a square to middle grey (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    The centre of the square is anywhere in the image, so a part of the square may lie outside.
+    The centre of the square is anywhere in the image, so a part of the square may lie outside. Where the first draw is 1, there is
+    no square (`cut_out_some`).
 
     Args:
         size: the side of the square, in pixels, 0 or more.
@@ -331,11 +332,26 @@ class RandomCutout(RandomLayer):
             offset = tf.range(side)[None] - first
             return (offset >= 0) & (offset < self.size)
 
-        return interval(height, numbers[:, :1])[:, :, None] & interval(width, numbers[:, 1:2])[:, None, :]
+        rows = interval(height, numbers[:, :1]) & (numbers[:, :1] < 1)
+        return rows[:, :, None] & interval(width, numbers[:, 1:2])[:, None, :]
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
         return {**super().get_config(), "size": self.size}
+
+
+def cut_out_some(numbers: tf.Tensor, share: tf.Tensor | float) -> tf.Tensor:
+    """Changes first draws of `RandomCutout` so that it cuts only some images.
+
+    Args:
+        numbers: float32 [batch], uniform draws from [0, 1).
+        share: of the images that have a square, 0 or more; from 1 on, all.
+
+    Returns:
+        float32 [batch]: uniform in [0, 1) for this share of the images, and 1 for the others.
+    """
+    share = tf.minimum(tf.cast(share, tf.float32), 1.0)
+    return tf.where(numbers < share, tf.math.divide_no_nan(numbers, share), 1.0)
 
 
 def image_table(images: tf.Tensor) -> tf.Tensor:

@@ -12,7 +12,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,8 @@ YOUNGER = (
     "class_weights",
     "adapt",
     "views_share",
-)  # settings that `Config.to_dict` leaves out at their defaults
+)  # settings that `to_dict` leaves out at their defaults
+YOUNGER_AUGMENTATION = ("cutout_warmup",)  # those in `augmentation`
 FLOAT32_TINY, FLOAT32_HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 OPTION_DEPTH = 5  # of the lists in an option
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
@@ -55,6 +56,13 @@ _UNUSED = {  # optimizer -> settings that it ignores, so that setting one is an 
     "adam": ("momentum", "nesterov", "weight_decay", "bias_multiplier"),
     "adamw": ("momentum", "nesterov", "bias_multiplier"),
 }
+
+
+def _without_defaults(section: Config | Augmentation, younger: Collection[str]) -> dict[str, Any]:
+    """The fields of a dataclass and their values, without those of `younger` that have their default."""
+    values = dataclasses.asdict(section)
+    defaults = {f.name: f.default for f in dataclasses.fields(section) if f.name in younger}
+    return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
 
 def check_views(views: int, views_share: float) -> None:
@@ -172,6 +180,9 @@ class Augmentation(_Section):
         zoom: the largest fraction of the image's side by which it grows or shrinks, 0 to 0.9.
         fill: what shift, rotation and zoom show outside the image: "reflect", "nearest", or "constant", which is black.
         cutout: the side of a grey square in pixels, 0 to 32.
+        cutout_warmup: the epochs in which the share of the images with a cutout rises linearly from 0 to 1, 0 to 100,000. Unlike
+            the learning rate's, this warm-up does not depend on the length of the run: the more often the network has seen an
+            image, the more there is to gain from hiding a part of it.
         mixup: alpha of the Beta distribution that the mixing weight is drawn from, 0 (off) to 10.
         cutmix: the same for cutmix. Only one of the two may be on.
     """
@@ -182,6 +193,7 @@ class Augmentation(_Section):
     zoom: float = 0.0
     fill: str = "reflect"
     cutout: int = 0
+    cutout_warmup: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
 
@@ -192,6 +204,7 @@ class Augmentation(_Section):
         self._between("rotation", 0, 0.5)
         self._between("zoom", 0, 0.9)
         self._between("cutout", 0, 32)
+        self._between("cutout_warmup", 0, 100_000)
         self._between("mixup", 0, 10)
         self._between("cutmix", 0, 10)
         if self.mixup and self.cutmix:
@@ -466,9 +479,8 @@ class Config(_Section):
         Settings that are younger than version 1.0.0 are left out at their defaults, so that a Config that does not use them
         is written, and recognised, as before.
         """
-        values = dataclasses.asdict(self)
-        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in YOUNGER}
-        values = {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
+        values = _without_defaults(self, YOUNGER)
+        values["augmentation"] = _without_defaults(self.augmentation, YOUNGER_AUGMENTATION)
         return json.loads(json.dumps(values))
 
     @classmethod

@@ -72,19 +72,25 @@ class EpochSampler:
 
         Returns:
             The indices of all images in their order, int32 [n], and the draws of these images, float32 [n, draws], in
-            [0, 1). The draws of an image do not depend on its place in the order.
+            [0, 1). The draws of an image do not depend on its place in the order. The first draw of a cutout is 1 where the image
+            has none.
         """
         epoch = tf.cast(epoch, tf.int32)
         index = tf.random.experimental.stateless_shuffle(
             tf.range(self.n), seed=tf.stack([self.seed, 2 * epoch])
         )
         numbers = tf.random.stateless_uniform([self.n, self.draws], seed=tf.stack([self.seed, 2 * epoch + 1]))
-        if self.augmentation.flip == "alternating":
+        a = self.augmentation
+        if a.flip == "alternating":
             # One draw per image serves the whole run. Adding a half moves it across 0.5, the threshold of the flip, so
             # every other epoch shows the mirror image.
             once = tf.random.stateless_uniform([self.n, 1], seed=[self.seed, -1])
             once = tf.math.floormod(once + 0.5 * tf.cast(epoch % 2, tf.float32), 1.0)
             numbers = tf.concat([once, numbers[:, 1:]], axis=1)
+        if a.cutout and a.cutout_warmup:
+            before = sum(layer.draws for layer in augment.layers_of(a)[:-1])  # the cutout is the last layer
+            first = augment.cut_out_some(numbers[:, before], tf.cast(epoch, tf.float32) / a.cutout_warmup)
+            numbers = tf.concat([numbers[:, :before], first[:, None], numbers[:, before + 1 :]], axis=1)
         return index, tf.gather(numbers, index)
 
     def batches(self, epoch: tf.Tensor | int) -> tuple[tf.Tensor, ...]:
