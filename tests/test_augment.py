@@ -282,6 +282,27 @@ def test_cutouts_are_centred_everywhere_equally_often():
     assert scipy.stats.chisquare(holes.sum(0).ravel()).pvalue > 0.001
 
 
+def test_a_share_of_the_images_has_a_cutout_which_is_centred_everywhere_equally_often():
+    n = 20_000
+    numbers = np.random.default_rng(0).random((n, 2), np.float32)
+    for share in (0.0, 0.3, 1.0, 7.0):
+        first = augment.cut_out_some(numbers[:, 0], share)
+        drawn = np.stack([first, numbers[:, 1]], axis=1)
+        holes = RandomCutout(1).transform(np.zeros((n, 8, 8, 1), np.uint8), drawn).numpy()[..., 0] == 127
+        cut = holes.any((1, 2))
+        np.testing.assert_array_equal(cut, numbers[:, 0] < share)
+        if cut.any():
+            assert scipy.stats.chisquare(holes.sum(0).ravel()).pvalue > 0.001
+    np.testing.assert_array_equal(augment.cut_out_some(numbers[:, 0], 1.0), numbers[:, 0])
+
+
+def test_an_image_without_a_cutout_has_none_however_large_it_is():
+    """The square of an image with the first draw 1 would begin in the image, were it as large as this one."""
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    found = RandomCutout(32).transform(images, tf.constant([[0.5, 0.5], [1.0, 0.5]])).numpy()
+    assert (found[0] == 127).all() and (found[1] == 0).all()
+
+
 def test_turns_and_zooms_are_uniform():
     numbers = np.linspace(0, 1, 5, dtype=np.float32)[:, None]
     (cos, minus_sin), (sin, also_cos) = RandomRotation(0.1).matrix(numbers)

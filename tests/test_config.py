@@ -54,6 +54,17 @@ def test_every_recipe_survives_json(name):
     assert json.dumps(again.to_dict()) == text
 
 
+def test_a_setting_that_is_younger_than_1_0_0_is_written_only_where_it_is_used():
+    """Otherwise a run of 1.0.0 would no longer be recognised as one of the same configuration."""
+    values = Config().to_dict()
+    assert "views_share" not in values and "cutout_warmup" not in values["augmentation"]
+    changed = Config(views_share=0.5, augmentation=Augmentation(cutout_warmup=3))
+    assert changed.to_dict()["views_share"] == 0.5
+    assert changed.to_dict()["augmentation"]["cutout_warmup"] == 3
+    assert Config.from_dict(changed.to_dict()) == changed
+    assert Config.from_dict(values) == Config()
+
+
 def test_a_config_with_everything_set_survives_json():
     config = Config(
         recipe="mine",
@@ -227,6 +238,7 @@ def test_a_value_of_another_type_is_refused(given, start):
         ({"augmentation": {"rotation": 0.6}}, ["rotation is 0.6", "from 0 to 0.5"]),
         ({"augmentation": {"zoom": 1}}, ["zoom is 1.0", "from 0 to 0.9"]),
         ({"augmentation": {"cutout": 33}}, ["cutout is 33", "from 0 to 32"]),
+        ({"augmentation": {"cutout_warmup": -1}}, ["cutout_warmup is -1", "from 0 to 100000"]),
         ({"augmentation": {"mixup": -0.1}}, ["mixup is -0.1", "from 0 to 10"]),
         ({"augmentation": {"cutmix": 11}}, ["cutmix is 11.0", "from 0 to 10"]),
         ({"augmentation": {"mixup": 0.1, "cutmix": 1}}, ["mixup is 0.1 and cutmix is 1.0", "one of the two"]),
@@ -268,6 +280,7 @@ def test_errors_name_what_was_received_and_what_is_allowed(given, parts):
         {"optimizer": {"momentum": 0.9999, "weight_decay": 1, "learning_rate": 99.9}},
         {"schedule": {"start": 1, "end": 1, "warmup": 0.9}},
         {"augmentation": {"shift": 16, "rotation": 0.5, "zoom": 0.9, "cutout": 32, "mixup": 10}},
+        {"augmentation": {"cutout_warmup": 100_000}},
         {"target": 1, "label_smoothing": 0.99, "views": 2},
         {"validation_fraction": 1 / 49, "validation_fold": 48},  # 49 * (1 / 49) is a little less than 1
         {"validation_interval": 3},

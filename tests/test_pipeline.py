@@ -175,6 +175,44 @@ def test_alternating_flip_mirrors_the_images():
     assert 3 <= plain.sum() <= N - 3
 
 
+# ---- cutout for some of the images
+
+
+CUTOUT = {"flip": "alternating", "shift": 1, "rotation": 0.1, "cutout": 4, "mixup": 0.2}  # column 4
+
+
+@pytest.mark.parametrize(
+    ("epoch", "share"), [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0), (9, 1.0), (99_999, 1.0)]
+)
+def test_the_share_of_images_with_a_cutout_grows_with_the_epochs(epoch, share):
+    n = 4000
+    numbers = numbers_by_image(sampler_of(n=n, augmentation=Augmentation(**CUTOUT, cutout_warmup=4)), epoch)
+    fixed = numbers_by_image(sampler_of(n=n, augmentation=Augmentation(**CUTOUT)), epoch)
+    cut = numbers[:, 4] < 1
+    np.testing.assert_array_equal(cut, fixed[:, 4] < share)
+    assert abs(cut.mean() - share) <= 5 * np.sqrt(share * (1 - share) / n)  # five standard deviations
+    assert (numbers[~cut, 4] == 1).all()
+    np.testing.assert_allclose(numbers[cut, 4], fixed[cut, 4] / (share or 1), rtol=1e-6)
+    others = [i for i in range(numbers.shape[1]) if i != 4]
+    np.testing.assert_array_equal(numbers[:, others], fixed[:, others])
+
+
+def test_images_without_a_cutout_are_whole():
+    images, labels = some_data(n=200)
+    images[images == 127] = 128  # of a cutout only
+    a = Augmentation(cutout=4, cutout_warmup=2)
+    passes = make_dataset(images, labels, 200, augmentation=a, epochs=3)
+    shares = [(x.numpy() == 127).all(3).any((1, 2)).mean() for x, _ in passes]
+    assert shares[0] == 0 and 0.35 < shares[1] < 0.65 and shares[2] == 1
+
+
+def test_without_a_cutout_its_warmup_changes_nothing():
+    plain, warmed = ({**CUTOUT, "cutout": 0}, {**CUTOUT, "cutout": 0, "cutout_warmup": 4})
+    samplers = [sampler_of(augmentation=Augmentation(**a)) for a in (plain, warmed)]
+    assert samplers[0].draws == samplers[1].draws
+    assert_same(*(batches(s.dataset(0, 7)) for s in samplers))
+
+
 def test_random_flip_draws_anew_every_epoch():
     sampler = sampler_of(n=4000)
     first, second, third = (numbers_by_image(sampler, e)[:, 0] < 0.5 for e in range(3))
