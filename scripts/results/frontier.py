@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cifar10_trainer.recipes import DEFAULT_RECIPE
 
 from .records import ROOT, Record, group
-from .tables import TUTORIALS, duration, epochs_run, full_length, publish
+from .tables import TUTORIALS, duration, epochs_run, full_length, mean_and_deviation, publish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,19 +22,18 @@ FIGURE = ROOT / "docs" / "frontier.png"
 
 @dataclass(frozen=True)
 class Point:
-    """The records of one recipe with one number of epochs: means over the seeds, and the median of the times."""
+    """The records of one recipe with one number of epochs."""
 
     recipe: str
     source: str
     epochs: float
     epochs_run: str  # the epochs trained, and of how many
     cut: bool  # fewer epochs than the recipe has were asked for
-    runs: int
-    seconds: float  # of the whole process
-    pflop: float
-    validation: float | None  # accuracies, 0-1
-    test: float
-    test_with_tta: float | None  # None: the recipe uses no TTA
+    seconds: float  # of the whole process, median
+    pflop: float  # mean
+    validation: tuple[float, ...]  # accuracies of the seeds, 0-1; empty: the recipe holds nothing out
+    test: tuple[float, ...]
+    test_with_tta: tuple[float, ...]  # empty: the recipe uses no TTA
 
 
 def points_of(records: Sequence[Record]) -> list[Point]:
@@ -47,8 +46,6 @@ def points_of(records: Sequence[Record]) -> list[Point]:
     points = []
     for (recipe, epochs), some in group(scored).items():
         runs = [r["metrics"] for r in some]
-        held_out = [r["best_val_accuracy"] for r in runs if r["best_val_accuracy"] is not None]
-        with_tta = [r["test_accuracy_views"] for r in runs if r["views"] > 1]
         points.append(
             Point(
                 recipe,
@@ -56,12 +53,11 @@ def points_of(records: Sequence[Record]) -> list[Point]:
                 epochs,
                 epochs_run(recipe, some),
                 epochs < full_length(recipe, epochs),
-                len(runs),
                 statistics.median(r["total_seconds"] for r in runs),
                 statistics.mean(r["pflop"] for r in runs),
-                statistics.mean(held_out) if held_out else None,
-                statistics.mean(r["test_accuracy"] for r in runs),
-                statistics.mean(with_tta) if with_tta else None,
+                tuple(r["best_val_accuracy"] for r in runs if r["best_val_accuracy"] is not None),
+                tuple(r["test_accuracy"] for r in runs),
+                tuple(r["test_accuracy_views"] for r in runs if r["views"] > 1),
             )
         )
     return sorted(points, key=lambda p: p.pflop)
@@ -76,7 +72,12 @@ def tutorials(points: Sequence[Point]) -> dict[str, list[Point]]:
     """ "tutorial 1" ... "tutorial 5" -> the points of its recipes at full length, the best validation accuracy first."""
     names = [f"tutorial {i}" for i in TUTORIALS]
     found = {n: [p for p in points if p.source.startswith(f"{n},") and not p.cut] for n in names}
-    return {n: sorted(some, key=lambda p: -(p.validation or 0)) for n, some in found.items() if some}
+    return {n: sorted(some, key=lambda p: -_mean(p.validation)) for n, some in found.items() if some}
+
+
+def _mean(accuracies: Sequence[float]) -> float:
+    """The mean, 0 of none."""
+    return statistics.mean(accuracies) if accuracies else 0.0
 
 
 def missing(records: Sequence[Record]) -> list[int]:
@@ -90,10 +91,6 @@ def missing(records: Sequence[Record]) -> list[int]:
 
 def table(points: Sequence[Point]) -> str:
     """The Markdown table: the default recipe by epochs, then of each tutorial the recipe with the best measured validation."""
-
-    def percent(x: float | None) -> str:
-        return "" if x is None else f"{100 * x:.2f}"
-
     lines = [
         "| recipe | epochs | time | PFLOP | validation | test | test with TTA |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -105,7 +102,7 @@ def table(points: Sequence[Point]) -> str:
             p.epochs_run,
             duration(p.seconds),
             f"{p.pflop:.3g}",
-            *(percent(x) for x in (p.validation, p.test, p.test_with_tta)),
+            *(mean_and_deviation(x) for x in (p.validation, p.test, p.test_with_tta)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -148,17 +145,26 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 
 def draw_ours(axes: Axes, cost: str, own: Sequence[Point]) -> None:
-    """Draws the default recipe's two lines, with and without TTA, and labels its points with the epochs."""
+    """Draws the default recipe's two lines, with and without TTA, and labels its points with the epochs.
+
+    A point is the mean over the seeds, its bar their standard deviation.
+    """
     from cifar10_trainer.figures import BLUE, GREEN
 
-    line: dict[str, Any] = {"linewidth": 1.6, "markersize": 4, "zorder": 3}
+    line: dict[str, Any] = {"linewidth": 1.6, "markersize": 4, "capsize": 3, "zorder": 3}
     for quantity, colour, words in (("test_with_tta", GREEN, " with TTA"), ("test", BLUE, "")):
-        shown = [(getattr(p, cost), 100 * getattr(p, quantity)) for p in own if getattr(p, quantity)]
-        if shown:
-            axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=DEFAULT_RECIPE + words, **line)
+        shown = [
+            (getattr(p, cost), [100 * a for a in getattr(p, quantity)]) for p in own if getattr(p, quantity)
+        ]
+        if not shown:
+            continue
+        costs, seeds = zip(*shown, strict=True)
+        spread = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in seeds]
+        label = DEFAULT_RECIPE + words
+        axes.errorbar(costs, [_mean(s) for s in seeds], spread, fmt="o-", color=colour, label=label, **line)
     for p in own:
         words = f"{p.epochs:g}" + (" epochs" if p is own[0] else "")
-        axes.annotate(words, (getattr(p, cost), 100 * p.test), (0, -12), color=BLUE, **SMALL)
+        axes.annotate(words, (getattr(p, cost), 100 * _mean(p.test)), (0, -12), color=BLUE, **SMALL)
 
 
 def draw_tutorials(axes: Axes, cost: str, others: Mapping[str, Sequence[Point]]) -> None:
@@ -167,8 +173,8 @@ def draw_tutorials(axes: Axes, cost: str, others: Mapping[str, Sequence[Point]])
 
     style: dict[str, Any] = {"markersize": 6, "markeredgecolor": INK, "markeredgewidth": 0.5}
     best_words = "a tutorial's recipe, best measured validation"
-    best = {name: (getattr(p, cost), 100 * p.test) for name, (p, *_) in others.items()}
-    rest = [(getattr(p, cost), 100 * p.test) for _, *some in others.values() for p in some]
+    best = {name: (getattr(p, cost), 100 * _mean(p.test)) for name, (p, *_) in others.items()}
+    rest = [(getattr(p, cost), 100 * _mean(p.test)) for _, *some in others.values() for p in some]
     for words, colour, places in (
         (best_words, VERMILION, list(best.values())),
         ("its other recipes", FAINT, rest),
