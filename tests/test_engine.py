@@ -618,7 +618,7 @@ def test_one_call_of_many_steps_is_many_calls_of_one():
     assert_same(third.state(), one.state())
 
 
-AUGMENTED = Augmentation(flip="alternating", shift=2, cutout=6, rotation=0.1, mixup=0.4)
+AUGMENTED = Augmentation(flip="alternating", shift=2, cutout=6, cutout_warmup=3, rotation=0.1, mixup=0.4)
 
 
 @pytest.mark.parametrize(
@@ -917,7 +917,7 @@ def test_a_restored_engine_continues_as_if_never_stopped(policy):
         optimizer=ADAM,
         options__dropout=0.4,
         averaging=Averaging(every=2),
-        augmentation=Augmentation(flip="alternating", shift=2, cutout=4),
+        augmentation=Augmentation(flip="alternating", shift=2, cutout=4, cutout_warmup=3),
         sizes=(24, 32),
         schedule=Schedule(name="linear", warmup=0.3),
         epochs=2.5,
@@ -969,7 +969,8 @@ def test_a_step_compiled_by_xla_is_the_same_step():
 
 
 WHOLE = FAST.override(
-    options__filters=(4, 8), augmentation=Augmentation(flip="alternating", shift=2, cutout=6, mixup=0.4)
+    options__filters=(4, 8),
+    augmentation=Augmentation(flip="alternating", shift=2, cutout=6, cutout_warmup=2, mixup=0.4),
 )
 
 
