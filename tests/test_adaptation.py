@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from cifar10_trainer import measures
 from cifar10_trainer.adaptation import adapt, in_words
-from cifar10_trainer.config import ADAPTABLE, Config, Schedule
+from cifar10_trainer.config import ADAPTABLE, Augmentation, Config, Schedule
 from cifar10_trainer.errors import ConfigError
 from cifar10_trainer.recipes import RECIPES
 
@@ -70,8 +70,14 @@ def test_the_run_says_what_it_chose():
 
 def test_younger_settings_are_written_only_where_they_are_used():
     """So that runs and searches of version 1.0.0 are recognised."""
-    assert not {"resize", "class_weights", "adapt"} & set(Config().to_dict())
-    used = Config(dataset="folder", resize="pad", class_weights="balanced", adapt=("epochs",))
+    values = Config().to_dict()
+    assert not {"resize", "class_weights", "adapt", "views_share"} & set(values)
+    assert "cutout_warmup" not in values["augmentation"]
+    warmed = Augmentation(cutout_warmup=3)
+    used = Config(
+        dataset="folder", resize="pad", class_weights="balanced", adapt=("epochs",), augmentation=warmed
+    )
+    assert used.to_dict()["augmentation"]["cutout_warmup"] == 3
     assert {
         "resize": "pad",
         "class_weights": "balanced",

@@ -54,17 +54,6 @@ def test_every_recipe_survives_json(name):
     assert json.dumps(again.to_dict()) == text
 
 
-def test_a_setting_that_is_younger_than_1_0_0_is_written_only_where_it_is_used():
-    """Otherwise a run of 1.0.0 would no longer be recognised as one of the same configuration."""
-    values = Config().to_dict()
-    assert "views_share" not in values and "cutout_warmup" not in values["augmentation"]
-    changed = Config(views_share=0.5, augmentation=Augmentation(cutout_warmup=3))
-    assert changed.to_dict()["views_share"] == 0.5
-    assert changed.to_dict()["augmentation"]["cutout_warmup"] == 3
-    assert Config.from_dict(changed.to_dict()) == changed
-    assert Config.from_dict(values) == Config()
-
-
 def test_a_config_with_everything_set_survives_json():
     config = Config(
         recipe="mine",
