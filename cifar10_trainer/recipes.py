@@ -173,6 +173,20 @@ _define(
     target=0.70,
 )
 
+# For 95% with TTA in 40 epochs: a third convolution with a shortcut in each block, wider, a larger cutout, and half as many images
+# held out. The cutout comes in over eight epochs, because it holds short runs back: after two epochs of 40,000 images, validation
+# accuracy is 82.7% with it and 85.1% without.
+_define(
+    "fast.95",
+    RECIPES["fast.default"],
+    parameters=3_201_696,
+    options={"filters": (64, 224, 288), "depth": 3},
+    validation_fraction=0.05,
+    augmentation__cutout=12,
+    augmentation__cutout_warmup=8,
+    optimizer__learning_rate=0.1,
+)
+
 # For 95-96%, trained on all 50,000 images: a wider network, a third convolution with a shortcut in each block, cutout.
 _define(
     "fast.96",
