@@ -23,6 +23,7 @@ TUTORIALS = (1, 2, 3, 4, 5)
 HIGHLIGHTS = (  # recipe and epochs: the project's own, and the best measured of each tutorial
     ("fast.85", 3),
     ("fast.default", 40),
+    ("fast.95", 40),
     ("fast.94", 10),
     ("fast.96", 40),
     ("practical.plateau", 30),
