@@ -399,7 +399,8 @@ def fetch(table: tf.Tensor, index: tf.Tensor, layers: Sequence[RandomLayer], num
         table: `image_table` of the images, uint8 [n + 1, height, width, channels].
         index: int32 [batch], from 0 to n - 1.
         layers: the layers, in the order in which they act.
-        numbers: float32 [batch, draws of all layers], uniform draws from [0, 1), in the order of the layers.
+        numbers: float32 [batch, draws of all layers], in the order of the layers: uniform draws from [0, 1), or what `cut_out_some`
+            made of them.
 
     Returns:
         uint8 [batch, height, width, channels].

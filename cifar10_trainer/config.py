@@ -180,9 +180,9 @@ class Augmentation(_Section):
         zoom: the largest fraction of the image's side by which it grows or shrinks, 0 to 0.9.
         fill: what shift, rotation and zoom show outside the image: "reflect", "nearest", or "constant", which is black.
         cutout: the side of a grey square in pixels, 0 to 32.
-        cutout_warmup: the epochs in which the share of the images with a cutout rises linearly from 0 to 1, 0 to 100,000. Unlike
-            the learning rate's, this warm-up does not depend on the length of the run: the more often the network has seen an
-            image, the more there is to gain from hiding a part of it.
+        cutout_warmup: the epochs in which the share of the images with a cutout rises from 0 to 1, 0 to 100,000: of epoch 1 it is 0,
+            of epoch cutout_warmup + 1 it is 1. Unlike the learning rate's, this warm-up does not depend on the length of the run:
+            the more often the network has seen an image, the more there is to gain from hiding a part of it.
         mixup: alpha of the Beta distribution that the mixing weight is drawn from, 0 (off) to 10.
         cutmix: the same for cutmix. Only one of the two may be on.
     """

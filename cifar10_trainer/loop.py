@@ -24,7 +24,9 @@ from .run_folder import RunFolder
 CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
 RECIPE_MODEL = "of the config"
 SAVE_SECONDS = 60.0  # the most training, in seconds, that a killed process loses
-SAVE_SHARE = 1 / 3  # the most of the time that saving takes: on a slow disk more training may be lost
+SAVE_SHARE = (
+    1 / 3
+)  # the most time that saving takes, relative to training: on a slow disk more training may be lost
 # that one call of the graph should take: between calls, progress is shown and signals are handled
 CALL_SECONDS = 0.5
 
@@ -192,7 +194,7 @@ class TrainingLoop:
                 self.history
             )  # it may have lost rows, or have some that came after the state
         self._all_stop = self._wants_stop()  # before an interruption
-        self.hooks.call("on_train_begin")
+        self._begin("on_train_begin", again=engine.step > 0)
         # Keras's callbacks forget in on_train_begin.
         for callback, state in zip(self._recipe_callbacks, self._saved_callbacks, strict=False):
             vars(callback).update(state)
@@ -202,7 +204,8 @@ class TrainingLoop:
             end = min((epoch + 1) * per_epoch, engine.steps)
             self._epoch_began = time.monotonic() - self._before["epoch_seconds"]
             self._before["epoch_seconds"] = 0.0
-            self._begin_epoch(epoch)
+            self._begin("on_epoch_begin", epoch, again=self._begun == epoch)
+            self._begun = epoch
             while engine.step < end:
                 # All workers of a cluster take as many steps a call, and stop together.
                 wanted, caught, stopped = runtime.mean_over_workers(
@@ -252,18 +255,19 @@ class TrainingLoop:
         self._call_cost = spent
         return int(np.clip(CALL_SECONDS / (spent / done), 1, min(2 * wanted, 1024)))
 
-    def _begin_epoch(self, epoch: int) -> None:
-        """Calls `on_epoch_begin`.
+    def _begin(self, hook: str, *arguments: Any, again: bool) -> None:
+        """Calls a hook that begins something.
 
-        Where a run resumes within an epoch this is the second call: the saved state already has what the first one changed in
-        rate and weights, so changes are undone.
+        again: the run resumes and calls it for the second time. The saved state already has what the first call changed in
+            rate and weights, so changes are undone.
         """
-        optimizer, again = self.engine.optimizer, self._begun == epoch
+        optimizer = self.engine.optimizer
         rate = float(np.asarray(optimizer.learning_rate))
-        self.hooks.call("on_epoch_begin", epoch, last=again)
+        self.hooks.call(hook, *arguments, last=again)
         if again and float(np.asarray(optimizer.learning_rate)) != rate:
             optimizer.learning_rate = rate
-        self._begun = epoch
+        if again:
+            self.engine.export()  # where no step is left, the model is saved as it is
 
     def _agree_to_stop(self) -> None:
         """Finds whether a callback of any worker has asked to stop. All workers wait here for one another."""

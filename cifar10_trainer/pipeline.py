@@ -72,8 +72,8 @@ class EpochSampler:
 
         Returns:
             The indices of all images in their order, int32 [n], and the draws of these images, float32 [n, draws], in
-            [0, 1). The draws of an image do not depend on its place in the order. The first draw of a cutout is 1 where the image
-            has none.
+            [0, 1), and 1 as the first draw of a cutout that an image does not have. The draws of an image do not depend on its
+            place in the order.
         """
         epoch = tf.cast(epoch, tf.int32)
         index = tf.random.experimental.stateless_shuffle(
@@ -157,7 +157,7 @@ class BatchMaker:
             table: `augment.image_table` of the whole training set.
             labels: of the whole training set, int32 [n].
             index: int32 [batch].
-            numbers: float32 [batch, draws], uniform draws from [0, 1).
+            numbers: float32 [batch, draws], the draws that `EpochSampler` samples.
 
         Returns:
             Images [batch, height, width, channels], uint8, or float32 in 0-255 if they are mixed or resized, and
@@ -267,7 +267,7 @@ def make_dataset(
         augmentation: None: none.
         seed: 0 to 2**31 - 1.
         epochs: None: each iterator of the data set is the next epoch, as `fit(dataset, epochs=10)` needs it. Looking at a
-            batch by `next(iter(dataset))` counts as an epoch, too. A number: one pass is so many epochs, and every pass is
+            batch by `next(iter(dataset))` counts as an epoch, too, and a new process begins at epoch 1 again. A number: one pass is so many epochs, and every pass is
             the same, for exact repetition: `fit(dataset, epochs=N, steps_per_epoch=len(images) // batch_size)`.
         one_hot: whether the labels are one-hot float32 [batch, classes]; else int32 [batch]. mixup and cutmix need it.
 
@@ -318,7 +318,9 @@ def _check_dataset(
         low = 1 if name == "batch_size" else 0
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or not low <= value <= high:
             raise ConfigError(f"{name} is {shown(value)}; allowed: an integer from {low} to {high}")
-    if epochs is not None and (not isinstance(epochs, int | np.integer) or epochs < 1):
+    if epochs is not None and (
+        not isinstance(epochs, int | np.integer) or isinstance(epochs, bool) or epochs < 1
+    ):
         raise ConfigError(f"epochs is {shown(epochs)}; allowed: None, or an integer from 1")
     if (augmentation.mixup or augmentation.cutmix) and not one_hot:
         raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -171,6 +172,8 @@ class RunFolder(LockedFolder):
         if not resumed:
             try:
                 # The states last: they show that the others are no files of somebody's own.
+                if self.tensorboard.is_dir():
+                    shutil.rmtree(self.tensorboard)
                 for path in (self.metrics_file, self.history_file, self.model_file, *self._states()):
                     path.unlink(missing_ok=True)
             except OSError as error:

@@ -43,6 +43,10 @@ DATA = from_arrays((IMAGES, LABELS), validation=(IMAGES[:2], LABELS[:2]), test=(
         ({"validation": (IMAGES[:2, :5], LABELS[:2])}, "the Dataset has validation images (2, 5, 10, 3)"),
         ({"train_labels": LABELS[:5]}, "train labels has shape (5,); allowed: (6,)"),
         ({"train_labels": ONE_HOT}, "train labels float32 (6, 3); allowed: ('n', 8, 10, 3) and int64 ('n',)"),
+        (
+            {"train_images": IMAGES[:0], "train_labels": LABELS[:0]},
+            "the Dataset has no training images; allowed: one or more",
+        ),
         ({"class_names": ("a", "b")}, "train labels go up to 2, but the Dataset names 2 classes"),
     ],
 )

@@ -608,6 +608,24 @@ def test_weights_that_on_epoch_begin_changes_resume_exactly(data, tmp_path, monk
     same(parts.weights[-1], whole.weights[-1], 0)
 
 
+@pytest.mark.parametrize("step", [STEPS + 4, EPOCHS * STEPS])
+def test_what_on_train_begin_changes_is_changed_once_in_a_run_that_resumes(data, tmp_path, monkeypatch, step):
+    """As where it loads pretrained weights: at the resumed step they would take back what was trained. Also after the last step."""
+    monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)
+
+    class Start(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.set_weights([w / 2 for w in self.model.get_weights()])
+            self.model.optimizer.learning_rate = 0.7 * float(self.model.optimizer.learning_rate)
+
+    kept = in_train(data, tmp_path / "whole", [Start()], CONFIG).get_weights()
+    with pytest.raises(RunInterrupted):
+        in_train(data, tmp_path / "parts", [Start(), Interrupt(step)], CONFIG)
+    same(in_train(data, tmp_path / "parts", [Start()], CONFIG).get_weights(), kept, 0)
+    rates = [row["learning_rate"] for row in RunFolder(tmp_path / "parts").read_history()]
+    assert rates == pytest.approx([0.7 * RATE] * EPOCHS)
+
+
 def test_on_train_end_gets_the_last_logs_of_a_run_that_resumes(data, tmp_path, monkeypatch):
     """It is stopped in its last step, or before the first epoch that it resumes has ended."""
     monkeypatch.setattr("cifar10_trainer.loop.CALL_SECONDS", 0.0)

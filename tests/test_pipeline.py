@@ -536,6 +536,7 @@ def test_mixing_makes_float_images_and_soft_labels():
         ({"seed": -1}, "seed is -1; allowed: an integer from 0 to 2147483647"),
         ({"seed": 2**31}, "seed is 2147483648; allowed"),
         ({"epochs": 1.5}, "epochs is 1.5; allowed: None, or an integer from 1"),
+        ({"epochs": True}, "epochs is True; allowed: None, or an integer from 1"),
         ({"epochs": 0}, "epochs is 0; allowed: None, or an integer from 1"),
         (
             {"augmentation": Augmentation(mixup=1.0)},

@@ -9,6 +9,17 @@ from cifar10_trainer.errors import RunError
 from cifar10_trainer.run_folder import HISTORY_COLUMNS, RunFolder
 
 
+def test_a_run_that_begins_anew_has_no_curves_of_the_one_before(tmp_path):
+    """As after a kill before the first state: TensorBoard would draw both."""
+    folder = RunFolder(tmp_path)
+    folder.tensorboard.joinpath("train").mkdir(parents=True)
+    folder.tensorboard.joinpath("train", "events").write_text("x")
+    folder.write_config({}, resumed=True)
+    assert (folder.tensorboard / "train" / "events").exists()
+    folder.write_config({}, resumed=False)
+    assert not folder.tensorboard.exists()
+
+
 def test_history_survives_a_round_trip_exactly(tmp_path):
     rows = [
         {"epoch": 1, "loss": 0.1 + 0.2, "accuracy": np.float32(0.7), "val_loss": None, "val_accuracy": None},

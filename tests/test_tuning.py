@@ -427,6 +427,19 @@ def test_a_trial_waits_for_the_process_that_still_has_its_folder(digits, tmp_pat
     assert len(calls) == 3 and waits == [1, 1]
 
 
+def test_a_trial_that_another_process_finishes_meanwhile_is_taken_as_it_is(digits, tmp_path, monkeypatch):
+    """Between the look whether the run is finished, and the lock of its folder."""
+    finish = fake_training([0.8], [])
+
+    def train(config, folder, **options):
+        finish(config, folder, **options)
+        raise ConfigError(f"{folder} holds a finished run")
+
+    monkeypatch.setattr(trial, "train_and_evaluate", train)
+    found = tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0)
+    assert found.best.accuracy == 0.8 and [r["status"] for r in board(tmp_path)] == ["completed"]
+
+
 def test_a_trial_waits_as_long_as_the_process_lives_and_a_signal_ends_that(digits, tmp_path, monkeypatch):
     calls, waits = [], []
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([FolderBusyError("busy")] * 1000, calls))
@@ -601,6 +614,20 @@ def test_a_trial_that_kills_its_process_is_given_up(oom_kills, starts, says, tmp
     (tmp_path / "state.npz").write_text("progress")
     with trial.count_starts(tmp_path):
         assert (tmp_path / "starts").read_text().split()[0] == "1"
+
+
+@pytest.mark.parametrize("text", ["", "1", "x y z"])
+def test_a_count_of_starts_that_a_power_failure_damaged_begins_anew(text, tmp_path):
+    (tmp_path / "starts").write_text(text)
+    with trial.count_starts(tmp_path):
+        assert (tmp_path / "starts").read_text().split()[0] == "1"
+    assert not (tmp_path / "starts").exists()
+
+
+def test_a_count_of_starts_of_1_0_0_goes_on(tmp_path):
+    (tmp_path / "starts").write_text("4 0")
+    with trial.count_starts(tmp_path):
+        assert (tmp_path / "starts").read_text().split()[0] == "5"
 
 
 # ---- wrong arguments --------------------------------------------------------------------------------------------

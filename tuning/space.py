@@ -252,7 +252,7 @@ def _first(value: Any) -> float | int:
 
 
 def _scaled(own: Any, value: Any) -> Any:
-    """`own` with `value` as its first number. The other numbers keep their ratios to the first one."""
+    """`own` with `value` as its first number. The other numbers keep their ratios to the first one; rates end at 0.9."""
     if isinstance(own, Augmentation):
         changes = {key: getattr(own, key) * value for key in ("shift", "rotation", "zoom", "cutout")}
         whole = {key: round(changes[key]) for key in ("shift", "cutout")}

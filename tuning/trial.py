@@ -300,18 +300,12 @@ class ConfigTuner(BaseTuner):
         if saved is not None and run.is_finished() and not stale:
             metrics = run.read_metrics()
         else:
-            with runtime.auto_precision(self._precision(config)):
-                metrics = train_and_evaluate(
-                    config,
-                    folder,
-                    dataset=self.dataset,
-                    overwrite=stale,
-                    callbacks=[EpochLine(config.epochs)] if self.show_epochs else (),
-                    verbose=0,
-                    full_report=False,
-                    score_test=False,
-                    allow_replica_change=True,  # another worker may have more GPUs
-                )
+            try:
+                metrics = self._trained(config, folder, overwrite=stale)
+            except ConfigError:
+                if stale or not run.is_finished():
+                    raise
+                metrics = run.read_metrics()  # the worker that had this trial has just finished it
         losses = [row["val_loss"] for row in run.read_history() if row["val_loss"] is not None]
         return {
             "val_accuracy": metrics["best_val_accuracy"],
@@ -321,6 +315,21 @@ class ConfigTuner(BaseTuner):
             "pflop": metrics["pflop"],
             "seconds": seconds_before + time.monotonic() - start,
         }
+
+    def _trained(self, config: Config, folder: Path, *, overwrite: bool) -> dict[str, Any]:
+        """Trains `config` in `folder`, and returns the contents of metrics.json."""
+        with runtime.auto_precision(self._precision(config)):
+            return train_and_evaluate(
+                config,
+                folder,
+                dataset=self.dataset,
+                overwrite=overwrite,
+                callbacks=[EpochLine(config.epochs)] if self.show_epochs else (),
+                verbose=0,
+                full_report=False,
+                score_test=False,
+                allow_replica_change=True,  # another worker may have more GPUs
+            )
 
     def _precision(self, config: Config) -> str | None:
         """What "auto" means in all trials, also those of other machines; None where the config has another precision."""
@@ -391,9 +400,10 @@ def count_starts(folder: Path) -> Iterator[None]:
     starts, kills_before = 0, _oom_kills()
     progress = state.stat().st_mtime_ns if state.exists() else 0  # another number means another state
     if file.exists():
-        before = [*map(int, file.read_text().split()), progress][:3]  # version 1.0.0 wrote two numbers
-        if before[2] == progress:
-            starts, kills_before, _ = before
+        with contextlib.suppress(ValueError):  # a power failure may leave it empty
+            starts_before, kills, *then = map(int, file.read_text().split())
+            if then in ([], [progress]):  # version 1.0.0 wrote two numbers
+                starts, kills_before = starts_before, kills
     if starts >= MAX_STARTS:
         raise RunError(f"its process died {starts} times, for an unknown reason")
     if starts >= MAX_OUT_OF_MEMORY_STARTS and _oom_kills() > kills_before:

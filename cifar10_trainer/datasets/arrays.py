@@ -112,6 +112,8 @@ def as_dataset(
 def _check(data: Dataset) -> None:
     """Raises ConfigError where somebody has made a Dataset of other arrays than `Dataset` describes."""
     shape = check_images("train images", data.train_images).shape[1:]
+    if not len(data.train_images):
+        raise ConfigError("the Dataset has no training images; allowed: one or more")
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     for name, part in (("train", train), ("validation", data.validation), ("test", test)):
         if part is None:
