@@ -521,3 +521,10 @@ def layers_of(augmentation: Augmentation) -> list[RandomLayer]:
     if a.cutout:
         layers.append(RandomCutout(a.cutout))
     return layers
+
+
+def check_size(augmentation: Augmentation, height: int, width: int) -> None:
+    """Raises ConfigError where images of this size have too few pixels for `augmentation`."""
+    for layer in layers_of(augmentation):
+        if isinstance(layer, RandomShift):
+            layer.check(height, width)

@@ -148,9 +148,7 @@ class Engine:
                     " allowed: (), which leaves all images as they are"
                 )
             check_sizes(self.model, sizes)
-        for layer in augment.layers_of(config.augmentation):
-            if isinstance(layer, augment.RandomShift):
-                layer.check(height, width)
+        augment.check_size(config.augmentation, height, width)
         return sizes
 
     def _make_variables(self) -> None:

@@ -324,9 +324,7 @@ def _check_dataset(
         raise ConfigError(f"epochs is {shown(epochs)}; allowed: None, or an integer from 1")
     if (augmentation.mixup or augmentation.cutmix) and not one_hot:
         raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
-    for layer in augment.layers_of(augmentation):
-        if isinstance(layer, augment.RandomShift):
-            layer.check(*images.shape[1:3])
+    augment.check_size(augmentation, *images.shape[1:3])
 
 
 def index_data(
