@@ -12,8 +12,8 @@ STEPS_PER_EPOCH = 10  # at least; a batch is a power of two, and never larger th
 STEPS = 500  # of a run, at least; an annealed run of fewer steps has hardly begun
 IMAGES = 2_000_000  # of a run, all epochs together, about as many as 40 epochs of CIFAR-10
 EPOCHS = 8  # that IMAGES leaves to the largest data sets
-FEW = 1000  # images, below which a larger share validates
-SHARE = 0.2  # of FEW images
+HELD_OUT = 200  # images that validate, at least, up to the share SHARE
+SHARE = 0.2
 VALIDATIONS = 50  # of a run, at most
 
 
@@ -31,8 +31,9 @@ def adapt(config: Config, n: int, own_validation: bool, replicas: int = 1) -> Co
     """
     values: dict[str, Any] = {name: getattr(config, name) for name in config.adapt}
     fraction = config.validation_fraction
-    if "validation_fraction" in values and fraction is not None and n < FEW and not own_validation:
-        fraction = values["validation_fraction"] = max(fraction, SHARE)
+    if "validation_fraction" in values and fraction is not None and not own_validation:
+        fraction = max(fraction, min(SHARE, float(f"{HELD_OUT / max(1, n):.4g}")))
+        values["validation_fraction"] = fraction
     left = n if own_validation or fraction is None else n - round(n * fraction)
     batch = config.batch_size
     if "batch_size" in values:

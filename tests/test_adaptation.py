@@ -39,6 +39,9 @@ def test_every_number_of_images_can_be_trained_on(n, replicas):
             {"batch_size": 8, "validation_fraction": 0.2, "epochs": 167, "validation_interval": 4},
         ),  # 3 steps of 24 images
         (180, {"batch_size": 8, "validation_fraction": 0.2, "epochs": 40, "validation_interval": 1}),
+        (1000, {"batch_size": 64, "validation_fraction": 0.2}),
+        (1500, {"batch_size": 128, "validation_fraction": 0.1333}),  # 200 images
+        (2000, {"batch_size": 128, "validation_fraction": 0.1}),
         (3000, {"batch_size": 256, "validation_fraction": 0.1, "epochs": 50, "validation_interval": 1}),
         (50_000, {"batch_size": 512, "validation_fraction": 0.1, "epochs": 40, "validation_interval": 1}),
         (300_000, {"batch_size": 512, "validation_fraction": 0.1, "epochs": 8, "validation_interval": 1}),
@@ -47,6 +50,14 @@ def test_every_number_of_images_can_be_trained_on(n, replicas):
 def test_what_is_chosen(n, expected):
     config = adapt(DEFAULT, n, False)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_recipe_that_holds_less_out_still_validates_on_200_images():
+    found = [
+        adapt(DEFAULT.override(validation_fraction=0.05), n, False).validation_fraction
+        for n in (30, 1000, 3000, 4000)
+    ]
+    assert found == [0.2, 0.2, 0.06667, 0.05]
 
 
 def test_what_is_not_to_be_adapted_stays():
