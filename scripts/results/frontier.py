@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def draw_ours(axes: Axes, cost: str, own: Sequence[Point]) -> None:
         if not shown:
             continue
         costs, seeds = zip(*shown, strict=True)
-        spread = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in seeds]
+        spread = [statistics.stdev(some) if len(some) > 1 else math.nan for some in seeds]
         label = DEFAULT_RECIPE + words
         axes.errorbar(costs, [_mean(s) for s in seeds], spread, fmt="o-", color=colour, label=label, **line)
     for p in own:
