@@ -24,9 +24,8 @@ from .run_folder import RunFolder
 CALLBACK_STATE = ("best", "best_epoch", "wait", "stopped_epoch", "cooldown_counter")
 RECIPE_MODEL = "of the config"
 SAVE_SECONDS = 60.0  # the most training, in seconds, that a killed process loses
-SAVE_SHARE = (
-    1 / 3
-)  # the most time that saving takes, relative to training: on a slow disk more training may be lost
+# The most time that saving takes, relative to training: on a slow disk more training may be lost.
+SAVE_SHARE = 1 / 3
 # that one call of the graph should take: between calls, progress is shown and signals are handled
 CALL_SECONDS = 0.5
 
