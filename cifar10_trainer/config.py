@@ -12,7 +12,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,13 +41,8 @@ RECORDED = (  # what config.json holds besides the Config
     "command",
     "environment",
 )
-YOUNGER = (
-    "resize",
-    "class_weights",
-    "adapt",
-    "views_share",
-)  # settings that `to_dict` leaves out at their defaults
-YOUNGER_AUGMENTATION = ("cutout_warmup",)  # those in `augmentation`
+# Settings, of a Config or of one of its sections, that `to_dict` leaves out at their defaults.
+YOUNGER = ("resize", "class_weights", "adapt", "views_share", "cutout_warmup")
 FLOAT32_TINY, FLOAT32_HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 OPTION_DEPTH = 5  # of the lists in an option
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
@@ -58,11 +53,12 @@ _UNUSED = {  # optimizer -> settings that it ignores, so that setting one is an 
 }
 
 
-def _without_defaults(section: Config | Augmentation, younger: Collection[str]) -> dict[str, Any]:
-    """The fields of a dataclass and their values, without those of `younger` that have their default."""
-    values = dataclasses.asdict(section)
-    defaults = {f.name: f.default for f in dataclasses.fields(section) if f.name in younger}
-    return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
+def _written(value: Any) -> Any:
+    """A dataclass, with those inside it, as a dict without the fields of YOUNGER that have their default; others as they are."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {f.name: _written(v) for f, v in fields.items() if f.name not in YOUNGER or v != f.default}
 
 
 def check_views(views: int, views_share: float) -> None:
@@ -479,9 +475,7 @@ class Config(_Section):
         Settings that are younger than version 1.0.0 are left out at their defaults, so that a Config that does not use them
         is written, and recognised, as before.
         """
-        values = _without_defaults(self, YOUNGER)
-        values["augmentation"] = _without_defaults(self.augmentation, YOUNGER_AUGMENTATION)
-        return json.loads(json.dumps(values))
+        return json.loads(json.dumps(_written(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:

@@ -224,14 +224,19 @@ def remove_files(folder: Path, marker: str, names: Iterable[str]) -> None:
         return
     try:
         for path in (folder / name for name in (*names, marker)):
-            if path.is_dir() and not path.is_symlink():
-                doomed = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-                os.replace(path, doomed)
-                shutil.rmtree(doomed)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if it is there, or a folder, as `remove_files` does. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cannot_write(folder: Path, error: OSError) -> WriteError:

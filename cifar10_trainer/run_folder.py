@@ -8,7 +8,6 @@ import errno
 import io
 import json
 import os
-import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from .files import (
     parse_json,
     read_json,
     regular_file,
+    remove,
     remove_files,
     remove_leftovers,
     replacing,
@@ -172,10 +172,9 @@ class RunFolder(LockedFolder):
         if not resumed:
             try:
                 # The states last: they show that the others are no files of somebody's own.
-                if self.tensorboard.is_dir():
-                    shutil.rmtree(self.tensorboard)
-                for path in (self.metrics_file, self.history_file, self.model_file, *self._states()):
-                    path.unlink(missing_ok=True)
+                files = (self.metrics_file, self.history_file, self.model_file, *self._states())
+                for path in (self.tensorboard, *files):
+                    remove(path)
             except OSError as error:
                 raise cannot_write(self.path, error) from error
         write_json(self.config_file, record, durable=True, parents=False)
