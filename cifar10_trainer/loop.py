@@ -106,9 +106,8 @@ class TrainingLoop:
         self._call_cost = self._validation_cost = self._save_cost = 0.0  # seconds that the last one took
         self._before = {"seconds": 0.0, "elapsed": 0.0, "epoch_seconds": 0.0}  # of earlier processes
         self._epoch_began = 0.0
-        self._begun: int | None = (
-            None  # the epoch, from 0, whose `on_epoch_begin` was called last, by any process
-        )
+        # The epoch, from 0, whose `on_epoch_begin` was called last, by any process.
+        self._begun: int | None = None
         self._all_stop = False  # whether a callback of any worker has asked to stop
         self._recipe_callbacks = self._make_callbacks()
         self._last_logs: dict[str, float] | None = None  # of the last epoch
@@ -189,9 +188,8 @@ class TrainingLoop:
         self._began = self._saved = time.monotonic()
         self._saved_step = engine.step
         if self.chief and self.history:
-            self.folder.write_history(
-                self.history
-            )  # it may have lost rows, or have some that came after the state
+            # It may have lost rows, or have some that came after the state.
+            self.folder.write_history(self.history)
         self._all_stop = self._wants_stop()  # before an interruption
         self._begin("on_train_begin", again=engine.step > 0)
         # Keras's callbacks forget in on_train_begin.

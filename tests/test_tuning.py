@@ -685,12 +685,25 @@ def test_a_search_over_arrays(digits, tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["search.json", "trials/search_state.json"])
-def test_a_damaged_file_is_named(name, digits, tmp_path, monkeypatch):
+STATE = "trials/search_state.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("search.json", '{"half of'),
+        (STATE, '{"half of'),
+        (STATE, "[1]"),
+        (STATE, '{"trials": []}'),
+        (STATE, '{"trials": 3}'),
+        (STATE, '{"trials": [{"trial_id": "0"}]}'),
+    ],
+)
+def test_a_damaged_file_is_named(name, text, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
     options = {"workdir": str(tmp_path), "max_trials": 1, "verbose": 0}
     tune(space, digits, **options)
-    (tmp_path / name).write_text('{"half of')
+    (tmp_path / name).write_text(text)
     with pytest.raises(RunError, match=f"cannot read .*{name}"):
         tune(space, digits, **options)
 

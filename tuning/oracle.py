@@ -277,8 +277,16 @@ class SearchOracle(kt.Oracle):
 
     def reload(self) -> None:
         """Restores the state from the file, if it exists. Raises RunError if it is damaged."""
-        if self.file.exists():
-            self.set_state(read_json(self.file))
+        if not self.file.exists():
+            return
+        state = read_json(self.file)
+        try:
+            self.set_state(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(
+                f"cannot read {self.file}: it is not the state of a search ({one_line(error)}); choose another --workdir, or"
+                " replace the search with --overwrite"
+            ) from error
 
 
 class Random(SearchOracle, oracles.RandomSearchOracle):
