@@ -78,7 +78,7 @@ class RandomLayer(keras.layers.Layer):
             The augmented images, of the same shape and dtype.
 
         Raises:
-            ConfigError: if the images have another rank, or no static height and width.
+            ConfigError: if the images have another rank, or no static height and width, or on another shape of the seed.
         """
         if not training:
             return images
@@ -92,6 +92,8 @@ class RandomLayer(keras.layers.Layer):
         if seed is None:
             assert self.seed_generator is not None  # `build` made it
             seed = tf.convert_to_tensor(self.seed_generator.next())
+        if (shape := tf.convert_to_tensor(seed).shape) != (2,):
+            raise ConfigError(f"seed has shape {tuple(shape)}; allowed: two integers")
         numbers = tf.random.stateless_uniform([tf.shape(images)[0], self.draws], tf.cast(seed, tf.int32))
         return self.transform(images, numbers)
 
@@ -365,7 +367,7 @@ def image_table(images: tf.Tensor) -> tf.Tensor:
     Returns:
         uint8 [n + 1, height, width, channels].
     """
-    first = tf.range(tf.size(images[0])) < images.shape[-1]
+    first = tf.range(math.prod(images.shape[1:])) < images.shape[-1]
     blank = tf.where(first, tf.constant(BLACK, images.dtype), tf.constant(GREY, images.dtype))
     return tf.concat([images, tf.reshape(blank, [1, *images.shape[1:]])], axis=0)
 

@@ -104,7 +104,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     origin = typing.get_origin(hint) or hint
     if isinstance(origin, type) and issubclass(origin, _Section):
         if isinstance(value, Mapping):
-            return _section_from_dict(origin, value, name)
+            return section_from_dict(origin, value, name)
     elif origin is tuple and isinstance(value, list | tuple):
         (item, *_) = typing.get_args(hint)
         return tuple(_coerce(name, v, item) for v in value)
@@ -153,7 +153,8 @@ def python_value(value: Any) -> Any:
     return value.tolist() if type(value).__module__ == "numpy" else value
 
 
-def _section_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def section_from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """A section, or a whole Config, of these fields. Raises ConfigError on an unknown one, or a value out of range."""
     check_type(where, values, Mapping, "names with their values")
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
@@ -480,7 +481,7 @@ class Config(_Section):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """The inverse of `to_dict`. Raises ConfigError on an unknown key or a value out of range."""
-        return _section_from_dict(cls, values, "the configuration")
+        return section_from_dict(cls, values, "the configuration")
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Config:

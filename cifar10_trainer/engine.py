@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import keras
@@ -25,10 +26,11 @@ import tensorflow as tf
 from . import augment, models, optim, runtime, scoring
 from .accelerate import check_sizes, make_training_model, synchronizes
 from .config import Config
-from .errors import ConfigError, RunError
-from .keras_state import keras_defaults, seeded
+from .datasets.arrays import check_images, check_labels
+from .errors import ConfigError, RunError, check_number
+from .keras_state import StepSeeds, drawing_from, keras_defaults, seeded
 from .models.initial import initial_model
-from .models.own import plain_model
+from .models.own import draws_of, plain_model
 from .pipeline import BatchMaker, EpochSampler, beside, index_data, no_autograph, training_data, tuned_by_hand
 
 # Bytes. TensorFlow's allocator takes memory in regions, of which each is twice the one before. With a large one at once, the
@@ -76,15 +78,20 @@ class Engine:
             training on small images first, because they cost less. Empty: the images as they are.
         step: how many steps the engine has taken, of `steps`.
         running: sums over the steps since the caller last replaced it.
+        resumes_exactly: whether `state` holds all that a step depends on. False: a layer of the model draws from `tf.random`.
 
     Raises:
-        ConfigError: if the model or the augmentation does not fit the size of the images, or the batch their number.
+        ConfigError: if images or labels are of another shape, dtype or range, or the model or the augmentation does not fit
+            them, or the batch their number.
     """
 
     averages: list[tf.Variable]  # slow weights of lookahead, see `_lookahead`; empty without it
     table: PerReplica  # augment.image_table of the images
     labels: PerReplica  # int32 [n]
     compile_loop: bool  # whether XLA compiles the loop of whole steps
+    non_trainable: list[
+        keras.Variable
+    ]  # those of the training model, and the seed of what draws without a generator
     _gradients_of: Callable[..., Any]  # `_gradients`, compiled by XLA or not
 
     @keras_defaults()
@@ -102,6 +109,8 @@ class Engine:
         compiled: bool | None = None,
     ) -> None:
         gpu = bool(tf.config.list_logical_devices("GPU"))
+        images = check_images("images", images)
+        labels = self._check_labels(labels, len(images), num_classes, model)
         self.model = model
         self.config = config
         self.strategy = strategy
@@ -136,6 +145,18 @@ class Engine:
         self._sampled_epochs: dict[int, Future] = {}
         self._executor = ThreadPoolExecutor(1)
 
+    @staticmethod
+    def _check_labels(labels: Any, n: int, num_classes: int, model: keras.Model) -> np.ndarray:
+        """Returns the labels as int64 [n]. Raises ConfigError where they or the model do not fit the number of classes."""
+        labels, count = check_labels("labels", labels, n)
+        outputs = model.output_shape[-1]
+        if count > num_classes or outputs != num_classes:
+            raise ConfigError(
+                f"num_classes is {num_classes}, but the labels go up to {count - 1} and the model has {outputs} outputs;"
+                " allowed: as many as the model has outputs, and labels below that"
+            )
+        return labels
+
     def _check_images(self, height: int, width: int) -> tuple[int, ...]:
         """Returns the sides of progressive resizing for these images. Raises ConfigError if something does not fit."""
         config = self.config
@@ -162,6 +183,12 @@ class Engine:
             replicas=self.replicas,
             compiled=self.compiled,
         )
+        draws = draws_of(self.model)
+        self.resumes_exactly = not draws.tensorflow
+        seeds = (
+            [keras.random.SeedGenerator(config.seed).state] if draws.keras else []
+        )  # of drawing without a generator
+        self.non_trainable = [*self.training_model.non_trainable_variables, *seeds]
         self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
         optim.leave_out_others(self.optimizer, self.training_model)
         if self.policy == "mixed_float16":
@@ -235,7 +262,9 @@ class Engine:
         Returns:
             Gradients, new values of the other variables, sum of the losses, number of correct predictions.
         """
-        with tf.GradientTape() as tape:
+        count = len(self.training_model.non_trainable_variables)
+        non_trainable, seeds = non_trainable[:count], [StepSeeds(seed) for seed in non_trainable[count:]]
+        with tf.GradientTape() as tape, drawing_from(seeds[0] if seeds else None):
             tape.watch(weights)
             logits, non_trainable, penalties = self.training_model.stateless_call(
                 weights, non_trainable, images, training=True, return_losses=True
@@ -258,6 +287,7 @@ class Engine:
                 objective = self.optimizer.scale_loss(objective)
         gradients = tape.gradient(objective, weights)
         num_correct = tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == tf.argmax(targets, 1), tf.float32))
+        non_trainable = [*non_trainable, *(generator.seed for generator in seeds)]
         return gradients, non_trainable, tf.reduce_sum(losses), num_correct
 
     @no_autograph
@@ -267,7 +297,7 @@ class Engine:
         """Takes one replica's part of a step. See `_step` for the arguments, `_gradients` for what it returns."""
         images, targets = batch_maker(*data, *batch) if self.on_device else batch
         weights = [v.value for v in self.training_model.trainable_variables]
-        non_trainable = [v.value for v in self.training_model.non_trainable_variables]
+        non_trainable = [v.value for v in self.non_trainable]
         gradients, non_trainable, loss_sum, num_correct = self._gradients_of(
             [tf.convert_to_tensor(w) for w in weights],
             self._with_own_seeds([tf.convert_to_tensor(v) for v in non_trainable]),
@@ -302,15 +332,13 @@ class Engine:
             tf.bitwise.bitwise_xor(value, tf.cast([number, 0], value.dtype))  # a seed and a counter
             if variable.path.endswith("seed_generator_state")
             else value
-            for variable, value in zip(
-                self.training_model.non_trainable_variables, non_trainable, strict=True
-            )
+            for variable, value in zip(self.non_trainable, non_trainable, strict=True)
         ]
 
     @no_autograph
     def _apply_non_trainable(self, non_trainable: list[PerReplica]) -> None:
         """Assigns the non-trainable variables: the mean over replicas; counters are equal on all replicas."""
-        for variable, new in zip(self.training_model.non_trainable_variables, non_trainable, strict=True):
+        for variable, new in zip(self.non_trainable, non_trainable, strict=True):
             if not keras.backend.is_float_dtype(variable.dtype):
                 new = self.strategy.experimental_local_results(new)[0]
             elif self.replicas > 1:
@@ -478,11 +506,10 @@ class Engine:
             "loss" and "accuracy" (0-1): means over all steps since `running` was replaced.
 
         Raises:
-            ConfigError: if `count` is below 1.
+            ConfigError: if `count` is no whole number from 1.
             RunError: if the loss is not finite, or if memory runs out.
         """
-        if count < 1:
-            raise ConfigError(f"count is {count}; allowed: 1 or more")
+        check_number("count", count, Integral, 1)
         if self.step >= self.steps:
             return self.running.logs()
         _, end, size = self._phase(self.step)
@@ -564,9 +591,8 @@ class Engine:
         sums, scores = np.zeros(2, np.float32), {"loss": 0.0, "accuracy": 0.0}
         for i in range(rounds):
             on_batch(i, None)
-            sums += np.array(
-                self._evaluation(batches, tf.constant(1))
-            )  # in float32, as the loop in the graph adds
+            # In float32, as the loop in the graph adds.
+            sums += np.array(self._evaluation(batches, tf.constant(1)))
             n = min((i + 1) * size * self.replicas, len(images))
             scores = {"loss": float(sums[0]) / n, "accuracy": float(sums[1]) / n}
             on_batch(i, dict(scores))
@@ -604,7 +630,7 @@ class Engine:
         """Returns the variables of the state, by the first part of their names there."""
         return {
             "weights": self.training_model.trainable_variables,
-            "others": self.training_model.non_trainable_variables,  # the name in the files of version 1.0.0
+            "others": self.non_trainable,  # the name in the files of version 1.0.0
             "optimizer": self.optimizer.variables,
             "averages": self.averages,
         }

@@ -12,6 +12,7 @@ from typing import Any
 VALUE_LENGTH = 100  # characters of a value that an error shows
 PATH_LENGTH = 500  # of a word with a slash: a path, or a flag with one, that a user will copy
 MESSAGE_LENGTH = 1500  # characters of an error
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, in Keras's errors
 
 
 def shown(value: object) -> str:
@@ -42,7 +43,7 @@ class _OneLine(Exception):
     """An error whose text is one line of printable characters, whatever was received: long words are cut, too."""
 
     def __init__(self, text: object = ""):
-        words = re.sub(r"\S{101,}", _cut_word, re.sub(r"\s*\n\s*", " ", str(text)))
+        words = re.sub(r"\S{101,}", _cut_word, re.sub(r"\s*\n\s*", " ", COLOURS.sub("", str(text))))
         super().__init__(cut(words, MESSAGE_LENGTH))
 
 
@@ -106,9 +107,11 @@ def check_number(
         low, high: the range, both included.
         words: what is allowed; None: made from the kind and the range.
     """
-    whole = "a whole number" if kind is numbers.Integral else "a number"
+    whole, form = ("a whole number", "") if kind is numbers.Integral else ("a number", "g")
     words = words or (
-        f"{whole}, {low:g} or more" if high == math.inf else f"{whole} from {low:g} to {high:g}"
+        f"{whole}, {low:{form}} or more"
+        if high == math.inf
+        else f"{whole} from {low:{form}} to {high:{form}}"
     )
     check_type(name, value, kind, words)
     if not low <= value <= high:
@@ -117,7 +120,7 @@ def check_number(
 
 def one_line(error: object, length: int = 200) -> str:
     """The text of an error in one line, cut to `length` characters."""
-    return " ".join(str(error).split())[:length]
+    return " ".join(COLOURS.sub("", str(error)).split())[:length]
 
 
 def reason_of(error: BaseException) -> str:

@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, FAINT = "#24292f", "#d8dee4"
 DPI = 150
+LONGEST = 50.0  # inches of a figure's side; of long, narrow images it would be a thousand, and need gigabytes
 MAX_CLASSES_SHOWN = 100  # in sample_images; more would be too small to see
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A white figure of `width` by `height` inches, independent of pyplot and its state."""
+    """A white figure of `width` by `height` inches, at most LONGEST, independent of pyplot and its state."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    return Figure(
+        figsize=(min(width, LONGEST), min(height, LONGEST)), dpi=DPI, facecolor="white", layout="constrained"
+    )
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -41,6 +44,9 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")  # names of classes in a script that the font lacks
+        warnings.filterwarnings(
+            "ignore", "constrained_layout not applied"
+        )  # to images a hundred times as long as wide
         figure.savefig(png, format="png", dpi=DPI, facecolor="white")
     write_atomic(path, png.getvalue())
     figure.clear()  # its parts refer to one another, so their memory would wait for the garbage collector

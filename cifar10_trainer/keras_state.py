@@ -14,10 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
 from .files import parse_json
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 BACKEND = "tensorflow"
 # Settings of the process: the names of the functions of `keras.config` that read and write each, and Keras's own default.
@@ -187,6 +190,47 @@ def global_seeds(seed: int | None) -> Iterator[None]:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         vars(tensorflow).update(of_tensorflow)
+
+
+class StepSeeds:
+    """Stands for Keras's global generator of seeds while a step is traced.
+
+    Keras's own would change a variable that no step returns, and so give each step the same seeds. Here they follow from a seed
+    that the step is given, and the step returns the next one.
+
+    Args:
+        seed: int64 [2], a seed and a counter, as the state of a `keras.random.SeedGenerator`.
+
+    Attributes:
+        seed: the one that the next draw gets.
+        used: whether there was a draw.
+    """
+
+    def __init__(self, seed: tf.Tensor) -> None:
+        self.seed, self.used = seed, False
+
+    def next(self, ordered: bool = True) -> tf.Tensor:
+        """Returns a seed that no other call returns."""
+        import keras
+
+        seed, self.used = self.seed, True
+        self.seed = seed + keras.ops.cast([0, 1], seed.dtype)
+        return seed
+
+
+@contextlib.contextmanager
+def drawing_from(generator: StepSeeds | None) -> Iterator[None]:
+    """Within the block, `generator` is Keras's global one, for what draws without a generator of its own. None: no change."""
+    from keras.src.backend.common import global_state
+
+    name = "global_seed_generator"
+    before = global_state.get_global_attribute(name)
+    if generator is not None:
+        global_state.set_global_attribute(name, generator)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(name, before)
 
 
 @contextlib.contextmanager

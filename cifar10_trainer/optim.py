@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from .config import Optimizer, Schedule
+from .config import Optimizer, Schedule, section_from_dict
 from .errors import check_number, check_type
 
 LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
@@ -33,11 +33,14 @@ class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, peak: float, steps: int, schedule: Schedule | Mapping[str, Any]) -> None:
+        check_number("peak", peak, Real, 0)
         check_number("steps", steps, Integral, 1)
         check_type("schedule", schedule, (Schedule, Mapping), "a Schedule")
         self.peak = peak
         self.steps = steps
-        self.schedule = schedule if isinstance(schedule, Schedule) else Schedule(**schedule)
+        self.schedule = (
+            schedule if isinstance(schedule, Schedule) else section_from_dict(Schedule, schedule, "schedule")
+        )
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
         """Returns the learning rate, float32 [], at `step`, from 0."""

@@ -15,6 +15,7 @@ exceptions are mixup and CutMix, which mix an image with its neighbour in the re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TypeAlias
 
 import numpy as np
@@ -23,11 +24,14 @@ import tensorflow as tf
 from . import augment
 from .config import Augmentation
 from .datasets.arrays import check_images, check_labels
-from .errors import ConfigError, check_type, shown
+from .errors import ConfigError, check_number, check_type
 from .keras_state import keras_defaults
 from .machine import cpu_count
 
 Pair: TypeAlias = tuple[tf.Tensor, tf.Tensor]
+MAX_CLASSES = (
+    1_000_000  # of labels in `make_dataset`: more are IDs of images, and none fit int32 from 2**31 on
+)
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
 # a second in total.
@@ -281,7 +285,7 @@ def make_dataset(
     labels, num_classes = check_labels("labels", labels, len(images))
     augmentation = Augmentation() if augmentation is None else augmentation
     check_type("augmentation", augmentation, Augmentation, "an Augmentation, or None")
-    _check_dataset(images, batch_size, augmentation, seed, epochs, one_hot)
+    _check_dataset(images, num_classes, batch_size, augmentation, seed, epochs, one_hot)
     sampler = EpochSampler(len(images), batch_size, seed, augmentation)
     batch_maker = BatchMaker(augmentation, num_classes)
     data_set = augment.host_table(images), tf.constant(labels, tf.int32)
@@ -307,6 +311,7 @@ def make_dataset(
 
 def _check_dataset(
     images: np.ndarray,
+    num_classes: int,
     batch_size: int,
     augmentation: Augmentation,
     seed: int,
@@ -314,14 +319,14 @@ def _check_dataset(
     one_hot: bool,
 ) -> None:
     """Raises ConfigError as `make_dataset` does."""
-    for name, value, high in (("batch_size", batch_size, len(images)), ("seed", seed, 2**31 - 1)):
-        low = 1 if name == "batch_size" else 0
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(f"{name} is {shown(value)}; allowed: an integer from {low} to {high}")
-    if epochs is not None and (
-        not isinstance(epochs, int | np.integer) or isinstance(epochs, bool) or epochs < 1
-    ):
-        raise ConfigError(f"epochs is {shown(epochs)}; allowed: None, or an integer from 1")
+    if num_classes > MAX_CLASSES:
+        raise ConfigError(
+            f"labels go up to {num_classes - 1}; allowed: classes numbered from 0, at most {MAX_CLASSES:,} of them"
+        )
+    check_number("batch_size", batch_size, Integral, 1, len(images))
+    check_number("seed", seed, Integral, 0, 2**31 - 1)
+    if epochs is not None:
+        check_number("epochs", epochs, Integral, 1, words="None, or a whole number, 1 or more")
     if (augmentation.mixup or augmentation.cutmix) and not one_hot:
         raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
     augment.check_size(augmentation, *images.shape[1:3])

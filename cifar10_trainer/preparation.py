@@ -173,6 +173,11 @@ def prepare(
         f"model: {config.recipe if model is None else model.name}, {engine.model.count_params():,} parameters; "
         f"{engine.steps:,} steps of {config.batch_size}"
     )
+    if not engine.resumes_exactly:
+        log(
+            "note: a layer of the model draws from tf.random, whose state cannot be saved; if this run is interrupted, it resumes"
+            " with other random numbers (those of keras.random are saved)"
+        )
     if engine.compiled:
         programs = max(1, len(set(engine.sizes)))
         log(f"XLA compiles {programs} program(s) on the way, which takes about half a minute each")

@@ -423,6 +423,14 @@ def test_amounts_out_of_range_are_one_line(make, text):
         make()
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_images_and_seeds_of_another_shape(name):
+    layer = LAYERS[name]()
+    assert layer(some_images(1)[:0], seed=(0, 0)).shape == (0, H, W, 3)
+    with pytest.raises(ConfigError, match=r"seed has shape \(3,\); allowed: two integers"):
+        layer(some_images(1), seed=(1, 2, 3))
+
+
 def test_impossible_shifts():
     with pytest.raises(ConfigError, match="pixels is -1; allowed: a whole number, 0 or more"):
         RandomShift(-1)

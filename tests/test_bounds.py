@@ -25,12 +25,19 @@ from cifar10_trainer.archives import check_hdf5, check_npz, check_zip
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import cifar10
 from cifar10_trainer.errors import ConfigError, RunError, cut, shown
+from cifar10_trainer.errors import one_line as error_line
 from cifar10_trainer.files import parse_json, read_json, regular_file
 from cifar10_trainer.run_folder import RunFolder
 from tuning.search_folder import SearchFolder
 
 MB = 10**6
 TINY = Config(dataset="digits", architecture="vgg", options={"filters": (2,), "dense": 4}, pixels="unit")
+
+
+def test_an_error_carries_no_colours_of_a_terminal():
+    """As Keras's messages do."""
+    assert str(ConfigError("\x1b[1mToo\nlarge\x1b[0m.")) == "Too large."
+    assert error_line(ValueError("\x1b[31;1mred\x1b[0m")) == "red"
 
 
 def one_line(info) -> str:

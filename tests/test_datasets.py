@@ -1079,6 +1079,22 @@ def test_split_without_a_validation_image(kind):
         datasets.split(numbered([0, 1] * 5), 0.04, kind)
 
 
+def test_a_fold_without_an_image_is_refused():
+    """A third of four images is one, so of the three folds one has two images or none."""
+    data = numbered([0, 0, 0, 1])
+    held_out = {}
+    for fold in range(3):
+        try:
+            held_out[fold] = len(datasets.split(data, 1 / 3, fold=fold)[3])
+        except ConfigError as error:
+            held_out[fold] = str(error)
+    assert all(
+        n if isinstance(n, int) else "allowed: a larger one" in n or "leaves no training image" in n
+        for n in held_out.values()
+    )
+    assert any("none of 4 images in fold" in str(n) for n in held_out.values())
+
+
 def test_split_that_would_lose_a_class():
     with pytest.raises(
         ConfigError, match="which with the last split leaves no training image of class1; allowed"

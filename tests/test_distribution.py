@@ -120,10 +120,13 @@ def overflow(strategy, replica):
     return changed, finite, float(np.array(engine.optimizer.dynamic_scale))
 
 
-def dropped(strategy):
+def dropped(strategy, own_generator=True):
     """A step on one white image a replica, all of one class, through dropout of a half to a dense layer of zeros.
 
     With rate 1 it sets a weight to the mean, over the images, of (kept ? 2 : 0) * (1 - p), p = 1/2: to the share that kept.
+
+    Args:
+        own_generator: whether the dropout is Keras's layer; else a layer that draws from Keras's global generator.
 
     Returns:
         These shares, and the copies of the state of the dropout's random generator.
@@ -135,7 +138,12 @@ def dropped(strategy):
 
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
-    x = keras.layers.Dropout(0.5, seed=1)(x)
+
+    class Drop(keras.layers.Layer):
+        def call(self, x, training=False):
+            return keras.random.dropout(x, 0.5) if training else x
+
+    x = keras.layers.Dropout(0.5, seed=1)(x) if own_generator else Drop()(x)
     outputs = keras.layers.Dense(2, activation="softmax", kernel_initializer="zeros")(x)
     n = strategy.num_replicas_in_sync
     config = RECIPES["practical.baseline"].override(
@@ -148,7 +156,7 @@ def dropped(strategy):
     )
     engine.train(1)
     (kernel,) = (v for v in engine.training_model.trainable_variables if v.path.endswith("kernel"))
-    (state,) = engine.training_model.non_trainable_variables
+    (state,) = engine.non_trainable
     copies = strategy.experimental_local_results(state.value)
     return {"shares": kernel.numpy()[:, 0].tolist(), "states": [c.numpy().tolist() for c in copies]}
 
@@ -283,7 +291,7 @@ def replicas2(out):
     found["weighted"], _ = run_engine(none, ONE_BY_ONE, changes=weighted)
     found["weighted, mirrored 2"], _ = run_engine(mirrored2, ONE_BY_ONE, changes=weighted)
     found["overflows"] = [overflow(mirrored2, replica) for replica in (None, 0, 1)]
-    found["dropped"] = dropped(mirrored2)
+    found["dropped"] = [dropped(mirrored2, own_generator) for own_generator in (True, False)]
     found["first none"] = first_steps(none)
     found["first mirrored 2"] = first_steps(mirrored2)
     found["elastic"] = elastic(f"{out}.elastic")
@@ -596,12 +604,14 @@ def test_an_overflow_on_any_replica_skips_the_step(found):
     assert found["overflows"] == [[True, True, 1024.0], [False, True, 512.0], [False, True, 512.0]]
 
 
-def test_replicas_draw_masks_of_their_own(found):
+@pytest.mark.parametrize("generator", [0, 1], ids=["the layer's", "Keras's global one"])
+def test_replicas_draw_masks_of_their_own(generator, found):
     """Of 192 elements, two independent masks keep both of 48, one of 96 and none of 48, within four deviations of 6 or 7."""
-    counts = {share: found["dropped"]["shares"].count(share) for share in (0.0, 0.5, 1.0)}
+    dropped = found["dropped"][generator]
+    counts = {share: dropped["shares"].count(share) for share in (0.0, 0.5, 1.0)}
     assert sum(counts.values()) == 192
     assert abs(counts[0.5] - 96) < 28 and abs(counts[0.0] - 48) < 24
-    first, second = found["dropped"]["states"]
+    first, second = dropped["states"]
     assert first == second and first[1] == 1  # the common seed again, one draw later
 
 

@@ -660,10 +660,32 @@ def test_lookahead_averaging():
         np.testing.assert_allclose(w, v, rtol=1e-4, atol=1e-6)  # the factor in float32 and in float64
 
 
-@pytest.mark.parametrize("call", [lambda e: e.train(0), lambda e: e.train(-1)])
+IMAGES, LABELS = pictures(20)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "num_classes", "text"),
+    [
+        ((IMAGES / 255).astype("float32"), LABELS, 10, "images has dtype float32"),
+        (IMAGES.astype("int64") + 300, LABELS, 10, "images has dtype int64"),
+        (IMAGES, LABELS + 1, 10, "num_classes is 10, but the labels go up to 10"),
+        (IMAGES, LABELS - 1, 10, "labels has the value -1; allowed: integers from 0"),
+        (IMAGES, LABELS[:5], 10, r"labels has shape \(5,\); allowed: \(20,\)"),
+        (IMAGES, LABELS, 11, "num_classes is 11, but .* the model has 10 outputs"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(images, labels, num_classes, text):
+    with pytest.raises(ConfigError, match=text):
+        Engine(
+            plain_model(VGG), VGG, images, labels,
+            strategy=tf.distribute.get_strategy(), policy="float32", num_classes=num_classes,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [lambda e: e.train(0), lambda e: e.train(-1), lambda e: e.train(1.5)])
 def test_a_number_of_steps_below_one_is_refused(call):
     engine = make_engine(FAST)
-    with pytest.raises(ConfigError, match=r"count is .*; allowed: 1 or more"):
+    with pytest.raises(ConfigError, match=r"count is .*; allowed: a whole number, 1 or more"):
         call(engine)
     with pytest.raises(ConfigError, match="images has none; allowed: 1 or more"):
         engine.evaluate(np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int64))

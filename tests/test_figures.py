@@ -71,6 +71,16 @@ def test_random_samples_depend_on_the_seed_alone(tmp_path, drawn):
     assert texts(drawn[0].axes[0]) == [NAMES[red % 3] for red in reds]
 
 
+@pytest.mark.parametrize("shape", [(512, 1), (1, 512)])
+def test_figures_of_long_narrow_images_are_of_bounded_size(shape, tmp_path, drawn):
+    images, labels = np.zeros((30, *shape, 3), np.uint8), np.arange(30) % 3
+    figures.random_samples(images, labels, NAMES, tmp_path / "r.png")
+    figures.sample_images(images, labels, NAMES, tmp_path / "s.png")
+    assert all(max(figure.get_size_inches()) <= 50 for figure in drawn)
+    for name in "rs":
+        assert max(pixels(tmp_path / f"{name}.png").shape) <= 50 * figures.DPI
+
+
 def test_class_distribution_draws_bars_to_scale(tmp_path, drawn):
     labels = np.repeat([0, 1, 2], [40, 20, 10])
     splits = {"training": labels, "validation": labels[:0], "test": np.array([0, 1, 1])}

@@ -314,6 +314,9 @@ def test_muon_against_its_reference(momentum, graph):
     ("make", "text"),
     [
         (lambda: RunSchedule(0.1, 0, Schedule()), "steps is 0; allowed: a whole number, 1 or more"),
+        (lambda: RunSchedule(None, 10, Schedule()), "peak is None; allowed: a number, 0 or more"),
+        (lambda: RunSchedule(float("nan"), 10, Schedule()), "peak is nan; allowed: a number, 0 or more"),
+        (lambda: RunSchedule(0.1, 10, {"nam": "cosine"}), "unknown key in schedule 'nam'; allowed: name,"),
         (lambda: RunSchedule(0.1, 10, "cosine"), "schedule is 'cosine'; allowed: a Schedule"),
         (lambda: Muon(kernel_momentum=2), "kernel_momentum is 2; allowed: a number from 0 to 1"),
     ],

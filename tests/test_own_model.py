@@ -424,6 +424,69 @@ def test_it_resumes_exactly_and_with_its_own_kind_of_model_only(tmp_path, digits
         np.testing.assert_array_equal(one, expected)
 
 
+@keras.saving.register_keras_serializable("tests")
+class Drawing(keras.layers.Layer):
+    """Remembers two numbers that it draws in training, without a generator of its own."""
+
+    def build(self, shape):
+        self.drawn = self.add_weight(shape=(2,), trainable=False, name="drawn")
+
+    def call(self, x, training=False):
+        if training:
+            self.drawn.assign(keras.ops.stack([keras.random.uniform(()), keras.random.uniform(())]))
+        return x
+
+
+@keras.saving.register_keras_serializable("tests")
+class TensorFlowNoise(keras.layers.Layer):
+    def call(self, x, training=False):
+        return x + tf.random.normal(tf.shape(x)) if training else x
+
+
+def ends_after(layer):
+    images = keras.Input((8, 8, 3))
+    return keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(layer(images))))
+
+
+def engine_of(model, digits, **changes):
+    images, labels = digits.train_images[:200, 8:16, 8:16], digits.train_labels[:200]
+    return make_engine(
+        CONFIG.override(batch_size=20, seed=5, **changes), images, labels,
+        num_classes=10, strategy=tf.distribute.get_strategy(), policy="float32", model=model,
+    )  # fmt: skip
+
+
+def test_layers_without_a_generator_draw_anew_at_each_step_and_resume_exactly(digits):
+    engine = engine_of(ends_after(Drawing()), digits)
+    (drawn,) = (v for v in engine.non_trainable if v.path.endswith("drawn"))
+
+    def after(steps):
+        engine.train(steps)
+        return drawn.numpy().tolist()
+
+    # Keras's generators count: the k-th draw of seed 5 is that of the seed (5, k).
+    expected = tf.stack([tf.random.stateless_uniform((), (5, k)) for k in range(12)]).numpy().reshape(6, 2)
+    assert after(1) == expected[0].tolist()
+    assert after(1) == expected[1].tolist()
+    state = engine.state()
+    assert after(3) == expected[4].tolist()
+    engine.restore(state)
+    assert after(1) == expected[2].tolist()
+    assert engine.resumes_exactly
+    plain = engine_of(ends_after(keras.layers.GaussianNoise(0.1)), digits)
+    assert len(plain.non_trainable) == len(plain.training_model.non_trainable_variables) == 1
+
+
+def test_a_layer_that_draws_from_tensorflow_is_named_as_inexact(digits, tmp_path, capsys):
+    assert not engine_of(ends_after(TensorFlowNoise()), digits).resumes_exactly
+    for layer, noted in ((TensorFlowNoise(), True), (Drawing(), False)):
+        train(
+            CONFIG.override(epochs=0.2), tmp_path / layer.name, full_report=False,
+            data=(digits.train_images[:, 8:16, 8:16], digits.train_labels), model=ends_after(layer),
+        )  # fmt: skip
+        assert ("a layer of the model draws from tf.random" in capsys.readouterr().out) == noted
+
+
 def test_a_compiled_model_stays_compiled(tmp_path, digits):
     model = classifier()
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])

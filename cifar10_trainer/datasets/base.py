@@ -104,10 +104,11 @@ def split(
         held_out = stratified_mask(labels, fraction, seed, fold)
     else:
         held_out = np.arange(labels.size) >= labels.size - count
-    if count == 0:
+    if not held_out.any():
+        where = f" in fold {fold}" if fold and count else ""
         raise ConfigError(
-            f"validation_fraction is {fraction}, which is none of {labels.size} images;"
-            f" allowed: {1 / labels.size:.2g} or more"
+            f"validation_fraction is {fraction}, which is none of {labels.size} images{where};"
+            f" allowed: {'a larger one' if count else f'{1 / labels.size:.2g} or more'}"
         )
     missing = np.setdiff1d(labels, labels[~held_out])
     if missing.size:

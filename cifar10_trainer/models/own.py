@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from ..errors import ConfigError, one_line
+from ..keras_state import StepSeeds, drawing_from
 
 # Operations of keras.ops and layers that are no logits.
 ACTIVATIONS = ("Sigmoid", "Tanh", "Relu", "ReLU", "LogSoftmax", "HardSigmoid")
+# TensorFlow's operations whose numbers follow from what they drew before, and not from a seed that they are given.
+RANDOM_OPERATION = re.compile(
+    r"(?!Stateless).*(Random|Multinomial|StandardNormal|TruncatedNormal|SampleDistorted|StatefulUniform)|Rng"
+)
 SUM_TOLERANCE = 0.02  # of probabilities in 16 bits
 ALLOWED = (
     "allowed: a functional or built Sequential Keras model with one image input [batch, height, width, channels] and one"
@@ -196,6 +204,40 @@ def _check_assignments(model: keras.Model) -> None:
                 f"model has a layer that sets its trainable weight {variable.path!r} itself, as SpectralNormalization does; allowed:"
                 " layers whose trainable weights only the optimizer changes"
             )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which generators, beside those of its own layers, a model draws from in training."""
+
+    keras: bool = False  # from the global one of keras.random
+    tensorflow: bool = False  # from those of tf.random
+
+
+def draws_of(model: keras.Model) -> Draws:
+    """Finds out what a functional model draws from. Layers of Keras and of this package have generators of their own."""
+    known = ("keras.", "cifar10_trainer.")
+    layers = [(x, getattr(x, "activation", None)) for x in model._flatten_layers()]
+    if all(
+        type(x).__module__.startswith(known) and (f is None or f.__module__.startswith(known))
+        for x, f in layers
+    ):
+        return Draws()
+    seeds = StepSeeds(tf.constant([0, 0], tf.int64))
+
+    @tf.function
+    def call(images: tf.Tensor) -> None:
+        with keras.StatelessScope():
+            model(images, training=True)
+
+    with contextlib.suppress(Exception), drawing_from(seeds):  # what fails, fails in training as well
+        graph = call.get_concrete_function(
+            tf.TensorSpec((2, *model.input_shape[1:]), model.inputs[0].dtype)
+        ).graph
+        parts = graph.as_graph_def()
+        nodes = [*parts.node, *(node for function in parts.library.function for node in function.node_def)]
+        return Draws(seeds.used, any(RANDOM_OPERATION.match(node.op) for node in nodes))
+    return Draws()
 
 
 def is_of_keras(operation: Any) -> bool:
