@@ -87,19 +87,7 @@ _define(
     "class_weights",
     f"one of {', '.join(CLASS_WEIGHTS)}; balanced: all classes count the same in the loss, whatever their numbers of images",
 )
-_define(
-    flags.DEFINE_boolean,
-    "strict",
-    "refuse a folder with files that are no images, or cannot be read, rather than leave them out",
-    False,
-)
-_define(
-    flags.DEFINE_float,
-    "max_bad",
-    "the share of a folder's images that may be left out because they cannot be read; default: 0.05",
-    lower_bound=0,
-    upper_bound=1,
-)
+cli.define_folder_options(_define)
 _define(flags.DEFINE_integer, "image_size", "side that a folder's images are resized to; default: 32")
 _define(
     flags.DEFINE_string,
@@ -283,12 +271,6 @@ def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
     return config.override(**changes)
 
 
-def folder_options() -> dict[str, Any]:
-    """What --strict and --max_bad ask for, as `train_and_evaluate` takes it."""
-    options = {"strict": FLAGS.strict, "max_bad": FLAGS.max_bad}
-    return {name: value for name, value in options.items() if FLAGS[name].present}
-
-
 def list_recipes() -> None:
     """Prints one line for each recipe: name, parameters, epochs, claim, source."""
     rows = [("recipe", "parameters", "epochs", "claim", "source")]
@@ -389,7 +371,7 @@ def main() -> None:
     where: dict[str, Any] = {"data_dir": FLAGS.data_dir, "overwrite": FLAGS.overwrite, "verbose": verbose}
     if FLAGS.save_seconds is not None:
         where["save_seconds"] = FLAGS.save_seconds
-    if options := folder_options():
+    if options := cli.folder_options(FLAGS):
         where["folder_options"] = options
     where["allow_replica_change"] = FLAGS.allow_replica_change
     datasets.read_ahead(config.dataset, FLAGS.data_dir)

@@ -56,6 +56,28 @@ def define_set(define: Callable[..., None], example: str) -> None:
     )
 
 
+def define_folder_options(define: Callable[..., None]) -> None:
+    """Defines --strict and --max_bad with a `definer`'s function; `folder_options` reads them."""
+    define(
+        flags.DEFINE_boolean,
+        "strict",
+        "refuse a folder with files that are no images, or cannot be read, rather than leave them out",
+        False,
+    )
+    define(
+        flags.DEFINE_float,
+        "max_bad",
+        "the share of a folder's images that may be left out because they cannot be read; default: 0.05",
+        lower_bound=0,
+        upper_bound=1,
+    )
+
+
+def folder_options(values: flags.FlagValues) -> dict[str, Any]:
+    """What --strict and --max_bad ask for, as `datasets.load` takes it: those that were given."""
+    return {name: values[name].value for name in ("strict", "max_bad") if values[name].present}
+
+
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     """What --set sets, as `Config.override` takes it: "optimizer.momentum=0.9" becomes {"optimizer__momentum": 0.9}.
 

@@ -22,7 +22,7 @@ from . import cli, datasets, measures, report
 from .config import DATASETS, RESIZES, check_views
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels, pair
-from .datasets.folder import is_cut
+from .datasets.folder import Row, is_cut
 from .errors import ConfigError, RunError, check_number, cut
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
@@ -46,6 +46,7 @@ _define(
     flags.DEFINE_enum, "resize", "how a folder's images are resized; default: as the run did, else squash",
     enum_values=RESIZES,
 )  # fmt: skip
+cli.define_folder_options(_define)
 _define(
     flags.DEFINE_enum, "split", "the images to score; default: test, or validation if there are no test images",
     enum_values=SPLITS,
@@ -197,9 +198,9 @@ def load_images(
 ) -> datasets.Dataset:
     """The data set to score. A folder is read as the run read it: its files, in the parts that the run used them for.
 
-    Files that came into the folder since then are in no part. Where --data_dir names another folder, which lacks files of
-    the run, it is read as a data set of its own. If it has none of them, all pictures of <class>/* are scored, else a
-    fifth, as of a folder without a run: the model may have been trained on the others.
+    Files that came into the folder since then are in no part, and files that have gone are left out. Where --data_dir names a folder
+    that has none of them, it is a data set of its own, and all pictures of <class>/* are scored. Of a folder without a run it is
+    a fifth: the model may have been trained on the others.
 
     Args:
         name, data_dir: of the data set.
@@ -208,18 +209,20 @@ def load_images(
         settings: of the run; empty: none.
     """
     if name != "folder":  # the others have one size
-        return datasets.load(name, data_dir)
+        return datasets.load(name, data_dir, **cli.folder_options(FLAGS))
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
     # All pictures of <class>/* may be scored where the model was trained on none of them.
     others = bool(settings) and settings.get("data_name", settings.get("dataset")) != "folder"
-    if rows and FLAGS.data_dir:
-        there = [(Path(FLAGS.data_dir) / file).exists() for file, *_ in rows]
-        if not all(there):
-            print(
-                f"{FLAGS.data_dir} lacks files of the run, so it is read as a data set of its own",
-                file=sys.stderr,
-            )
-            rows, others = None, not any(there)
+    if rows and data_dir:
+        there = _existing_rows(rows, data_dir)
+        if len(there) < len(rows):
+            rest = f"{data_dir} lacks {len(rows) - len(there):,} of the run's {len(rows):,} pictures"
+            if there:
+                print(f"{rest}; of the others each stays in its part", file=sys.stderr)
+                rows = there
+            elif FLAGS.data_dir:
+                print(f"{rest}, so it is a data set of its own", file=sys.stderr)
+                rows, others = None, True
     if rows:
         where = RunFolder(FLAGS.workdir).split_file
         print(
@@ -229,9 +232,8 @@ def load_images(
     has_test = any(part == "test" for _, _, part in rows or ())
     only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
     scores_test = FLAGS.split in (None, "test")
-    found = datasets.load(
-        name, data_dir, size, resize, files=rows, only=only, cut=not (others and scores_test)
-    )
+    parts = {"files": rows, "only": only, "cut": not (others and scores_test)}
+    found = datasets.load(name, data_dir, size, resize, **parts, **cli.folder_options(FLAGS))
     if not rows and not others and scores_test and is_cut(found):
         print(
             f"{found.source}: a fifth of each class is scored, the test images of a training on this folder; to score all, move"
@@ -239,6 +241,13 @@ def load_images(
             file=sys.stderr,
         )
     return found
+
+
+def _existing_rows(rows: Sequence[Row], data_dir: str) -> list[Row]:
+    """Those of the rows whose files are there, with the classes in their order."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(name for _, name, _ in rows))}
+    there = [row for row in rows if (Path(data_dir).expanduser() / row[0]).exists()]
+    return sorted(there, key=lambda row: order[row[1]])
 
 
 def measured(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def check_model_file(path: str | Path) -> Path:
         raise ConfigError(f"{path} is a folder; allowed: a .keras or .h5 file, such as {path}/model.keras")
     if not path.is_file():
         raise ConfigError(f"no model file at {path}; allowed: a .keras or .h5 file, such as RUN/model.keras")
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix not in SUFFIXES:  # Keras does not know them in capitals
         raise ConfigError(f"the model file is {path}; allowed: a name that ends in .keras, .h5 or .hdf5")
     return path
 
@@ -155,7 +155,7 @@ def _stored_bytes(path: Path) -> int:
     path = regular_file(path)
     size = path.stat().st_size
     check_fits(size, f"the model in {path}", "use a machine with more memory")
-    if path.suffix.lower() != ".keras":
+    if path.suffix != ".keras":
         with h5py.File(path) as file:
             return archives.check_hdf5(file, size)
     if not zipfile.is_zipfile(path):
@@ -211,7 +211,7 @@ def _does_not_open(path: Path, error: Exception) -> RunError:
 
 def _read_values(path: Path) -> dict[str, Any] | None:
     """What a file holds under KEY; None where it holds nothing, as one that Keras alone has written."""
-    if path.suffix.lower() == ".keras":
+    if path.suffix == ".keras":
         with zipfile.ZipFile(path) as archive, archive.open("metadata.json") as file:
             return parse_json(file.read(LONGEST)).get(KEY)
     import h5py
@@ -234,7 +234,7 @@ def write_model(model: keras.Model, path: Path) -> None:
     with _without_absls_warnings():  # Keras's on the older format, which somebody asked for
         model.save(path)
     values = info_of(model).to_dict(model)
-    if path.suffix.lower() == ".keras":
+    if path.suffix == ".keras":
         with archives.rewriting(path) as members:
             metadata = {**json.loads(members["metadata.json"]), KEY: values}
             members["metadata.json"] = json.dumps(metadata).encode()

@@ -228,7 +228,7 @@ def describe_run(
     return {
         **config.to_dict(),
         "class_names": list(data.class_names),
-        "data_dir": recorded_path(data_dir),
+        "data_dir": recorded_path(data_dir or (data.source if data.name == "folder" else None)),
         "data_name": data.name,
         "data_source": data.source,
         "fingerprint": fingerprint,

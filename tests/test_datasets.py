@@ -804,7 +804,9 @@ def test_folder_without_train(tmp_path):
 def test_folder_with_an_empty_class(pets, part):
     (pets / part / "newt").mkdir()
     (pets / part / "newt/.hidden").write_bytes(b"")
-    with pytest.raises(RunError, match=f"the class folder {pets}/{part}/newt is empty; put images into it"):
+    with pytest.raises(
+        RunError, match=f"the class folder {pets}/{part}/newt holds no pictures; put some into it"
+    ):
         datasets.load("folder", pets)
 
 
@@ -1079,20 +1081,25 @@ def test_split_without_a_validation_image(kind):
         datasets.split(numbered([0, 1] * 5), 0.04, kind)
 
 
+def test_the_last_image_of_a_class_is_not_held_out():
+    labels = [0] * 20 + [1]
+    for seed in range(20):
+        _, train_labels, _, held_out = datasets.split(numbered(labels), 0.3, seed=seed)
+        assert 1 in train_labels and len(held_out) >= 5
+    with pytest.raises(ConfigError, match=r"none of 10 images, as each class keeps one; .*--final_fit"):
+        datasets.split(numbered(list(range(10))), 0.2)
+
+
 def test_a_fold_without_an_image_is_refused():
-    """A third of four images is one, so of the three folds one has two images or none."""
-    data = numbered([0, 0, 0, 1])
-    held_out = {}
-    for fold in range(3):
+    """Nine images in ten folds."""
+    data, sizes = numbered([0, 1, 2] * 3), []
+    for fold in range(10):
         try:
-            held_out[fold] = len(datasets.split(data, 1 / 3, fold=fold)[3])
+            sizes.append(len(datasets.split(data, 0.1, fold=fold)[3]))
         except ConfigError as error:
-            held_out[fold] = str(error)
-    assert all(
-        n if isinstance(n, int) else "allowed: a larger one" in n or "leaves no training image" in n
-        for n in held_out.values()
-    )
-    assert any("none of 4 images in fold" in str(n) for n in held_out.values())
+            assert f"which is none of 9 images in fold {fold}; allowed: a larger one" in str(error)
+            sizes.append(0)
+    assert sum(sizes) == 9 and sizes.count(0) == 1
 
 
 def test_split_that_would_lose_a_class():
@@ -1103,7 +1110,7 @@ def test_split_that_would_lose_a_class():
     with pytest.raises(
         ConfigError, match="which with the stratified split leaves no training image of class1"
     ):
-        datasets.split(numbered([0] * 8 + [1]), 0.8, "stratified")
+        datasets.split(numbered([0] * 8 + [1, 1]), 0.9, "stratified")
 
 
 def test_split_of_an_unknown_kind():

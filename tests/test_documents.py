@@ -22,11 +22,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from cifar10_trainer import __main__ as trainer
-from cifar10_trainer import build_model
+from cifar10_trainer import build_model, load_model, predict_images
 from cifar10_trainer.model_file import ModelInfo, write_model
 from tuning import search as searcher
 
@@ -165,6 +166,26 @@ def test_block_runs(block, tmp_path):
         words = ["bash", "-euc", block.code]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{block}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_lines_without_this_package_show_the_model_what_this_package_does(tmp_path, monkeypatch, capsys):
+    """A picture that lies on its side, with transparent parts, as PNG in spite of its name."""
+    exported(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
+    pixels[:20, :, :3] //= 4
+    upright = Image.Exif()
+    upright[0x112] = 6  # orientation
+    Image.fromarray(pixels).save(tmp_path / "new.jpg", format="PNG", exif=upright)
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "plain.png")
+    monkeypatch.chdir(tmp_path)
+    (block,) = (b for b in BLOCKS if b.directive == "run in exported" and b.language == "python")
+    exec(block.code, {})
+    label, probability = capsys.readouterr().out.split()[-2:]
+    one, other = predict_images(load_model("fruit.keras"), ["new.jpg", "plain.png"])
+    assert label == one["label"] and float(probability) == pytest.approx(one["probability"], abs=1e-4)
+    assert (
+        abs(one["probabilities"][label] - other["probabilities"][label]) > 1e-3
+    )  # or there is nothing to see
 
 
 def commands_of(block: Block) -> list[list[str]]:

@@ -78,7 +78,7 @@ def test_runs_among_the_pictures_are_no_class(fruit):
     assert data.class_names == expected.class_names
     np.testing.assert_array_equal(data.train_images, expected.train_images)
     assert "4 run folder(s)" in said[0]  # the one that reads them does not count
-    with pytest.raises(RunError, match=r"the class folder .*out is empty"):
+    with pytest.raises(RunError, match=r"the class folder .*out holds no pictures"):
         load(fruit)
 
 
@@ -199,8 +199,31 @@ def test_folders_that_would_be_ignored_in_silence_are_refused(tmp_path, further,
 def test_a_folder_without_classes_beside_train_is_left_out_and_named(tmp_path):
     for file in ("train/apple/1.png", "train/plum/1.png", "screenshots/1.png"):
         draw(tmp_path / file, (1, 2, 3))
+    (tmp_path / "docs").mkdir()
     data, said = load(tmp_path)
-    assert len(data.train_labels) == 2 and "1 folder screenshots" in said[0]
+    assert len(data.train_labels) == 2
+    assert (
+        "are not used: 1 folder docs beside train/, 1 folder screenshots with pictures beside train/"
+        in said[0]
+    )
+
+
+def test_a_class_that_is_called_train_is_named(tmp_path):
+    for file in ("car/1.png", "train/1.png", "bus/1.png"):
+        draw(tmp_path / file, (1, 2, 3))
+    with pytest.raises(
+        RunError,
+        match=r"train/1\.png is not in the folder of a class .*; a class of such a name needs another",
+    ):
+        load(tmp_path)
+
+
+def test_a_class_in_two_forms_of_unicode_is_named(tmp_path):
+    """As macOS and Linux write an accent."""
+    for file in ("train/caf\u00e9/1.png", "train/b/1.png", "test/cafe\u0301/1.png"):
+        draw(tmp_path / file, (1, 2, 3))
+    with pytest.raises(ConfigError, match="in two forms of Unicode; allowed: one; rename one of the folders"):
+        load(tmp_path)
 
 
 def test_the_folder_within_is_suggested_where_it_is_meant(fruit, tmp_path):
@@ -253,10 +276,10 @@ def test_stray_files_are_left_out_and_counted_by_their_endings(fruit):
     data, said = load(fruit)
     np.testing.assert_array_equal(data.train_images, clean.train_images)
     (line,) = said
-    assert line.startswith(f"left out: 9 files or folders in {fruit} are no pictures: 3 hidden, 2 .db")
+    assert line.startswith(f"left out: 9 files or folders in {fruit} are not used: 3 hidden, 2 .db")
     for part in ("1 .txt", "1 .mp4", "1 without an ending", "1 __MACOSX"):
         assert part in line
-    with pytest.raises(RunError, match=r"9 files or folders in .* are no pictures: .*remove them"):
+    with pytest.raises(RunError, match=r"9 files or folders in .* are not used: .*remove them"):
         load(fruit, strict=True)
 
 

@@ -53,6 +53,12 @@ def test_further_formats(tmp_path, suffix):
         ("F", [0.0, 10.4, 10.6, 255.0], [0, 10, 11, 255]),
         ("I;16", [0, 128, 129, 65535], [0, 0, 1, 255]),  # 257 sixteen-bit steps are one of eight bits
         ("I", [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        (
+            "I",
+            [0, 60, 99, 255],
+            [0, 60, 99, 255],
+        ),  # as an array of integers is saved that holds pixels of 8 bits
+        ("I;16", [0, 60, 99, 255], [0, 0, 0, 1]),
     ],
 )
 def test_modes_of_tiff(tmp_path, mode, values, expected):

@@ -17,7 +17,7 @@ from keras import layers
 
 from cifar10_trainer import build_model, load_model, predict_images, train
 from cifar10_trainer.config import Config
-from cifar10_trainer.errors import RunError
+from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.model_file import ModelInfo, info_of, portable, write_model
 
 NAMES = ("apple", "lemon", "plum")
@@ -195,3 +195,10 @@ def test_a_file_holds_no_setting_that_the_oldest_version_lacks(tmp_path, suffix)
         assert f'"{key}"' not in text
     for key in ("momentum", "kernel_initializer", "padding", "pool_size"):
         assert f'"{key}"' in text
+
+
+@pytest.mark.parametrize("name", ["M.KERAS", "m.H5", "m.zip"])
+def test_an_ending_that_keras_does_not_know_is_no_damaged_file(name, tmp_path):
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(ConfigError, match=r"allowed: a name that ends in \.keras, \.h5 or \.hdf5"):
+        load_model(tmp_path / name)

@@ -11,11 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tuning
@@ -183,7 +185,7 @@ def test_a_search_resumes_with_its_own_images_only(digits, tmp_path, monkeypatch
     options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
     tune(space, digits, **options)
     relabelled = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy())
-    with pytest.raises(ConfigError, match="holds another search: images was"):
+    with pytest.raises(ConfigError, match="holds another search: images have been added, removed or changed"):
         tune(space, relabelled, **options)
 
 
@@ -348,6 +350,20 @@ def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):
     )
     assert [c.epochs for c in calls] == [6, 2, 2, 2, 6]
     assert calls[4] == calls[3].override(epochs=6)  # the best of the three
+
+
+def test_the_seconds_of_an_interrupted_trial_count(digits, tmp_path, monkeypatch):
+    def slow(config, folder, **options):
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    options = {"workdir": str(tmp_path), "tuner": "random", "max_trials": 1, "verbose": 0}
+    monkeypatch.setattr(trial, "train_and_evaluate", slow)
+    with pytest.raises(RunInterrupted):
+        tune(space, digits, **options)
+    monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8], []))
+    (row,) = tune(space, digits, **options).rows
+    assert row.ended >= 0.5
 
 
 def test_an_interrupted_search_resumes(digits, tmp_path, monkeypatch):
@@ -624,7 +640,8 @@ def test_a_count_of_starts_that_a_power_failure_damaged_begins_anew(text, tmp_pa
     assert not (tmp_path / "starts").exists()
 
 
-def test_a_count_of_starts_of_1_0_0_goes_on(tmp_path):
+def test_a_count_of_starts_of_1_0_0_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "_oom_kills", lambda: 0)
     (tmp_path / "starts").write_text("4 0")
     with trial.count_starts(tmp_path):
         assert (tmp_path / "starts").read_text().split()[0] == "5"
@@ -774,6 +791,40 @@ def test_the_old_name_of_the_chiefs_timeout(digits, tmp_path):
         restore_flags(search.FLAGS)
     with pytest.raises(ConfigError, match="chief_timeout is 0"):
         tune(space, digits, workdir=str(tmp_path), patience=0)
+
+
+def test_the_flags_of_a_folder_reach_its_reader(tmp_path, capsys):
+    """Six of twenty pictures cannot be read: more than usual, and as many as the flag allows."""
+    from cifar10_trainer import cli
+    from tuning import search
+
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            path = tmp_path / "pictures" / name / f"{i}.png"
+            if i < 6:
+                path.write_text("no picture")
+            else:
+                Image.new("RGB", (8, 8), (i, 100 * (name == "a"), 0)).save(path)
+    argv = [
+        "search",
+        "--dataset=folder",
+        f"--data_dir={tmp_path / 'pictures'}",
+        f"--workdir={tmp_path / 'out'}",
+    ]
+    argv += ["--max_trials=1", "--epochs=1", "--recipe=fast.digits", "--space=learning_rate"]
+    for further, status, text in (
+        ([], 1, "a larger share than 0.05 with --max_bad"),
+        (["--max_bad=0.5", "--strict"], 1, "cannot be read as an image"),
+        (["--max_bad=0.5"], 0, "best"),
+    ):
+        assert cli.run(search.main, search.FLAGS, search.USAGE, [*argv, *further]) == status
+        out, err = capsys.readouterr()
+        assert text in out + err
+        restore_flags(search.FLAGS)
+    # A trial's record names the folder, so that evaluate finds the pictures.
+    record = json.loads((tmp_path / "out" / "trials" / "trial_0" / "config.json").read_text())
+    assert record["data_dir"] == str(tmp_path / "pictures")
 
 
 def restore_flags(values):

@@ -161,6 +161,11 @@ def test_an_empty_space_is_refused():
             {"dropout": (0.33, 0.34)},
             "0.33:0.34, narrower than its step; allowed: 0.05 or more from low",
         ),
+        (
+            FAST,
+            {"batch_size": (100, 150)},
+            "100:150, but its values grow by the factor 2; allowed: from low to 2 times",
+        ),
         (FAST, {"filters": (9, 10)}, "filters is 9:10, narrower than its step; allowed: 8 or more from low"),
         (RECIPES["practical.baseline"], {"weight_decay": None}, "weight_decay"),  # it has none to multiply
         (RECIPES["practical.baseline"], {"augmentation": None}, "augmentation changes nothing"),

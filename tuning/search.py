@@ -82,6 +82,7 @@ _define(
     "validation_fraction",
     "share of the training images to hold out; default: the recipe's",
 )
+cli.define_folder_options(_define)
 cli.define_set(_define, "--set precision=float32 --set augmentation.cutout=8")
 _define(flags.DEFINE_integer, "seed", "seed of the search and of every trial", Options.seed)
 _define(
@@ -196,7 +197,10 @@ def main() -> None:
         cli.import_tensorflow()
     from .tuner import tune
 
-    load = partial(datasets.load, base.dataset, FLAGS.data_dir, base.image_size, base.resize)
+    options_of_folder = cli.folder_options(FLAGS)
+    load = partial(
+        datasets.load, base.dataset, FLAGS.data_dir, base.image_size, base.resize, **options_of_folder
+    )
     result = tune(Space(base, ranges), load, **vars(options))
     if result:
         command = [

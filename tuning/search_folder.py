@@ -77,8 +77,11 @@ class SearchFolder(LockedFolder):
             remove_files(self.path, self.search_file.name, SEARCH_FILES[:-1])
         if self.search_file.exists():
             for key, was, now in _differences(read_json(self.search_file), record):
+                what = f"{key} was {shown(was)}, now {shown(now)}"
+                if key == "images":  # a fingerprint
+                    what = "images have been added, removed or changed since it began"
                 raise ConfigError(
-                    f"{self} holds another search: {key} was {shown(was)}, now {shown(now)};"
+                    f"{self} holds another search: {what};"
                     " choose another --workdir, or replace it with --overwrite"
                 )
         elif self.state_file.exists():

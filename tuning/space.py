@@ -124,6 +124,11 @@ class Space:
                 raise ConfigError(
                     f"the range of {name} is {low:g}:{high:g}, narrower than its step; allowed: {step:g} or more from low to high"
                 )
+            if SPACE[name].log and step is not None and high < low * step:
+                raise ConfigError(
+                    f"the range of {name} is {low:g}:{high:g}, but its values grow by the factor {step:g}; allowed: from low to"
+                    f" {step:g} times low or more"
+                )
             if isinstance(low, int) and low < 1:
                 raise ConfigError(f"the range of {name} begins at {low}; allowed: whole numbers from 1")
             if name == "dropout" and not (low >= 0 and high < 1):

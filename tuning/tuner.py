@@ -115,6 +115,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         try:
             _search(tuner, leaderboard, space, dataset if callable(dataset) else data, options)
         except (RunInterrupted, KeyboardInterrupt) as error:
+            oracle.save()  # the seconds until now
             progress = f"stopped: {len(oracle.end_order)} of {options.max_trials} trials are done"
             raise interrupted(progress, folder, options.overwrite) from error
         return _conclude(leaderboard, hp, options)

@@ -101,14 +101,16 @@ def split(
 
     count = round(labels.size * fraction)
     if kind == "stratified":
-        held_out = stratified_mask(labels, fraction, seed, fold)
+        held_out = stratified_mask(labels, fraction, seed, fold) & (np.bincount(labels)[labels] > 1)
     else:
         held_out = np.arange(labels.size) >= labels.size - count
     if not held_out.any():
         where = f" in fold {fold}" if fold and count else ""
+        why = ", as each class keeps one" if count and not where else ""
+        least = "a larger one" if count else f"{1 / labels.size:.2g} or more"
         raise ConfigError(
-            f"validation_fraction is {fraction}, which is none of {labels.size} images{where};"
-            f" allowed: {'a larger one' if count else f'{1 / labels.size:.2g} or more'}"
+            f"validation_fraction is {fraction}, which is none of {labels.size} images{why}{where};"
+            f" allowed: {least}, or None (--final_fit), which holds none out"
         )
     missing = np.setdiff1d(labels, labels[~held_out])
     if missing.size:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ _NAMES = {  # part -> what its folder may be called, in any case of letters
     "validation": ("val", "valid", "validation", "validate", "dev", "development"),
     "test": ("test", "testing"),
 }
+_NO_CLASS = "a class of such a name needs another one, such as trains"
 _PART_OF = {name: part for part, names in _NAMES.items() for name in names}
 RUNS = "run folder(s)"  # what is left out of the pictures as such
 TEST_SHARE = 0.2  # of <class>/*
@@ -250,7 +252,8 @@ def _scan(root: Path, workdir: Path | None) -> _Found:
                 f" ({', '.join(n for n in _PART_OF if n not in by_part)}); rename it, or move it away"
             )
         if not _is_around(root / name, workdir):
-            left_out[f"folder {readable(name)}"] += 1
+            pictures = " with pictures" if next(find_pictures(root / name), None) else ""
+            left_out[f"folder {readable(name)}{pictures} beside {by_part['train'][0]}/"] += 1
     _leave_out(files, left_out)
     parts = {}
     for part in _NAMES:
@@ -266,6 +269,13 @@ def _check_parts(parts: dict[str, dict[str, list[str]]], places: dict[str, Path]
     """Raises ConfigError where a part has a class that train/ has not."""
     for part in parts:
         extra = sorted(set(parts[part]) - set(parts["train"]))
+        alike = {unicodedata.normalize("NFC", readable(name)) for name in parts["train"]}
+        twins = [name for name in extra if unicodedata.normalize("NFC", readable(name)) in alike]
+        if twins:
+            raise ConfigError(
+                f"{readable(places[part])} and {readable(places['train'])} have the class {readable(twins[0])} in two forms of Unicode;"
+                " allowed: one; rename one of the folders"
+            )
         if extra:
             raise ConfigError(
                 f"{readable(places[part])} has the class {', '.join(map(readable, extra))}, which train/ lacks;"
@@ -312,8 +322,9 @@ def _classes(
     """
     lost = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     if lost:
+        hint = f"; {_NO_CLASS}" if folder != root else ""
         raise RunError(
-            f"{readable(folder / lost[0])} is not in the folder of a class ({len(lost):,} such pictures); allowed: {LAYOUT}"
+            f"{readable(folder / lost[0])} is not in the folder of a class ({len(lost):,} such pictures); allowed: {LAYOUT}{hint}"
         )
     _leave_out(files, left_out)
     classes = {}
@@ -324,7 +335,7 @@ def _classes(
         if not classes[name]:
             if not _is_around(folder / name, workdir) and left_out[RUNS] == runs:
                 raise RunError(
-                    f"the class folder {readable(folder / name)} is empty; put images into it, or remove it"
+                    f"the class folder {readable(folder / name)} holds no pictures; put some into it, or remove it"
                 )
             del classes[name]
     if not classes:
@@ -420,7 +431,7 @@ def _log_left_out(left_out: Counter[str], root: Path, strict: bool, log: Log) ->
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common(SHOWN))
     more = len(left_out) - SHOWN
     kinds += f" and {more} other endings" if more > 0 else ""
-    text = f"{left_out.total():,} files or folders in {readable(root)} are no pictures: {kinds}"
+    text = f"{left_out.total():,} files or folders in {readable(root)} are not used: {kinds}"
     if strict:
         raise RunError(f"{text}; remove them, or leave them out without --strict")
     log(f"left out: {text}")

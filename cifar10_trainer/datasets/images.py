@@ -53,6 +53,7 @@ PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 _large = threading.Lock()
 
 _ORIENTATION = 0x0112  # EXIF
+_BITS = 258  # of TIFF: those of each sample
 _PHOTOMETRIC = 262  # of TIFF; 0: white is zero
 # EXIF's orientation -> the method of `Image.transpose`, by name, that shows the picture upright.
 _TURNS = {
@@ -263,7 +264,11 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
         )
     # Of 8 bits Pillow itself inverts such a TIFF.
     white_is_zero = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-    scale = 1 / 257 if image.mode != "F" else 255.0 if high <= 1 else 1.0
+    if image.mode == "F":
+        scale = 255.0 if high <= 1 else 1.0
+    else:  # a TIFF of 32 bits may hold pixels of 8
+        bits = getattr(image, "tag_v2", {}).get(_BITS)
+        scale = 1.0 if bits == (32,) and high <= 255 else 1 / 257
     key = image.info.get("transparency") if image.mode != "F" else None  # the grey that is transparent
     result = np.empty(values.shape, np.uint8)
     for start in range(
