@@ -585,17 +585,19 @@ class Engine:
         data = data.map(no_autograph(lambda start, whole: padded_slice(whole[0], whole[1], start, size)))
         data = data.prefetch(2).with_options(tuned_by_hand())
         batches = iter(data)
-        if on_batch is None:
-            loss_sum, num_correct = self._evaluation(batches, tf.constant(rounds))
-            return {"loss": float(loss_sum) / len(images), "accuracy": float(num_correct) / len(images)}
-        sums, scores = np.zeros(2, np.float32), {"loss": 0.0, "accuracy": 0.0}
-        for i in range(rounds):
-            on_batch(i, None)
-            # In float32, as the loop in the graph adds.
-            sums += np.array(self._evaluation(batches, tf.constant(1)))
-            n = min((i + 1) * size * self.replicas, len(images))
+        sums, scores = (
+            np.zeros(2, np.float32),
+            {"loss": 0.0, "accuracy": 0.0},
+        )  # as the loop in the graph adds
+        count = rounds if on_batch is None else 1
+        for i in range(0, rounds, count):
+            if on_batch is not None:
+                on_batch(i, None)
+            sums += np.array(self._evaluation(batches, tf.constant(count)))
+            n = min((i + count) * size * self.replicas, len(images))
             scores = {"loss": float(sums[0]) / n, "accuracy": float(sums[1]) / n}
-            on_batch(i, dict(scores))
+            if on_batch is not None:
+                on_batch(i, dict(scores))
         return scores
 
     @functools.cached_property

@@ -27,7 +27,7 @@ from .datasets.images import SUFFIXES, open_formats, readable, without_warnings
 from .errors import ConfigError, RunError, check_type, reason_of, unknown
 from .keras_state import keras_defaults
 from .machine import cpu_count
-from .model_file import PACKAGED, check_model_file, info_of, load_model
+from .model_file import PACKAGED, ModelInfo, check_model_file, info_of, load_model
 from .run_folder import RunFolder, existing
 from .scoring import check_model, predict_probabilities, takes
 
@@ -100,11 +100,12 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     return paths
 
 
-def find_class_names(model_path: str | Path, classes: int) -> tuple[str, ...]:
-    """The class names in the config.json beside the model; where there are none, numbers from 0."""
+def info_beside(model_path: str | Path) -> ModelInfo:
+    """What the config.json beside a model says about it, whose own file may say nothing, as those of version 1.0.0."""
     folder = RunFolder(Path(model_path).parent)
-    names = folder.read_config().get("class_names") if folder.config_file.is_file() else None
-    return tuple(names) if names else tuple(map(str, range(classes)))
+    config = folder.read_config() if folder.config_file.is_file() else {}
+    resize = config.get("resize", "squash")
+    return ModelInfo(tuple(config.get("class_names") or ()), resize if resize in RESIZES else "squash")
 
 
 @keras_defaults()
@@ -231,13 +232,6 @@ def label_files(
             yield results, [image for _, image in read_ones if isinstance(image, str)]
 
 
-def find_resize(model_path: str | Path) -> str:
-    """How the images were resized for training, by the config.json beside the model; where there is none, "squash"."""
-    folder = RunFolder(Path(model_path).parent)
-    resize = folder.read_config().get("resize", "squash") if folder.config_file.is_file() else "squash"
-    return resize if resize in RESIZES else "squash"
-
-
 def table(results: Sequence[dict[str, Any]], top_k: int) -> str:
     """`results` as aligned text: file, label, probability, then further labels, `top_k` in all, and a note."""
     rows = [("file", "label", "probability", "then" if top_k > 1 else "", "")]
@@ -264,8 +258,10 @@ def main(argv: list[str]) -> None:
     cli.import_tensorflow()
     model = load_model(path)
     info = info_of(model)
-    names = FLAGS.class_names or info.class_names or find_class_names(path, model.output_shape[-1])
-    resize = FLAGS.resize or (info.resize if info.class_names else find_resize(path))
+    if not info.class_names:
+        info = info_beside(path)
+    names = FLAGS.class_names or info.class_names or tuple(map(str, range(model.output_shape[-1])))
+    resize = FLAGS.resize or info.resize
     results: list[dict[str, Any]] = []
     unreadable = 0
     for block, errors in label_files(model, paths, names, resize):

@@ -372,7 +372,7 @@ def test_hdf5_is_the_same_model_once_more(tmp_path, digits, caplog):
     answers = []
     for path in (tmp_path / "model.keras", tmp_path / "model.h5"):
         model = evaluate.load_model(path)
-        names = predict.find_class_names(path, 10)
+        names = predict.info_beside(path).class_names
         answers.append(
             (model.predict(digits.test_images, verbose=0), predict.predict_images(model, [image], names))
         )

@@ -134,11 +134,14 @@ class Leaderboard:
 
     def rows(self) -> list[Row]:
         """All trials: the completed ones, the best first, then the failed and the unfinished ones."""
-        sign = -1 if self.oracle.objective.direction == "max" else 1
-        name = self.oracle.objective.name
-        order = ("completed", "failed", "unfinished")
-        rows = [self.row(t) for t in list(self.oracle.trials.values())]
-        return sorted(rows, key=lambda r: (order.index(r.status), sign * r.metrics.get(name, 0), r.trial))
+        return sorted((self.row(t) for t in list(self.oracle.trials.values())), key=self._rank)
+
+    def _rank(self, row: Row) -> tuple[float, ...]:
+        """What the rows are sorted by."""
+        objective = self.oracle.objective
+        sign = -1 if objective.direction == "max" else 1
+        order = ("completed", "failed", "unfinished").index(row.status)
+        return order, sign * row.metrics.get(objective.name, 0), row.trial
 
     def row(self, trial: Trial) -> Row:
         """The row of a trial."""
@@ -147,10 +150,8 @@ class Leaderboard:
 
     def best_trial(self) -> Trial | None:
         """The completed trial with the best objective; None if no trial is completed."""
-        row = self.rows()[0] if self.oracle.trials else None
-        if row is None or row.status != "completed":
-            return None
-        return next(t for t in list(self.oracle.trials.values()) if int(t.trial_id) + 1 == row.trial)
+        done = [t for t in list(self.oracle.trials.values()) if t.status == TrialStatus.COMPLETED]
+        return min(done, key=lambda trial: self._rank(self.row(trial)), default=None)
 
     def best_config(self) -> Config | None:
         """The Config of the best trial, for the main command; None if no trial is completed."""
@@ -179,7 +180,7 @@ class Leaderboard:
         """Updates the folder, and logs the result of a trial, the best trial and the remaining time."""
         self.write()
         rows = self.rows()
-        row = next(r for r in rows if r.trial == int(trial.trial_id) + 1)
+        row = self.row(self.oracle.trials[trial.trial_id])
         ended = [r for r in rows if r.status != "unfinished"]
         if row.status == "failed":
             parts = [f"trial {row.trial} of {self.max_trials}: failed: {row.reason}"]
