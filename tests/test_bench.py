@@ -484,6 +484,7 @@ def run_of(recipe, epochs, **metrics):
 def test_the_frontier_trains_what_has_no_record(monkeypatch):
     found = [run_of("fast.default", 40.0), run_of("fast.default", 4.0), run_of("leaky.baseline", 2)]
     monkeypatch.setattr(results.frontier, "EPOCHS", (2, 4, 40))
+    found += [run_of("fast.95", 2.0), run_of("fast.95", 40.0)]
     monkeypatch.setattr(records, "load", lambda: found)
     commands, published = [], []
     result = type("Result", (), {"returncode": 0})()
@@ -492,7 +493,10 @@ def test_the_frontier_trains_what_has_no_record(monkeypatch):
     assert cpu.frontier(Options(quick=True)) == {}
     assert (commands, published) == ([], [found])
     cpu.frontier(Options(data_dir="d"))
-    assert [words[2:] for words in commands] == [["fast.default", "--epochs=2", "--data_dir=d"]]
+    assert [words[2:] for words in commands] == [
+        ["fast.default", "--epochs=2", "--data_dir=d"],
+        ["fast.95", "--epochs=4", "--data_dir=d"],
+    ]
     result.returncode = 1
     with pytest.raises(RunError, match=r"fast\.default with 2 epochs failed"):
         cpu.frontier(Options())

@@ -443,14 +443,16 @@ RECORDS = [
 
 def test_a_point_holds_all_seeds():
     points = frontier.points_of(RECORDS)
-    four, forty = frontier.ours(points)
+    four, forty = frontier.points_by_epochs(points, "fast.default")
     assert (four.epochs, four.seconds, four.pflop) == (4, 250, 0.08)
     assert (four.validation, four.test, four.test_with_tta) == ((0.8, 0.8), (0.88, 0.90), (0.90, 0.92))
     assert (forty.epochs, forty.test) == (40, (0.93,))
     theirs = {"leaky.baseline", "leaky.three", "leaky.sgd", "vgg.final"}
     assert {p.recipe for p in points} == {"fast.default"} | theirs
-    assert frontier.missing(RECORDS) == [2, 8, 16]
-    assert frontier.missing([]) == list(frontier.EPOCHS)
+    lengths = {
+        recipe: [n for name, n in frontier.missing(RECORDS) if name == recipe] for recipe in frontier.OWN
+    }
+    assert lengths == {"fast.default": [2, 8, 16], "fast.95": [2, 4, 8, 16, 40]}
 
 
 def test_a_tutorials_best_is_chosen_on_validation_images():
