@@ -238,7 +238,7 @@ def _changes() -> dict[str, Any]:
     if FLAGS.final_fit:
         if "validation_fraction" in changes or _is_set("validation_fraction"):
             raise ConfigError("--final_fit and --validation_fraction; allowed: one of the two")
-        changes["validation_fraction"] = None
+        changes |= {"validation_fraction": None, "validation_fold": 0}  # --config may be that of a fold
     elif changes.get("validation_fraction") == 0:
         raise ConfigError(
             "validation_fraction is 0; allowed: greater than 0 and less than 1, or --final_fit to train on every image"
@@ -293,7 +293,8 @@ def check_folds() -> None:
     if FLAGS.folds is None:
         return
     several = ("workers", "local_workers")
-    given = [name for name in ("final_fit", "hdf5", "validation_fraction", *several) if FLAGS[name].present]
+    given = [name for name in ("final_fit", "hdf5") if FLAGS[name].value]
+    given += [name for name in ("validation_fraction", *several) if FLAGS[name].present]
     fields = ("validation_fraction", "validation_split", "validation_fold")
     given += [f"set {name}" for name in fields if _is_set(name)]
     if given:
@@ -329,7 +330,9 @@ def meet_workers(config: Config) -> None:
     def log(text: str) -> None:
         left_over = config.strategy == "auto" and FLAGS.workers is None
         if not FLAGS.quiet:
-            print(f"{text} of TF_CONFIG, which --strategy=none ignores" if left_over else text, flush=True)
+            print(
+                f"{text} (named by TF_CONFIG; --strategy=none ignores it)" if left_over else text, flush=True
+            )
 
     team = cluster.join_workers(config.strategy, FLAGS.cluster_timeout, log)
     if team is not None:

@@ -116,6 +116,8 @@ def import_tensorflow() -> None:
             import tensorflow as tf
 
             tf.config.list_physical_devices()
+            # Each fold and each trial has functions of its own, for which TensorFlow takes new traces of one function.
+            tf.get_logger().addFilter(lambda record: "tf.function retracing" not in record.getMessage())
         except Exception:
             output.seek(0)
             os.write(stderr, output.read())

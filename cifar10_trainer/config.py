@@ -346,7 +346,7 @@ class Config(_Section):
         pixels: how the network scales them: "standardised" is minus the channel mean, over the deviation; "centred" minus the
             mean; "unit" 0-1.
         whitening: whether the layer "whitening" is set to the patch whitening of the images, and frozen.
-        epochs: above 0, up to 100,000. A fraction ends the run within an epoch.
+        epochs: above 0 and below 100,000. A fraction ends the run within an epoch.
         batch_size: the global one, over all replicas.
         sizes: progressive resizing: the sides of the training images, each for an equal share of the steps, so that training
             starts on small images. The last one stands for the full size, and the others are in proportion to it. Empty: off.

@@ -26,7 +26,7 @@ from .errors import ConfigError, RunError, RunInterrupted, check_type, interrupt
 from .files import new_workdir, write_json
 from .keras_state import keras_defaults
 from .loop import SAVE_SECONDS
-from .run_folder import FOLDS_FILE, RunFolder, difference, fold_folder, or_allow_it
+from .run_folder import FOLDS_FILE, FoldsFolder, RunFolder, difference, fold_folder, or_allow_it
 from .training import train_and_evaluate
 
 TAKEN = (
@@ -84,7 +84,7 @@ def cross_validate(
     more = dict[str, Any](data_dir=data_dir, dataset=data, save_seconds=save_seconds, policy=None)
     more |= {"overwrite": overwrite, "verbose": verbose, "allow_replica_change": allow_replica_change}
     runs = []
-    with runtime.Signals() as signals:
+    with FoldsFolder(workdir).lock(), runtime.Signals() as signals:
         for i in range(folds):
             if signals.caught:  # after the last step of the fold before
                 raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
@@ -95,8 +95,8 @@ def cross_validate(
             log(f"   {100 * run['best_val_accuracy']:.2f}%\n")
             runs.append(_row(i + 1, run))
             since = time.monotonic()
-    summary = _summary(config, data, runs)
-    write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)
+        summary = _summary(config, data, runs)
+        write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)
     log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
     return summary
 

@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -206,6 +207,11 @@ def is_shape(shape: Any, rank: int, fixed: bool = True) -> bool:
 
 def _does_not_open(path: Path, error: Exception) -> RunError:
     reason = one_line(error)
+    if unknown := re.search(r"(?:Could not locate class|Unknown layer:) '([^']+)'", str(error)):
+        return RunError(
+            f"{path} needs the class {unknown[1]!r}, which is not known here; in Python, import the module that registers it, then"
+            " call load_model"
+        )
     return RunError(f"{path} does not open as a Keras model ({reason}); name another file, or train it again")
 
 

@@ -67,6 +67,16 @@ def existing(workdir: str | os.PathLike[str]) -> RunFolder:
     return folder
 
 
+class FoldsFolder(LockedFolder):
+    """The folder of a cross-validation, around those of its runs."""
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Makes the folder, and keeps other cross-validations out of it. Raises FolderBusyError where one is in it, RunError."""
+        return self._locked(
+            f"another cross-validation is at work in {self}; wait for its end, or choose another folder with --workdir"
+        )
+
+
 def fold_folder(workdir: Path, folds: int, i: int) -> RunFolder:
     """The run folder of fold i, from 0, of a cross-validation in `workdir`."""
     return RunFolder(workdir / f"fold-{i + 1}-of-{folds}")

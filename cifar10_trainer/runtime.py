@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
 import platform
 import signal
 import sys
@@ -65,7 +66,13 @@ def verbosity(verbose: int | str) -> int:
 
 @functools.cache  # two such strategies in one process disturb each other's reductions
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    return tf.distribute.MirroredStrategy(list(devices))
+    # It reads TF_CONFIG, which may be left over from something else.
+    left_over = os.environ.pop("TF_CONFIG", None)
+    try:
+        return tf.distribute.MirroredStrategy(list(devices))
+    finally:
+        if left_over is not None:
+            os.environ["TF_CONFIG"] = left_over
 
 
 def split_cpu(replicas: int) -> None:

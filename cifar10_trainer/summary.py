@@ -60,9 +60,15 @@ def summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
 
 
 def warn_at_chance(
-    log: Log, history: Sequence[Mapping[str, Any]], data: Dataset, best_val_accuracy: float | None
+    log: Log,
+    history: Sequence[Mapping[str, Any]],
+    data: Dataset,
+    best_val_accuracy: float | None,
+    class_weights: str,
 ) -> None:
     """Logs a line where the accuracy is no better than that of always guessing the largest class.
+
+    With balanced class weights, which do not favour that class, than that of guessing at random.
 
     It is better where it exceeds the share of that class by more than 2.33 standard deviations of a share of so many
     images (a one-sided test at 1%). The accuracy is the best validation accuracy, or the last training accuracy.
@@ -71,12 +77,14 @@ def warn_at_chance(
     accuracy, images = best_val_accuracy, "validation images"
     if accuracy is None:
         labels, accuracy, images = data.train_labels, history[-1]["accuracy"], "training images"
-    share = float(np.bincount(labels).max()) / len(labels)
+    share, guess = float(np.bincount(labels).max()) / len(labels), "the largest class"
+    if class_weights == "balanced":
+        share, guess = 1 / data.num_classes, "at random"
     # Of so few images that all of them may be right by luck, no accuracy shows anything.
     luck = share + 2.33 * math.sqrt(share * (1 - share) / len(labels))
     if accuracy <= luck < 1:
         log(
-            f"  at chance level      {accuracy:.2%} of the {len(labels):,} {images}; to guess the largest class gives"
+            f"  at chance level      {accuracy:.2%} of the {len(labels):,} {images}; to guess {guess} gives"
             f" {share:.2%}: the network has learned nothing that these images show; try a smaller --learning_rate"
         )
 

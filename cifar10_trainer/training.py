@@ -170,7 +170,7 @@ def train_and_evaluate(
                 report.write_report(folder, dataset=found, test_probabilities=probabilities, **run)
             folder.write_metrics(metrics)  # last of all: it makes the run a finished one
     summary.summarize(log, metrics, folder)
-    summary.warn_at_chance(log, loop.history, found, metrics["best_val_accuracy"])
+    summary.warn_at_chance(log, loop.history, found, metrics["best_val_accuracy"], config.class_weights)
     summary.warn_of_precision(log, kept if verbose else None, validation, metrics)
     return metrics
 

@@ -197,7 +197,7 @@ def test_what_is_ragged_is_one_line():
         from_arrays(data)
 
 
-@pytest.mark.parametrize("names", ["abc", 5])
+@pytest.mark.parametrize("names", ["abc", 5, {0: "a", 1: "b"}, {"a", "b"}])
 def test_names_of_classes_are_a_list(names):
     with pytest.raises(ConfigError, match=r"class_names is .*; allowed: a list with a name for each class"):
         from_arrays((IMAGES, LABELS), class_names=names)

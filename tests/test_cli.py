@@ -140,6 +140,21 @@ def test_every_flag_is_tested():
     assert {name for name in command.FLAGS if name != "h"} == set(EFFECTS) | ELSEWHERE
 
 
+def test_flags_that_are_switched_off_are_none():
+    assert config_of("--final_fit=false").validation_fraction == 0.1
+    command.FLAGS.unparse_flags()
+    command.FLAGS(["x", "--folds=2", "--final_fit=false", "--nohdf5"])
+    command.check_folds()
+
+
+def test_the_config_of_a_fold_can_be_fitted_on_all_images(tmp_path):
+    fold = DEFAULT.override(validation_fraction=1 / 3, validation_fold=2)
+    (tmp_path / "config.json").write_text(json.dumps(fold.to_dict()))
+    assert config_of(f"--config={tmp_path / 'config.json'}", "--final_fit") == DEFAULT.override(
+        validation_fraction=None
+    )
+
+
 def test_what_a_flag_sets_for_a_folder_is_not_chosen_by_its_size():
     config = config_of("--dataset=folder", "--batch_size=16", "--set=validation_interval=3", "--final_fit")
     assert config.adapt == ("epochs",)

@@ -140,6 +140,8 @@ WRONG = {
     changed(cluster={"worker": ["a:1", f"{'b' * 64}:1"]}): f"names the address '{'b' * 64}:1'",
     changed(cluster={"worker": ["a:1", "http://b:1"]}): "names the address 'http://b:1'",
     changed(cluster={"worker": ["a:1", ":5"]}): "names the address ':5'",
+    changed(cluster={"worker": ["a:1", "b:05"]}): "names the address 'b:05'",
+    changed(cluster={"worker": ["a:1", "b:\u0665"]}): "names the address",  # a digit five, but not of ASCII
 }
 
 

@@ -24,9 +24,9 @@ from cifar10_trainer import (
     runtime,
 )
 from cifar10_trainer.config import Config, Optimizer
-from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
+from cifar10_trainer.errors import ConfigError, FolderBusyError, RunError, RunInterrupted
 from cifar10_trainer.recipes import RECIPES
-from cifar10_trainer.run_folder import RunFolder
+from cifar10_trainer.run_folder import FoldsFolder, RunFolder
 from cifar10_trainer.training import train_and_evaluate
 
 TINY = RECIPES["fast.digits"].override(
@@ -120,6 +120,20 @@ def test_no_run_is_given_the_test_images_or_the_clock_of_another(tmp_path, digit
         assert call["overwrite"] and call["data_dir"] == "here"
     starts = [call["since"] for call in scripted]
     assert starts == sorted(starts) and len(set(starts)) == 3
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_cross_validation_in_the_folder_is_refused_before_it_changes_anything(
+    overwrite, tmp_path, digits, scripted
+):
+    (tmp_path / "fold-1-of-2").mkdir()
+    (tmp_path / "fold-1-of-2" / "model.keras").write_text("of the other one")
+    with (
+        FoldsFolder(tmp_path).lock(),
+        pytest.raises(FolderBusyError, match="another cross-validation is at work in"),
+    ):
+        quietly(2, tmp_path, digits, overwrite=overwrite)
+    assert (tmp_path / "fold-1-of-2" / "model.keras").read_text() == "of the other one" and scripted == []
 
 
 def test_a_split_of_the_recipe_does_not_matter(tmp_path, digits, scripted):

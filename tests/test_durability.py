@@ -311,13 +311,13 @@ def test_save_seconds_out_of_range(tmp_path, digits, seconds):
 # ---- chance
 
 
-def line_about_chance(labels, accuracy, training_accuracy=0.9):
+def line_about_chance(labels, accuracy, training_accuracy=0.9, class_weights="none"):
     lines = []
     images = np.zeros((len(labels), 8, 8, 3), np.uint8)
     none = (images[:0], labels[:0])
     data = datasets.Dataset("digits", images, labels, *none, tuple("abcdefghij"), "here")
     data = dataclasses.replace(data, validation=none if accuracy is None else (images, labels))
-    summary.warn_at_chance(lines.append, [{"accuracy": training_accuracy}], data, accuracy)
+    summary.warn_at_chance(lines.append, [{"accuracy": training_accuracy}], data, accuracy, class_weights)
     return lines
 
 
@@ -332,6 +332,15 @@ def test_a_run_at_chance_level_is_told():
     (line,) = line_about_chance(labels, None, 0.31)
     assert "31.00% of the 1,000 training images" in line
     assert not line_about_chance(labels, None, 0.5)
+
+
+def test_with_balanced_weights_chance_is_a_guess_at_random():
+    """Of 1,000 images and ten classes 10%, with a deviation of 0.95 points, 2.33 of them 2.2; 85% are of one class."""
+    labels = np.repeat(np.arange(8), [850, 30, 20, 20, 20, 20, 20, 20])
+    assert line_about_chance(labels, 0.85) and not line_about_chance(labels, 0.85, class_weights="balanced")
+    assert not line_about_chance(labels, 0.123, class_weights="balanced")
+    (line,) = line_about_chance(labels, 0.121, class_weights="balanced")
+    assert "to guess at random gives 10.00%" in line
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 0, 1, 1], [0] * 20])

@@ -202,3 +202,26 @@ def test_an_ending_that_keras_does_not_know_is_no_damaged_file(name, tmp_path):
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(ConfigError, match=r"allowed: a name that ends in \.keras, \.h5 or \.hdf5"):
         load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_layer_whose_code_is_elsewhere_is_named(suffix, tmp_path):
+    """The file is written by another process, which knows the layer."""
+    script = """
+import sys, keras
+
+@keras.saving.register_keras_serializable("mine")
+class Scale(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+images = keras.Input((8, 8, 3))
+x = keras.layers.Flatten()(Scale()(images))
+keras.Model(images, keras.layers.Dense(2, activation="softmax")(x)).save(sys.argv[1])
+"""
+    path = tmp_path / f"model{suffix}"
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True)
+    with pytest.raises(
+        RunError, match=r"needs the class '(mine>)?Scale', which is not known here; in Python, import"
+    ):
+        load_model(path)

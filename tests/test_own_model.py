@@ -524,6 +524,11 @@ def refused():
     by_function = keras.layers.Dense(10, activation=keras.ops.softmax)(flat)
     yield keras.Model(one, by_function), r'ends in the activation softmax; .* \(activation="softmax"\)'
     yield keras.Model(one, keras.ops.sigmoid(dense(flat))), "model ends in the operation Sigmoid; allowed"
+    grey = keras.Input((32, 32, 1))
+    yield (
+        keras.Model(grey, keras.layers.Dense(10)(keras.layers.Flatten()(grey))),
+        r"the images are \(32, 32, 3\); grey images become three equal channels; allowed",
+    )
     small = keras.Input((28, 28, 3))
     yield (
         keras.Model(small, keras.layers.Dense(10)(keras.layers.Flatten()(small))),
@@ -570,7 +575,7 @@ def test_a_layer_that_no_file_can_hold_is_refused_in_a_line(layer, text, nested,
     refusal(model, text, tmp_path, digits)
 
 
-@pytest.mark.parametrize("case", range(11))
+@pytest.mark.parametrize("case", range(12))
 def test_what_the_engine_cannot_train_is_refused_in_a_line(case, tmp_path, digits):
     model, text = list(refused())[case]
     said = refusal(model, text, tmp_path, digits)

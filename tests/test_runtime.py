@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from types import SimpleNamespace
 
 import keras
@@ -145,6 +146,14 @@ def test_multi_worker_without_a_cluster(text, devices, made, monkeypatch):
         runtime.choose_strategy("multi_worker")
     assert runtime.choose_strategy("auto")[0] is tf.distribute.get_strategy()
     assert made == []
+
+
+@pytest.mark.parametrize("text", ["garbage", "{", "[]"])
+def test_mirrored_does_not_read_what_tf_config_was_left_with(text, monkeypatch):
+    """TensorFlow's own strategy does."""
+    monkeypatch.setenv("TF_CONFIG", text)
+    strategy = runtime._mirrored.__wrapped__(("/device:CPU:0",))
+    assert strategy.num_replicas_in_sync == 1 and os.environ["TF_CONFIG"] == text
 
 
 def test_a_cluster_of_one_worker_says_what_it_means(devices, made, monkeypatch):

@@ -366,6 +366,24 @@ def test_the_seconds_of_an_interrupted_trial_count(digits, tmp_path, monkeypatch
     assert row.ended >= 0.5
 
 
+def test_of_equally_good_trials_the_one_with_the_lowest_validation_loss_is_best(
+    digits, tmp_path, monkeypatch
+):
+    calls, losses = [], iter([0.5, 0.3, 0.4])
+    right = fake_training([0.8, 0.8, 0.8], calls)
+
+    def train(config, folder, **options):
+        metrics = right(config, folder, **options)
+        history = (folder / "history.csv").read_text()
+        (folder / "history.csv").write_text(history.replace(str(1 - 0.8), str(next(losses))))
+        return metrics
+
+    monkeypatch.setattr(trial, "train_and_evaluate", train)
+    found = tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=3, verbose=0)
+    assert [row.trial for row in found.rows] == [2, 3, 1]
+    assert found.best_config.options == calls[1].options
+
+
 def test_an_interrupted_search_resumes(digits, tmp_path, monkeypatch):
     calls = []
     events = [0.8, RunInterrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]

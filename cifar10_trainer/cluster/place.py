@@ -108,7 +108,9 @@ def is_list_of_texts(value: Any) -> TypeGuard[list[str]]:
 
 def host_and_port(address: str, where: str) -> tuple[str, int]:
     """The two parts of HOST:PORT, where HOST may be an IPv6 address in brackets. Raises ConfigError."""
-    match = re.fullmatch(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_LABEL}(?:\.{_LABEL})*\.?)):(\d{{1,5}})", address)
+    match = re.fullmatch(
+        rf"(?:\[([0-9A-Fa-f:.]+)\]|({_LABEL}(?:\.{_LABEL})*\.?)):([1-9][0-9]{{0,4}})", address
+    )
     if match is None or not 1 <= int(match[3]) <= 65535:
         raise ConfigError(
             f"{where} names the address {address!r}; allowed: HOST:PORT with a port from 1 to 65535, as 10.0.0.1:5000"

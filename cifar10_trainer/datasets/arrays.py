@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,8 @@ def _class_names(class_names: Sequence[str] | None, count: int, labels: np.ndarr
             " numbered from 0, each with a training image"
         )
     if class_names is not None:
-        if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+        # The order counts, which a set has not; of a dict it would be the keys.
+        if isinstance(class_names, str | Mapping | Set) or not isinstance(class_names, Iterable):
             raise ConfigError(
                 f"class_names is {shown(class_names)}; allowed: a list with a name for each class"
             )

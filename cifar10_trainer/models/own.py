@@ -48,7 +48,8 @@ def plain_model(model: keras.Model, input_shape: tuple[int, ...], num_classes: i
     shape, output_shape = tuple(functional.input_shape), tuple(functional.output_shape)
     fits = all(a in (None, b) for a, b in zip(shape[1:], input_shape, strict=False))
     if len(shape) != 4 or not fits:
-        raise ConfigError(f"model takes {shape}, but the images are {input_shape}; {ALLOWED}")
+        grey = "; grey images become three equal channels" if shape[3:] == (1,) else ""
+        raise ConfigError(f"model takes {shape}, but the images are {input_shape}{grey}; {ALLOWED}")
     if len(output_shape) != 2 or output_shape[1] != num_classes:
         raise ConfigError(
             f"model returns {output_shape}, but the data set has {num_classes} classes; {ALLOWED}"
