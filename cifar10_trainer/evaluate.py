@@ -221,7 +221,9 @@ def load_images(
                 print(f"{rest}; of the others each stays in its part", file=sys.stderr)
                 rows = there
             elif FLAGS.data_dir:
-                print(f"{data_dir} has none of the run's pictures: it is a data set of its own", file=sys.stderr)
+                print(
+                    f"{data_dir} has none of the run's pictures: it is a data set of its own", file=sys.stderr
+                )
                 rows, others = None, True
     if rows:
         where = RunFolder(FLAGS.workdir).split_file
