@@ -55,6 +55,7 @@ RUN_FILES = (
     "config.json",
 )
 FOLDS_FILE = "folds.json"  # of a finished cross-validation, in the folder around those of its runs
+SEARCH_FILE = "search.json"  # of a search
 HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
 SPLIT_COLUMNS = ("file", "class", "part")
 
@@ -70,11 +71,16 @@ def existing(workdir: str | os.PathLike[str]) -> RunFolder:
 class FoldsFolder(LockedFolder):
     """The folder of a cross-validation, around those of its runs."""
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Makes the folder, and keeps other cross-validations out of it. Raises FolderBusyError where one is in it, RunError."""
-        return self._locked(
-            f"another cross-validation is at work in {self}; wait for its end, or choose another folder with --workdir"
-        )
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Makes the folder, and keeps other cross-validations out of it.
+
+        Raises FolderBusyError where one is in it, ConfigError where it holds a run or a search, RunError where it cannot be made.
+        """
+        busy = f"another cross-validation is at work in {self}; wait for its end, or choose another folder with --workdir"
+        with self._locked(busy):
+            check_kind(self.path, "cross-validation")
+            yield
 
 
 def fold_folder(workdir: Path, folds: int, i: int) -> RunFolder:
@@ -90,7 +96,19 @@ def holds_run(names: Collection[str]) -> bool:
         "history.csv",
         "split.csv",
     }.isdisjoint(names)
-    return begun or FOLDS_FILE in names or "search.json" in names
+    return begun or FOLDS_FILE in names or SEARCH_FILE in names
+
+
+def check_kind(folder: Path, own: str) -> None:
+    """Raises ConfigError where a folder holds a run, a cross-validation or a search, but not what it is to hold: `own`."""
+    found = {
+        "run": RunFolder(folder).has_trained(),
+        "cross-validation": (folder / FOLDS_FILE).exists() or any(folder.glob("fold-*-of-*")),
+        "search": (folder / SEARCH_FILE).exists(),
+    }
+    for kind, is_there in found.items():
+        if is_there and kind != own:
+            raise ConfigError(f"{folder} holds a {kind}; choose another --workdir for a {own}")
 
 
 class RunFolder(LockedFolder):
@@ -132,7 +150,8 @@ class RunFolder(LockedFolder):
             yield
 
     def _check_whose(self) -> None:
-        """Raises ConfigError where no run is in the folder, but files that one would replace."""
+        """Raises ConfigError where no run is in the folder, but files that one would replace, or something else of ours."""
+        check_kind(self.path, "run")
         found = [name for name in RUN_FILES if (self.path / name).exists()]
         if found and not self._states() and not self._has_config_of_a_run():
             raise ConfigError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cifar10_trainer.errors import RunError
-from cifar10_trainer.run_folder import HISTORY_COLUMNS, RunFolder
+from cifar10_trainer.errors import ConfigError, RunError
+from cifar10_trainer.run_folder import HISTORY_COLUMNS, FoldsFolder, RunFolder
+from tuning.search_folder import SearchFolder
 
 
 def test_a_run_that_begins_anew_has_no_curves_of_the_one_before(tmp_path):
@@ -85,3 +86,27 @@ def test_names_of_files_may_hold_any_character(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_split(rows)
     assert folder.read_split() == rows
+
+
+@pytest.mark.parametrize(
+    ("folder", "own", "files", "held"),
+    [
+        (RunFolder, "run", ["folds.json"], "cross-validation"),
+        (RunFolder, "run", ["fold-1-of-3/config.json"], "cross-validation"),
+        (RunFolder, "run", ["search.json"], "search"),
+        (FoldsFolder, "cross-validation", ["config.json", "metrics.json"], "run"),
+        (FoldsFolder, "cross-validation", ["search.json"], "search"),
+        (SearchFolder, "search", ["config.json", "metrics.json"], "run"),
+        (SearchFolder, "search", ["folds.json"], "cross-validation"),
+    ],
+)
+def test_a_folder_holds_one_kind_of_thing(folder, own, files, held, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"recipe": "fast.85"}')
+    with (
+        pytest.raises(ConfigError, match=f"holds a {held}; choose another --workdir for a {own}"),
+        folder(tmp_path).lock(),
+    ):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(name.split("/")[0] for name in files)

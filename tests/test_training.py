@@ -1150,8 +1150,9 @@ def test_a_drawer_of_pictures_end_to_end(tmp_path, drawer, capsys):
             assert scored["accuracy"] == metrics["best_val_accuracy"]
     (drawer / "lime" / "0.png").unlink()
     (drawer / "lime" / "1.png").unlink()
-    assert call(evaluate, evaluate.USAGE, f"--workdir={workdir}", "--split=train") == 1
-    assert "cannot be read" in capsys.readouterr().err
+    assert call(evaluate, evaluate.USAGE, f"--workdir={workdir}", "--split=train") == 2
+    err = capsys.readouterr().err
+    assert "lacks 2 of the run's 42 pictures" in err and "does not hold the images of the run" in err
 
     again = [
         "--dataset=folder",

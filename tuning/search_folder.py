@@ -19,9 +19,10 @@ from cifar10_trainer.files import (
     remove_leftovers,
     write_json,
 )
+from cifar10_trainer.run_folder import SEARCH_FILE, check_kind
 
 # What a search writes, and --overwrite removes in this order. search.json shows whose the others are, so it goes last.
-SEARCH_FILES = ("trials", "best_config.json", "leaderboard.csv", "search.png", "tensorboard", "search.json")
+SEARCH_FILES = ("trials", "best_config.json", "leaderboard.csv", "search.png", "tensorboard", SEARCH_FILE)
 
 
 class SearchFolder(LockedFolder):
@@ -36,7 +37,7 @@ class SearchFolder(LockedFolder):
 
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path)
-        self.search_file = self.path / "search.json"
+        self.search_file = self.path / SEARCH_FILE
         self.trials = self.path / "trials"
         self.state_file = self.trials / "search_state.json"
         self.precision_file = self.trials / "precision.json"
@@ -53,9 +54,11 @@ class SearchFolder(LockedFolder):
 
         Raises:
             FolderBusyError: if another process searches in the folder.
+            ConfigError: if it holds a run or a cross-validation.
             RunError: if the folder cannot be made.
         """
         with self._locked(f"another process is searching in {self}; choose another --workdir"):
+            check_kind(self.path, "search")
             yield
 
     def _tidy(self) -> None:
