@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib.metadata
 import inspect
+import logging
 import math
 import os
 import platform
@@ -100,6 +101,11 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 HIDDEN_PACKAGES = ("matplotlib", "sklearn", "scipy", "IPython")
 
 
+def _is_no_retracing(record: logging.LogRecord) -> bool:
+    """A filter for TensorFlow's log: it takes the functions of each fold and trial for new traces of one function."""
+    return "tf.function retracing" not in record.getMessage()
+
+
 def import_tensorflow() -> None:
     """Imports TensorFlow and finds its devices. Hides the dozen lines that its C++ side prints at any log level.
 
@@ -116,8 +122,7 @@ def import_tensorflow() -> None:
             import tensorflow as tf
 
             tf.config.list_physical_devices()
-            # Each fold and each trial has functions of its own, for which TensorFlow takes new traces of one function.
-            tf.get_logger().addFilter(lambda record: "tf.function retracing" not in record.getMessage())
+            tf.get_logger().addFilter(_is_no_retracing)
         except Exception:
             output.seek(0)
             os.write(stderr, output.read())

@@ -11,6 +11,7 @@ The whole state of the engine is a dict of arrays: `state()` and `restore()`. Th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -89,9 +90,8 @@ class Engine:
     table: PerReplica  # augment.image_table of the images
     labels: PerReplica  # int32 [n]
     compile_loop: bool  # whether XLA compiles the loop of whole steps
-    non_trainable: list[
-        keras.Variable
-    ]  # those of the training model, and the seed of what draws without a generator
+    # Those of the training model, and the seed of what draws without a generator.
+    non_trainable: list[keras.Variable]
     _gradients_of: Callable[..., Any]  # `_gradients`, compiled by XLA or not
 
     @keras_defaults()
@@ -185,9 +185,7 @@ class Engine:
         )
         draws = draws_of(self.model)
         self.resumes_exactly = not draws.tensorflow
-        seeds = (
-            [keras.random.SeedGenerator(config.seed).state] if draws.keras else []
-        )  # of drawing without a generator
+        seeds = [keras.random.SeedGenerator(config.seed).state] if draws.keras else []
         self.non_trainable = [*self.training_model.non_trainable_variables, *seeds]
         self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
         optim.leave_out_others(self.optimizer, self.training_model)
@@ -264,7 +262,8 @@ class Engine:
         """
         count = len(self.training_model.non_trainable_variables)
         non_trainable, seeds = non_trainable[:count], [StepSeeds(seed) for seed in non_trainable[count:]]
-        with tf.GradientTape() as tape, drawing_from(seeds[0] if seeds else None):
+        drawing = drawing_from(seeds[0]) if seeds else contextlib.nullcontext()
+        with tf.GradientTape() as tape, drawing:
             tape.watch(weights)
             logits, non_trainable, penalties = self.training_model.stateless_call(
                 weights, non_trainable, images, training=True, return_losses=True
@@ -585,10 +584,8 @@ class Engine:
         data = data.map(no_autograph(lambda start, whole: padded_slice(whole[0], whole[1], start, size)))
         data = data.prefetch(2).with_options(tuned_by_hand())
         batches = iter(data)
-        sums, scores = (
-            np.zeros(2, np.float32),
-            {"loss": 0.0, "accuracy": 0.0},
-        )  # as the loop in the graph adds
+        sums = np.zeros(2, np.float32)  # as the loop in the graph adds
+        scores = {"loss": 0.0, "accuracy": 0.0}
         count = rounds if on_batch is None else 1
         for i in range(0, rounds, count):
             if on_batch is not None:

@@ -216,9 +216,12 @@ def load_images(
     if rows and data_dir:
         there = _existing_rows(rows, data_dir)
         if len(there) < len(rows):
-            rest = f"{data_dir} lacks {len(rows) - len(there):,} of the run's {len(rows):,} pictures"
             if there:
-                print(f"{rest}; of the others each stays in its part", file=sys.stderr)
+                print(
+                    f"{data_dir} lacks {len(rows) - len(there):,} of the run's {len(rows):,} pictures; of the others each stays in"
+                    " its part",
+                    file=sys.stderr,
+                )
                 rows = there
             elif FLAGS.data_dir:
                 print(

@@ -44,9 +44,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")  # names of classes in a script that the font lacks
-        warnings.filterwarnings(
-            "ignore", "constrained_layout not applied"
-        )  # to images a hundred times as long as wide
+        # To images a hundred times as long as wide.
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
         figure.savefig(png, format="png", dpi=DPI, facecolor="white")
     write_atomic(path, png.getvalue())
     figure.clear()  # its parts refer to one another, so their memory would wait for the garbage collector

@@ -203,30 +203,27 @@ class StepSeeds:
 
     Attributes:
         seed: the one that the next draw gets.
-        used: whether there was a draw.
     """
 
     def __init__(self, seed: tf.Tensor) -> None:
-        self.seed, self.used = seed, False
+        self.seed = seed
 
     def next(self, ordered: bool = True) -> tf.Tensor:
         """Returns a seed that no other call returns."""
         import keras
 
-        seed, self.used = self.seed, True
-        self.seed = seed + keras.ops.cast([0, 1], seed.dtype)
+        seed, self.seed = self.seed, self.seed + keras.ops.cast([0, 1], self.seed.dtype)
         return seed
 
 
 @contextlib.contextmanager
-def drawing_from(generator: StepSeeds | None) -> Iterator[None]:
-    """Within the block, `generator` is Keras's global one, for what draws without a generator of its own. None: no change."""
+def drawing_from(generator: StepSeeds) -> Iterator[None]:
+    """Within the block, `generator` is Keras's global one, for what draws without a generator of its own."""
     from keras.src.backend.common import global_state
 
     name = "global_seed_generator"
     before = global_state.get_global_attribute(name)
-    if generator is not None:
-        global_state.set_global_attribute(name, generator)
+    global_state.set_global_attribute(name, generator)
     try:
         yield
     finally:

@@ -206,13 +206,14 @@ def is_shape(shape: Any, rank: int, fixed: bool = True) -> bool:
 
 
 def _does_not_open(path: Path, error: Exception) -> RunError:
-    reason = one_line(error)
     if unknown := re.search(r"(?:Could not locate class|Unknown layer:) '([^']+)'", str(error)):
         return RunError(
             f"{path} needs the class {unknown[1]!r}, which is not known here; in Python, import the module that registers it, then"
             " call load_model"
         )
-    return RunError(f"{path} does not open as a Keras model ({reason}); name another file, or train it again")
+    return RunError(
+        f"{path} does not open as a Keras model ({one_line(error)}); name another file, or train it again"
+    )
 
 
 def _read_values(path: Path) -> dict[str, Any] | None:

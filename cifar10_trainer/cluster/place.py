@@ -111,7 +111,7 @@ def host_and_port(address: str, where: str) -> tuple[str, int]:
     match = re.fullmatch(
         rf"(?:\[([0-9A-Fa-f:.]+)\]|({_LABEL}(?:\.{_LABEL})*\.?)):([1-9][0-9]{{0,4}})", address
     )
-    if match is None or not 1 <= int(match[3]) <= 65535:
+    if match is None or int(match[3]) > 65535:
         raise ConfigError(
             f"{where} names the address {address!r}; allowed: HOST:PORT with a port from 1 to 65535, as 10.0.0.1:5000"
         )

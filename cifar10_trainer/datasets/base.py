@@ -105,11 +105,11 @@ def split(
     else:
         held_out = np.arange(labels.size) >= labels.size - count
     if not held_out.any():
-        where = f" in fold {fold}" if fold and count else ""
-        why = ", as each class keeps one" if count and not where else ""
-        least = "a larger one" if count else f"{1 / labels.size:.2g} or more"
+        why, least = "", f"{1 / labels.size:.2g} or more"
+        if count:
+            why, least = f" in fold {fold}" if fold else ", as each class keeps one", "a larger one"
         raise ConfigError(
-            f"validation_fraction is {fraction}, which is none of {labels.size} images{why}{where};"
+            f"validation_fraction is {fraction}, which is none of {labels.size} images{why};"
             f" allowed: {least}, or None (--final_fit), which holds none out"
         )
     missing = np.setdiff1d(labels, labels[~held_out])

@@ -35,7 +35,6 @@ _NAMES = {  # part -> what its folder may be called, in any case of letters
     "validation": ("val", "valid", "validation", "validate", "dev", "development"),
     "test": ("test", "testing"),
 }
-_NO_CLASS = "a class of such a name needs another one, such as trains"
 _PART_OF = {name: part for part, names in _NAMES.items() for name in names}
 RUNS = "run folder(s)"  # what is left out of the pictures as such
 TEST_SHARE = 0.2  # of <class>/*
@@ -269,14 +268,14 @@ def _check_parts(parts: dict[str, dict[str, list[str]]], places: dict[str, Path]
     """Raises ConfigError where a part has a class that train/ has not."""
     for part in parts:
         extra = sorted(set(parts[part]) - set(parts["train"]))
-        alike = {unicodedata.normalize("NFC", readable(name)) for name in parts["train"]}
-        twins = [name for name in extra if unicodedata.normalize("NFC", readable(name)) in alike]
-        if twins:
-            raise ConfigError(
-                f"{readable(places[part])} and {readable(places['train'])} have the class {readable(twins[0])} in two forms of Unicode;"
-                " allowed: one; rename one of the folders"
-            )
         if extra:
+            alike = {unicodedata.normalize("NFC", readable(name)) for name in parts["train"]}
+            for name in map(readable, extra):
+                if unicodedata.normalize("NFC", name) in alike:
+                    raise ConfigError(
+                        f"{readable(places[part])} and {readable(places['train'])} have the class {name} in two forms of Unicode;"
+                        " allowed: one; rename one of the folders"
+                    )
             raise ConfigError(
                 f"{readable(places[part])} has the class {', '.join(map(readable, extra))}, which train/ lacks;"
                 f" allowed: {', '.join(map(readable, parts['train']))}"
@@ -322,7 +321,7 @@ def _classes(
     """
     lost = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     if lost:
-        hint = f"; {_NO_CLASS}" if folder != root else ""
+        hint = "; a class of such a name needs another one, such as trains" if folder != root else ""
         raise RunError(
             f"{readable(folder / lost[0])} is not in the folder of a class ({len(lost):,} such pictures); allowed: {LAYOUT}{hint}"
         )
