@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import Counter
 
@@ -52,6 +53,21 @@ def test_unknown_options_are_refused_before_anything_is_read(fruit):
     ):
         with pytest.raises(ConfigError, match=text):
             datasets.load("folder", fruit, **options)
+
+
+def test_pictures_of_fewer_bits_than_their_files_are_nearly_black_and_a_line_says_so(tmp_path):
+    """A camera of 12 bits writes 0-4095 into files of 16: 4095 / 257 rounds to 16 of 255."""
+    for brightest, text in ((4095, "the brightest value of all pictures in .* is 16 of 255"), (65535, None)):
+        root = tmp_path / str(brightest)
+        for name in ("cells", "dust"):
+            for i in range(3):
+                values = np.linspace(0, brightest, 81, dtype=np.uint16).reshape(9, 9)
+                (root / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.roll(values, i)).save(root / name / f"{i}.png")
+        _, said = load(root)
+        assert len(said) == (text is not None)
+        if text:
+            assert re.search(text, said[0]) and "scale the values to 0-65535" in said[0]
 
 
 # ---- layouts

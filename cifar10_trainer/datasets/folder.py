@@ -43,6 +43,7 @@ MAX_BAD = 0.05
 SHOWN = 10  # files that a message names
 PROGRESS_SECONDS = 10.0
 _BLOCK = 1024  # files that are handed to the threads at a time
+_DARK = 31  # of 255: what 13 bits of 16 reach
 
 _Part = tuple[np.ndarray, np.ndarray, list[str]]  # images, labels, files
 Row = tuple[str, str, str]  # file, relative to the data set's folder; class; part
@@ -132,6 +133,7 @@ def load_folder(
     bad: list[tuple[str, str]] = []
     read = {part: _read(root, pairs[part], size, resize, bad, log) for part in pairs}
     _check_bad(bad, total, 0.0 if strict or files is not None else max_bad, root, log)
+    _warn_if_dark([images for images, _, _ in read.values()], root, log)
     return _assemble(root, found, read, resize, check=only is None and cut)
 
 
@@ -504,6 +506,16 @@ def _check_bad(bad: list[tuple[str, str]], total: int, max_bad: float, root: Pat
         more = f", or leave out a larger share than {max_bad:g} with --max_bad" if max_bad else ""
         raise RunError(f"{text}; repair or remove them{more}")
     log(f"left out: {text}")
+
+
+def _warn_if_dark(images: Iterable[np.ndarray], root: Path, log: Log) -> None:
+    """Says so where all pictures are nearly black, as those of a camera of 12 bits are in files of 16."""
+    brightest = max((int(part.max()) for part in images if part.size), default=255)
+    if brightest <= _DARK:
+        log(
+            f"warning: the brightest value of all pictures in {readable(root)} is {brightest} of 255, so a network sees little"
+            " of them; where files of 16 bits hold values of fewer bits, scale the values to 0-65535 first"
+        )
 
 
 def _check_classes(labels: np.ndarray, class_names: tuple[str, ...], root: Path) -> None:
