@@ -82,7 +82,7 @@ def measure(name: str, section: timing.Section, asked: timing.Options) -> None:
     path = Path(FLAGS.record or record.RECORD)
     found = {"others_share": busy, **found}
     kept = record.keep(path, name, found, command=command_of(name), quick=FLAGS.quick)
-    if not FLAGS.record:
+    if path.resolve() == record.RECORD.resolve():
         record.publish(kept, name)
     if path.resolve() in record.of_processors():
         tables.publish("processors", record.processors_table())
@@ -93,6 +93,8 @@ def main(argv: list[str]) -> None:
     for name in argv:
         if name not in sections:
             raise unknown("section", name, sections)
+    if len(set(argv)) < len(argv):
+        raise ConfigError(f"the sections are {' '.join(argv)}; allowed: each one once")
     if FLAGS.airbench and not FLAGS.gpu:
         raise ConfigError(f"airbench is {FLAGS.airbench}; allowed with --gpu only")
     document = tables.document_of("benchmark")

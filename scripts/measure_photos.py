@@ -152,6 +152,9 @@ def main() -> None:
         chosen: list[str] = getattr(FLAGS, name)
         if not set(chosen) <= set(allowed):
             raise ConfigError(f"{name} is {','.join(chosen)}; allowed: some of {', '.join(allowed)}")
+    counts = [int(n) if n.isdecimal() else 0 for n in FLAGS.images]
+    if min(counts, default=0) < 2:
+        raise ConfigError(f"images is {','.join(FLAGS.images)}; allowed: whole numbers, 2 or more")
     if "keras" in FLAGS.methods and FLAGS.image_size != 32:
         raise ConfigError(
             f"image_size is {FLAGS.image_size}, but keras trains at 96 pixels; allowed: --methods without it"
@@ -160,15 +163,14 @@ def main() -> None:
     path = Path(FLAGS.out)
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     runs: list[dict[str, Any]] = record.setdefault("runs", [])
-    wanted = [(s, int(n), k) for n in FLAGS.images for s in FLAGS.sets for k in range(FLAGS.seeds)]
-    for name, count, seed in wanted:
-        here = (name, count, seed, FLAGS.image_size)
-        there = {r["method"] for r in runs if (r["set"], r["asked"], r["seed"], r["image_size"]) == here}
+    for name, count, seed in [(s, n, k) for n in counts for s in FLAGS.sets for k in range(FLAGS.seeds)]:
+        each = min(count, MOST) if name == "digits" else count
+        here = (name, each, seed, FLAGS.image_size)
+        there = {
+            r["method"] for r in runs if (r["set"], r["images_per_class"], r["seed"], r["image_size"]) == here
+        }
         missing = [method for method in FLAGS.methods if method not in there]
         if not missing:
-            continue
-        each = min(count, MOST) if name == "digits" else count
-        if each != count and (name, each, seed) in wanted:  # the same pictures
             continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "pictures"
@@ -179,7 +181,6 @@ def main() -> None:
                 found = run(method, folder, seed, scratch)
                 about = {
                     "set": name,
-                    "asked": count,
                     "images_per_class": each,
                     "image_size": FLAGS.image_size,
                     "method": method,

@@ -153,11 +153,14 @@ def arguments(overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["write"]:
-        write(Path(sys.argv[2]))
-    elif sys.argv[1:2] == ["read"]:
-        read(Path(sys.argv[2]))
-    elif sys.argv[1:2] == ["arguments"]:
-        arguments(sys.argv[2:] == ["--write"])
-    else:
-        sys.exit(__doc__)
+    match sys.argv[1:]:
+        case ["write", folder]:
+            write(Path(folder))
+        case ["read", folder] if Path(folder).is_dir():
+            read(Path(folder))
+        case ["arguments"]:
+            arguments(overwrite=False)
+        case ["arguments", "--write"]:
+            arguments(overwrite=True)
+        case _:
+            sys.exit(__doc__)

@@ -136,6 +136,17 @@ def test_the_record_of_another_machine_is_not_published(documents, monkeypatch):
     assert (documents / "docs" / "benchmarks.md").read_text() == before
 
 
+def test_the_default_record_is_published_by_its_name_too(documents, monkeypatch):
+    monkeypatch.setitem(cpu.SECTIONS, "step", section_of("step", 2.5))
+    assert command("--quick", f"--record={record.RECORD}", "step") == 0
+    assert "| this project | 2.50 ms |" in (documents / "docs" / "benchmarks.md").read_text()
+
+
+def test_a_section_named_twice_is_refused(documents, capsys):
+    assert command("step", "step") == 2
+    assert "the sections are step step; allowed: each one once" in capsys.readouterr().err
+
+
 def test_quick_leaves_out_what_takes_whole_trainings(documents, monkeypatch):
     ran = []
     for name in cpu.SECTIONS:

@@ -53,6 +53,13 @@ def test_every_record_is_complete():
         assert r["metrics"]["n_test"] in (0, 359, 10_000)
 
 
+def test_histories_are_numbers():
+    paths = [*(ROOT / "results" / "runs").glob("*.json"), *(ROOT / "results" / "experiments").glob("*.json")]
+    for path in paths:
+        for row in json.loads(path.read_text())["history"]:
+            assert all(value is None or isinstance(value, int | float) for value in row.values()), path
+
+
 def test_keep_refuses_an_unfinished_run(tmp_path):
     with pytest.raises(RunError, match="holds no finished run"):
         records.keep(tmp_path)

@@ -150,6 +150,8 @@ def test_choice_of_recipes():
             ["--image_size=64", "--methods=keras"],
             "image_size is 64, but keras trains at 96 pixels",
         ),
+        (measure_photos, ["--images=20,x"], "images is 20,x; allowed: whole numbers, 2 or more"),
+        (measure_photos, ["--images=-3"], "images is -3; allowed"),
         (measure_photos, ["letters"], "unexpected argument 'letters'; allowed: flags"),
         (packaged_model, ["mine"], "unexpected argument 'mine'"),
         (compare_tuners, ["--recipe=leaky.baseline"], "leaky.baseline, which sets no filters"),
@@ -177,6 +179,27 @@ def test_pictures_that_score_are_not_trained_on(monkeypatch):
         ConfigError, match=f"images is {fewest}; allowed with cifar10: fewer than the {fewest}"
     ):
         measure_photos.images_of("cifar10", fewest, 0)
+
+
+def test_a_picture_set_that_has_no_more_pictures_is_trained_on_once(tmp_path, monkeypatch):
+    """The digits have 100 pictures a class to train on, so 300 and 100 are the same runs, at once or one after the other."""
+    monkeypatch.setattr(measure_photos, "write_pictures", lambda *_: None)
+    monkeypatch.setattr(measure_photos, "run", lambda *_: {"validation": 1.0, "test": 1.0, "seconds": 1.0})
+    out = tmp_path / "photos.json"
+    for images in ("300,100", "100", "300"):
+        argv = ["--sets=digits", "--seeds=1", "--methods=fast.85", f"--images={images}", f"--out={out}"]
+        for name in measure_photos.FLAGS:
+            measure_photos.FLAGS[name].unparse()
+        assert cli.run(measure_photos.main, measure_photos.FLAGS, "usage", ["x", *argv, "--nopublish"]) == 0
+        assert [run["images_per_class"] for run in json.loads(out.read_text())["runs"]] == [100]
+
+
+@pytest.mark.parametrize("words", [["read"], ["write"], ["read", "nowhere"], ["arguments", "--wirte"], []])
+def test_model_files_shows_its_usage(words):
+    command = [sys.executable, ROOT / "scripts" / "model_files.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1 and "model_files.py read FOLDER" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def outputs(found):
