@@ -497,12 +497,13 @@ class Config(_Section):
         Raises:
             ConfigError: on an unknown name or a value out of range.
         """
+        names = [f.name for f in dataclasses.fields(self)]
         changes: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             section, _, key = name.partition("__")
-            if section not in (f.name for f in dataclasses.fields(self)):
-                raise unknown("setting", section, [f.name for f in dataclasses.fields(self)])
+            if section not in names:
+                raise unknown("setting", section, names)
             if key:
                 parts.setdefault(section, {})[key] = value
             else:
@@ -510,15 +511,8 @@ class Config(_Section):
         # All changes of a section at once, because two values may be valid only together.
         for section, new in parts.items():
             current = changes.get(section, getattr(self, section))
-            if isinstance(current, Mapping):
-                changes[section] = {**current, **new}
-                continue
-            if not dataclasses.is_dataclass(current):
-                name = f"{section}__{next(iter(new))}"
-                raise unknown("setting", name, [f.name for f in dataclasses.fields(self)])
-            allowed = [f.name for f in dataclasses.fields(current)]
-            for key in new:
-                if key not in allowed:
-                    raise unknown(f"setting in {section}", key, allowed)
-            changes[section] = dataclasses.replace(current, **new)  # type: ignore[type-var]
+            current = vars(current) if dataclasses.is_dataclass(current) else current
+            if not isinstance(current, Mapping):
+                raise unknown("setting", f"{section}__{next(iter(new))}", names)
+            changes[section] = {**current, **new}
         return dataclasses.replace(self, **changes)

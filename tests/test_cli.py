@@ -587,7 +587,7 @@ def test_help_shows_usage_and_every_flag(flag, capsys, trained):
         (["--dataset=digits", "--workdir="], ["--workdir is empty"]),
         (["--set", "recipe=../../elsewhere"], ["recipe is '../../elsewhere'", "letters, digits"]),
         (["--set", "momentum"], ["--set 'momentum'", "section.name=value"]),
-        (["--set", "optimizer.mometum=1"], ["unknown setting in optimizer 'mometum'", "'momentum'"]),
+        (["--set", "optimizer.mometum=1"], ["unknown key in optimizer 'mometum'", "'momentum'"]),
         (["--set", "optimzer.momentum=1"], ["unknown setting 'optimzer'", "'optimizer'"]),
         (["--set", "optimizer.momentum=big"], ["momentum is 'big'", "type float"]),
         (["--set", "epochs.x=1"], ["unknown setting 'epochs__x'"]),

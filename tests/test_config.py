@@ -380,7 +380,7 @@ def test_override_checks_a_section_when_it_is_complete():
     [
         ({"epoch": 3}, ["unknown setting 'epoch'", "Did you mean 'epochs'?"]),
         ({"optimiser__momentum": 3}, ["unknown setting 'optimiser'", "'optimizer'"]),
-        ({"optimizer__lr": 3}, ["unknown setting in optimizer 'lr'", "learning_rate"]),
+        ({"optimizer__lr": 3}, ["unknown key in optimizer 'lr'", "learning_rate"]),
         ({"epochs__more": 3}, ["unknown setting 'epochs__more'"]),
         ({"validation_fraction__x": 3}, ["unknown setting 'validation_fraction__x'"]),
         ({"optimizer__momentum": 2}, ["momentum is 2.0"]),
