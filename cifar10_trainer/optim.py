@@ -199,11 +199,8 @@ class Muon(SGD):
             self.momentums = self.add_optimizer_variables(variables, "momentum")
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
-        """Updates one variable in place."""
-        if self._is_kernel(variable):
-            self._update_kernels(variable, [gradient], [variable], learning_rate)
-        else:
-            super().update_step(gradient, variable, learning_rate * self.sgd_ratio)
+        """Updates one variable in place, which is no kernel: `_update_kernels` updates those."""
+        super().update_step(gradient, variable, learning_rate * self.sgd_ratio)
 
     def _distributed_tf_update_step(
         self,
