@@ -145,26 +145,22 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         """
         channels = inputs.shape[-1]
         flat = tf.reshape(inputs, [-1, 1, 1, channels]) if len(inputs.shape) == 2 else inputs
-        ones, zeros = tf.ones([channels]), tf.zeros([channels])
-        scale = ones if self.gamma is None else tf.convert_to_tensor(self.gamma)
-        offset = zeros if self.beta is None else tf.convert_to_tensor(self.beta)
-        epsilon = max(self.epsilon, 1.001e-5)
-        if not (training and self.trainable):
-            mean, variance = (
-                tf.convert_to_tensor(self.moving_mean),
-                tf.convert_to_tensor(self.moving_variance),
-            )
-            output, *_ = tf.compat.v1.nn.fused_batch_norm(
-                flat, scale, offset, mean, variance, epsilon=epsilon, is_training=False
-            )
-            return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
-        output, mean, variance = tf.compat.v1.nn.fused_batch_norm(flat, scale, offset, epsilon=epsilon)
-        # The kernel returns the unbiased variance; Keras averages the biased one.
-        count = tf.cast(tf.size(flat) // channels, tf.float32)
-        variance = variance * ((count - 1) / count)
-        for average, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            old = tf.convert_to_tensor(average)
-            average.assign(old * self.momentum + new * (1 - self.momentum))
+        scale = tf.ones([channels]) if self.gamma is None else tf.convert_to_tensor(self.gamma)
+        offset = tf.zeros([channels]) if self.beta is None else tf.convert_to_tensor(self.beta)
+        normalize = functools.partial(
+            tf.compat.v1.nn.fused_batch_norm, flat, scale, offset, epsilon=max(self.epsilon, 1.001e-5)
+        )
+        if training and self.trainable:
+            output, mean, variance = normalize()
+            # The kernel returns the unbiased variance; Keras averages the biased one.
+            count = tf.cast(tf.size(flat) // channels, tf.float32)
+            variance = variance * ((count - 1) / count)
+            for average, new in ((self.moving_mean, mean), (self.moving_variance, variance)):
+                old = tf.convert_to_tensor(average)
+                average.assign(old * self.momentum + new * (1 - self.momentum))
+        else:
+            mean, variance = map(tf.convert_to_tensor, (self.moving_mean, self.moving_variance))
+            output, *_ = normalize(mean, variance, is_training=False)
         return tf.reshape(output, tf.shape(inputs)) if flat is not inputs else output
 
     @staticmethod
