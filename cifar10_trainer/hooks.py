@@ -83,6 +83,7 @@ class Hooks:
     Attributes:
         model: what the callbacks see as `self.model`.
         each_step: whether a hook needs to be called at every step.
+        on_test_batch: what `Engine.evaluate` calls before and after a batch; None: no hook needs to be called there.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class Hooks:
         self.model = _callback_model(engine, compiled=bool(users))
         self._used = {hook for callback in users for hook in HOOKS if _uses(callback, hook)}
         self.each_step = bool(self._used & {"on_train_batch_begin", "on_train_batch_end"})
+        of_batches = self._used & {"on_test_batch_begin", "on_test_batch_end"}
+        self.on_test_batch = self._call_test_batch if of_batches else None
         self._weights: list[np.ndarray] = []  # those in the model at the step `_step`
         self._step = -1
         self._list = keras.callbacks.CallbackList(
@@ -140,15 +143,8 @@ class Hooks:
         elif used:
             self._take_weights()
 
-    def on_test_batch(self, batch: int, logs: dict[str, float] | None) -> None:
-        """Calls the hook before a batch of a validation, where `logs` is None, or the one after it."""
-        hook = "on_test_batch_begin" if logs is None else "on_test_batch_end"
-        self.call(hook, batch, logs)
-
-    @property
-    def each_test_batch(self) -> bool:
-        """Whether a hook needs to be called at every batch of a validation."""
-        return bool(self._used & {"on_test_batch_begin", "on_test_batch_end"})
+    def _call_test_batch(self, batch: int, logs: dict[str, float] | None) -> None:
+        self.call("on_test_batch_begin" if logs is None else "on_test_batch_end", batch, logs)
 
     def _take_weights(self) -> None:
         """Takes over what a callback has changed in the model's weights."""

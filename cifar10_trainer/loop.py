@@ -308,10 +308,7 @@ class TrainingLoop:
         self.hooks.call("on_test_begin")
         began = time.monotonic()
         images, labels = validation
-        if self.hooks.each_test_batch:
-            scores = self.engine.evaluate(images, labels, self.hooks.on_test_batch)
-        else:
-            scores = self.engine.evaluate(images, labels)
+        scores = self.engine.evaluate(images, labels, self.hooks.on_test_batch)
         self._validation_cost = time.monotonic() - began
         self.hooks.call("on_test_end", scores)
         return {f"val_{name}": value for name, value in scores.items()}
