@@ -101,7 +101,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 HIDDEN_PACKAGES = ("matplotlib", "sklearn", "scipy", "IPython")
 
 
-def _is_no_retracing(record: logging.LogRecord) -> bool:
+def is_no_retracing(record: logging.LogRecord) -> bool:
     """A filter for TensorFlow's log: it takes the functions of each fold and trial for new traces of one function."""
     return "tf.function retracing" not in record.getMessage()
 
@@ -122,7 +122,7 @@ def import_tensorflow() -> None:
             import tensorflow as tf
 
             tf.config.list_physical_devices()
-            tf.get_logger().addFilter(_is_no_retracing)
+            tf.get_logger().addFilter(is_no_retracing)
         except Exception:
             output.seek(0)
             os.write(stderr, output.read())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import threading
 import time
@@ -23,7 +22,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.hyperparameters import HyperParameter
 from keras_tuner.engine.trial import Trial
 
-from cifar10_trainer import adaptation, cluster, datasets, files, models, preparation, runtime
+from cifar10_trainer import adaptation, cli, cluster, datasets, files, models, preparation, runtime
 from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import (
@@ -215,7 +214,7 @@ class ConfigTuner(BaseTuner):
         self.space, self.dataset, self.show_epochs = space, dataset, show_epochs
         self._folder = SearchFolder(folder.parent)
         self._digest, self._lease = search_oracle.search, search_oracle.lease
-        tf.get_logger().addFilter(_is_no_retracing_warning)
+        tf.get_logger().addFilter(cli.is_no_retracing)
         self._idle, self.verbose = False, verbose
         self.signals = runtime.Signals()
 
@@ -357,11 +356,6 @@ class ConfigTuner(BaseTuner):
             yield
         finally:
             ended.set()
-
-
-def _is_no_retracing_warning(record: logging.LogRecord) -> bool:
-    """Filters out TensorFlow's warning about retracing: each trial has a new network, which must be traced."""
-    return "tf.function retracing" not in record.getMessage()
 
 
 class EpochLine(keras.callbacks.Callback):
