@@ -53,32 +53,6 @@ class Row:
         return self.metrics.get("val_accuracy", math.nan)
 
 
-def make_row(trial: Trial, ended: float | None = None, names: Sequence[str] = ()) -> Row:
-    """The row of a KerasTuner trial.
-
-    Args:
-        trial: the trial.
-        ended: seconds of the search at its end.
-        names: the hyperparameters in their order, which a trial from a worker does not keep.
-
-    Returns:
-        The row, with metrics rounded to seven digits, as they are float32 numbers, but for counts.
-    """
-    done = trial.status == TrialStatus.COMPLETED
-    failed = trial.status == TrialStatus.FAILED
-    values = {k: v for k, v in trial.hyperparameters.values.items() if not k.startswith("tuner/")}
-    lines = (trial.message or "its process was lost").strip().splitlines()
-    return Row(
-        trial=int(trial.trial_id) + 1,
-        status="completed" if done else "failed" if failed else "unfinished",
-        folder=trial_folder(trial.trial_id),
-        values={k: values[k] for k in dict.fromkeys([*names, *values]) if k in values},
-        metrics={m: rounded(trial.metrics.get_best_value(m)) for m in METRICS} if done else {},
-        ended=ended,
-        reason=lines[-1] if failed else "",
-    )
-
-
 def format_value(value: Any) -> str:
     """A value for people: a float with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -145,9 +119,22 @@ class Leaderboard:
         return order, sign * row.metrics.get(objective.name, 0), row.metrics.get("val_loss", 0), row.trial
 
     def row(self, trial: Trial) -> Row:
-        """The row of a trial."""
-        names = [p.name for p in self.oracle.hyperparameters.space]
-        return make_row(trial, self.oracle.ended.get(trial.trial_id), names)
+        """The row of a trial. Its metrics, which are float32 numbers, are rounded to seven digits, but for counts."""
+        done = trial.status == TrialStatus.COMPLETED
+        failed = trial.status == TrialStatus.FAILED
+        values = {k: v for k, v in trial.hyperparameters.values.items() if not k.startswith("tuner/")}
+        # In the order of the space, which a trial from a worker does not keep.
+        names = dict.fromkeys([*(p.name for p in self.oracle.hyperparameters.space), *values])
+        lines = (trial.message or "its process was lost").strip().splitlines()
+        return Row(
+            trial=int(trial.trial_id) + 1,
+            status="completed" if done else "failed" if failed else "unfinished",
+            folder=trial_folder(trial.trial_id),
+            values={name: values[name] for name in names if name in values},
+            metrics={m: rounded(trial.metrics.get_best_value(m)) for m in METRICS} if done else {},
+            ended=self.oracle.ended.get(trial.trial_id),
+            reason=lines[-1] if failed else "",
+        )
 
     def best_trial(self) -> Trial | None:
         """The completed trial with the best objective; None if no trial is completed."""
