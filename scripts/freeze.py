@@ -64,15 +64,9 @@ RUNS: dict[str, list[str]] = {
     "leaky-adamw": [*LEAKY, "--precision=float32"],
     "practical-cutmix": [*CUTMIX, "--precision=float32"],
     "final-fit": ["--epochs=2", "--final_fit", "--hdf5", "--set", "optimizer.clip_norm=1"],
-    "mirrored-2": ["--epochs=2", "--strategy=mirrored", "--precision=float32"],
-    "mirrored-2-sync": [*FAST, "--epochs=2", "--strategy=mirrored", "--sync_batch_norm"],
+    "mirrored-2": ["--epochs=2", "--cpu_replicas=2", "--precision=float32"],
+    "mirrored-2-sync": [*FAST, "--epochs=2", "--cpu_replicas=2", "--sync_batch_norm"],
 }
-# The two logical CPU devices must exist before anything else starts TensorFlow.
-TWO_DEVICES = (
-    "import sys, tensorflow as tf; cpu = tf.config.list_physical_devices('CPU')[0];"
-    "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2);"
-    "from cifar10_trainer.__main__ import command; sys.exit(command())"
-)
 OTHERS = ("resumed", "folds", "search")
 
 
@@ -115,9 +109,7 @@ def digests_of(folder: Path) -> dict[str, str]:
 
 def train(name: str, folder: Path) -> dict[str, str]:
     """Trains one of RUNS in `folder`, and returns its digests."""
-    where = ("--dataset=digits", f"--workdir={folder}")
-    start = ("-c", TWO_DEVICES) if name.startswith("mirrored-2") else ("-m", "cifar10_trainer")
-    run(*start, *RUNS[name], *where)
+    run("-m", "cifar10_trainer", *RUNS[name], "--dataset=digits", f"--workdir={folder}")
     return digests_of(folder)
 
 
