@@ -126,10 +126,8 @@ def _cloned(
             keras.config.set_dtype_policy(policy)
         return new
 
-    nested = any(isinstance(layer, keras.Model) for layer in body.layers)
-    recursive = {"recursive": True} if nested else {}
     try:
-        return keras.models.clone_model(body, input_tensors=images, clone_function=clone, **recursive)
+        return keras.models.clone_model(body, input_tensors=images, clone_function=clone, recursive=True)
     except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
         if policy == "float32":
             raise
@@ -262,9 +260,6 @@ def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
         ConfigError: if a layer would receive no pixels, or if the number of weights depends on the size.
     """
     for side in sorted(set(sizes)):
-        too_deep = (
-            f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger sizes"
-        )
         images = keras.Input((side, side, model.input_shape[-1]), dtype=model.inputs[0].dtype)
         try:
             resized = keras.models.clone_model(model, input_tensors=images)
@@ -275,7 +270,9 @@ def check_sizes(model: keras.Model, sizes: tuple[int, ...]) -> None:
             ) from error
         outputs = keras.tree.flatten([layer.output for layer in resized.layers])
         if any(0 in output.shape[1:] for output in outputs):  # Keras before 3.13 raises nothing
-            raise ConfigError(too_deep)
+            raise ConfigError(
+                f"sizes is {sizes}, but {model.name} is too deep for {side}x{side} pixels; allowed: larger sizes"
+            )
         if [w.shape for w in resized.weights] != [w.shape for w in model.weights]:
             raise ConfigError(
                 f"sizes is {sizes}, but {model.name} flattens its maps, so it accepts images of one size only;"
