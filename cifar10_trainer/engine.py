@@ -295,13 +295,10 @@ class Engine:
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """Takes one replica's part of a step. See `_step` for the arguments, `_gradients` for what it returns."""
         images, targets = batch_maker(*data, *batch) if self.on_device else batch
-        weights = [v.value for v in self.training_model.trainable_variables]
-        non_trainable = [v.value for v in self.non_trainable]
+        weights = [tf.convert_to_tensor(v.value) for v in self.training_model.trainable_variables]
+        non_trainable = [tf.convert_to_tensor(v.value) for v in self.non_trainable]
         gradients, non_trainable, loss_sum, num_correct = self._gradients_of(
-            [tf.convert_to_tensor(w) for w in weights],
-            self._with_own_seeds([tf.convert_to_tensor(v) for v in non_trainable]),
-            images,
-            targets,
+            weights, self._with_own_seeds(non_trainable), images, targets
         )
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer) and self.replicas > 1:
             # Keras looks for an overflow in the gradients of the first replica only, before it sums all of them. A NaN
