@@ -291,14 +291,13 @@ def normalize(matrix: tf.Tensor) -> tf.Tensor:
     return matrix / (tf.norm(matrix) + 1e-7)
 
 
-def newton_schulz(x: tf.Tensor, steps: int = 3) -> tf.Tensor:
-    """Moves the singular values of matrices towards one, by a quintic Newton-Schulz iteration.
+def newton_schulz(x: tf.Tensor) -> tf.Tensor:
+    """Moves the singular values of matrices towards one, by three steps of a quintic Newton-Schulz iteration.
 
     The coefficients are those of Muon (Jordan et al. 2024): singular values settle between about 0.7 and 1.2.
 
     Args:
         x: float [..., m, n], with singular values of at most one.
-        steps: of the iteration.
 
     Returns:
         Matrices of the same shape and dtype.
@@ -306,9 +305,8 @@ def newton_schulz(x: tf.Tensor, steps: int = 3) -> tf.Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     identity = tf.eye(min(x.shape[-2:]), dtype=x.dtype)
-    for _ in range(
-        steps
-    ):  # a x + b (x x') x + c (x x')^2 x, with x' x instead if it is the smaller of the two
+    for _ in range(3):
+        # a x + b (x x') x + c (x x')^2 x, with x' x instead if it is the smaller of the two
         square = tf.matmul(x, x, transpose_a=tall, transpose_b=not tall)
         polynomial = a * identity + b * square + c * tf.matmul(square, square)
         x = tf.matmul(x, polynomial) if tall else tf.matmul(polynomial, x)

@@ -349,20 +349,19 @@ class Hyperband(SearchOracle, oracles.HyperbandOracle):
 class HalvingOracle(kt.Oracle):
     """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934): many short runs, and longer runs of the best.
 
-    A trial on rung k of 0..n trains for factor**(k - n) of the epochs. Rung 0 has at least one epoch. If the best
-    1/factor of the completed trials of a rung include one that was not promoted, the next trial repeats it one rung up;
-    otherwise it has random values, on rung 0. So no worker waits, and the trials are the whole state.
+    A trial on rung k of 0..n trains for 3**(k - n) of the epochs. Rung 0 has at least one epoch. If the best third of the
+    completed trials of a rung include one that was not promoted, the next trial repeats it one rung up; otherwise it has
+    random values, on rung 0. So no worker waits, and the trials are the whole state.
 
     Args:
         epochs: of a full run.
-        factor: the ratio of the epochs of two rungs, at least 2.
         options: as for `SearchOracle`.
     """
 
-    def __init__(self, *, epochs: float, factor: int = 3, **options: Any):
+    def __init__(self, *, epochs: float, **options: Any):
         super().__init__(**options)
-        rungs = max(0, math.floor(math.log(max(epochs, 1), factor) + 1e-9))
-        self.factor, self.shares = factor, [float(factor) ** -k for k in range(rungs, -1, -1)]
+        rungs = math.floor(math.log(max(epochs, 1), 3) + 1e-9)
+        self.shares = [3.0**-k for k in range(rungs, -1, -1)]
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
         """The values of a trial to promote, from the highest rung that has one; otherwise random values."""
@@ -373,7 +372,7 @@ class HalvingOracle(kt.Oracle):
             promoted = {t.hyperparameters.values.get("tuner/from") for t in above}
             done = [t for t in here if t.status == TrialStatus.COMPLETED]
             done.sort(key=lambda t: t.score, reverse=self.objective.direction == "max")
-            for trial in done[: len(done) // self.factor]:
+            for trial in done[: len(done) // 3]:
                 if trial.trial_id not in promoted:
                     values = {**trial.hyperparameters.values, "tuner/from": trial.trial_id}
                     return {"status": TrialStatus.RUNNING, "values": {**values, SHARE: self.shares[rung + 1]}}

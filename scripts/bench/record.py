@@ -178,8 +178,8 @@ def speed_table(record: dict[str, Any]) -> str:
     return tables.markdown(head, ["", "this project", "compared with"], rows)
 
 
-def _shown(row: dict[str, Any], unit: str | None = None) -> str:
-    return f"{number(row['median'])} {unit or row['unit']}"
+def _shown(row: dict[str, Any]) -> str:
+    return f"{number(row['median'])} {row['unit']}"
 
 
 def _result(section: dict[str, Any], start: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ Draw = Callable[[np.random.Generator, int], np.ndarray]
 LETTERS = "AEFHKMRSTX"
 
 
-def draw(kind: Draw, count: int, seed: int, side: int = 32) -> np.ndarray:
-    """`count` images of one kind, uint8 [count, side, side, 3]."""
+def draw(kind: Draw, count: int, seed: int) -> np.ndarray:
+    """`count` images of one kind, uint8 [count, 32, 32, 3]."""
     rng = np.random.default_rng(seed)
-    return np.stack([kind(rng, side) for _ in range(count)])
+    return np.stack([kind(rng, 32) for _ in range(count)])
 
 
 def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
