@@ -242,13 +242,10 @@ def training_curves(
         history: rows as in history.csv; values may be None.
         path: the PNG file to write.
         target: a validation accuracy, 0-1.
-        best_epoch: the epoch to mark; None: the first one with the highest val_accuracy.
+        best_epoch: the epoch to mark; None: none.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    validated = [row for row in history if row.get("val_accuracy") is not None]
-    if best_epoch is None and validated:
-        best_epoch = max(validated, key=lambda row: row["val_accuracy"])["epoch"]
     figure = new_figure(10, 3.8)
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         style_axes(axes, quantity.capitalize(), grid="both")

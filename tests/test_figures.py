@@ -103,13 +103,13 @@ def test_training_curves_mark_the_best_epoch_and_the_target(tmp_path, drawn):
     rows = history(
         (1, 2.0, 0.3, None, None), (2, 1.0, 0.6, 1.1, 0.5), (3, 0.5, 0.8, 1.2, 0.7), (4, 0.4, 0.9, 1.3, 0.7)
     )
-    figures.training_curves(rows, tmp_path / "t.png", target=0.85)
+    figures.training_curves(rows, tmp_path / "t.png", target=0.85, best_epoch=3)
     loss, accuracy = (lines(axes) for axes in drawn[0].axes)
     assert loss["training"] == ([1, 2, 3, 4], [2.0, 1.0, 0.5, 0.4])
     assert loss["validation"] == ([2, 3, 4], [1.1, 1.2, 1.3])
     assert accuracy["validation"] == ([2, 3, 4], [0.5, 0.7, 0.7])
-    assert accuracy["best epoch, 3: 70.00%"] == ([3], [0.7])  # the first of two equals
-    assert loss["best epoch, 3: 1.2000"] == ([3], [1.2])  # the same epoch, though the loss was lower at 2
+    assert accuracy["best epoch, 3: 70.00%"] == ([3], [0.7])
+    assert loss["best epoch, 3: 1.2000"] == ([3], [1.2])  # though the loss was lower at 2
     assert accuracy["target: 85%"][1] == [0.85, 0.85] and not any("target" in label for label in loss)
     picture = pixels(tmp_path / "t.png")
     half = picture.shape[1] // 2
