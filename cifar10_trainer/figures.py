@@ -191,17 +191,11 @@ def sample_images(
 
 
 def random_samples(
-    images: np.ndarray,
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    path: str | os.PathLike[str],
-    count: int = 25,
-    seed: int = 0,
+    images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
-    """Draws `count` images, chosen at random by `seed`, in a labelled grid. Arguments as in `sample_images`."""
-    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
-    captions = [_shorten(class_names[c]) for c in labels[chosen]]
-    _captioned(images[chosen], captions, "Training images, chosen at random", path)
+    """Draws images that were chosen at random in a labelled grid. Arguments as in `sample_images`."""
+    captions = [_shorten(class_names[c]) for c in labels]
+    _captioned(images, captions, "Training images, chosen at random", path)
 
 
 def class_distribution(

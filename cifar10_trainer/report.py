@@ -110,7 +110,7 @@ def write_report(
     # ---- the parts that every run has
     drawn = {name: folder.figures / f"{name}.png" for name in FIGURES}
     sample_images(*samples["sample_images"], names, drawn["sample_images"], PER_CLASS)
-    random_samples(*samples["random_samples"], names, drawn["random_samples"], RANDOM)
+    random_samples(*samples["random_samples"], names, drawn["random_samples"])
     splits = {"training": train_labels, "validation": val_labels, "test": dataset.test_labels}
     class_distribution(splits, names, drawn["class_distribution"])
     training_curves(history, drawn["training_curves"], metrics.get("target"), metrics.get("best_epoch"))

@@ -59,15 +59,12 @@ def test_cells_are_drawn_as_imshow_draws_them(tmp_path):
     assert differs.mean() < 0.005  # one line of 375
 
 
-def test_random_samples_depend_on_the_seed_alone(tmp_path, drawn):
-    images, labels = solid([(i, 0, 0) for i in range(40)]), np.arange(40) % 3
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        figures.random_samples(images, labels, NAMES, tmp_path / name, count=25, seed=seed)
-    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
-    assert a == b and a != c
+def test_random_samples_are_drawn_with_their_classes(tmp_path, drawn):
+    images, labels = solid([(i, 0, 0) for i in range(25)]), np.arange(25) % 3
+    figures.random_samples(images, labels, NAMES, tmp_path / "r.png")
     mosaic = np.asarray(drawn[0].axes[0].collections[0].get_array())
     reds = [mosaic[y, x, 0] for y in range(0, len(mosaic), len(mosaic) // 5) for x in range(0, 45, 9)]
-    assert len(set(reds)) == 25, "images are drawn without repetition"
+    assert reds == list(range(25))
     assert texts(drawn[0].axes[0]) == [NAMES[red % 3] for red in reds]
 
 

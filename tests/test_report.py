@@ -102,6 +102,14 @@ def write_run(workdir, *, n_test=4, n_validation=2, names=("cat", EVIL, "owl"), 
     return Page((workdir / "report.html").read_text(encoding="utf-8"))
 
 
+def test_images_at_random_are_the_same_ones_each_time_and_none_twice():
+    images, labels = solid([(i, 0, 0) for i in range(40)]), np.arange(40) % 3
+    data = Dataset("folder", images, labels, images[:0], labels[:0], ("cat", "dog", "owl"), "here")
+    (shown, classes), (again, _) = (report.choose_samples(data)["random_samples"] for _ in range(2))
+    reds = shown[:, 0, 0, 0]
+    assert len(set(reds.tolist())) == 25 and (again == shown).all() and (classes == reds % 3).all()
+
+
 def test_write_run_writes_everything(tmp_path):
     page = write_run(tmp_path)
     figures = {"sample_images", "random_samples", "class_distribution", "training_curves", "confusion_matrix"}
