@@ -156,9 +156,8 @@ _define(flags.DEFINE_boolean, "verbose", "show the progress bar in a file or a p
 _define(flags.DEFINE_boolean, "hdf5", "write the model as model.h5, too", False)
 
 
-CONFIG_BYTES = (
-    4 << 20
-)  # of the largest --config; the class names of a run with thousands of classes are in it
+# of the largest --config; the class names of a run with thousands of classes are in it
+CONFIG_BYTES = 4 << 20
 
 
 def read_config(path: str) -> Config:

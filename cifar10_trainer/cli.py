@@ -195,9 +195,8 @@ def _run(main: Callable[..., None], flag_values: flags.FlagValues, usage: str, a
         except flags.Error as error:
             text = str(error).strip()
             for value in (word.partition("=")[2] or word for word in argv):
-                if (
-                    len(value) > VALUE_LENGTH
-                ):  # absl repeats it, whatever its length, and Python 199 letters of it
+                # absl repeats it, whatever its length, and Python 199 letters of it
+                if len(value) > VALUE_LENGTH:
                     text = text.replace(value, cut(value)).replace(value[:199], cut(value))
             raise ConfigError(f"{text} (--help shows every flag)") from error
         if flag_values["help"].value:

@@ -29,12 +29,8 @@ from .loop import SAVE_SECONDS
 from .run_folder import FOLDS_FILE, FoldsFolder, RunFolder, difference, fold_folder, or_allow_it
 from .training import train_and_evaluate
 
-TAKEN = (
-    "n_validation",
-    "epochs",
-    "best_epoch",
-    "train_seconds",
-)  # what it takes over from the metrics of each run
+# what it takes over from the metrics of each run
+TAKEN = ("n_validation", "epochs", "best_epoch", "train_seconds")
 
 
 @keras_defaults()

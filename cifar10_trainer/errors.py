@@ -19,10 +19,7 @@ def shown(value: object) -> str:
     """A received value as an error shows it: its repr in printable characters, at most VALUE_LENGTH of them."""
     try:
         text = repr(value)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # an integer of thousands of digits, or lists that are nested too deep
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested lists
         text = f"<{type(value).__name__}, too large to be shown>"
     return cut(text)
 

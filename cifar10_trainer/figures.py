@@ -127,9 +127,8 @@ def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: st
     lines = max(caption.count("\n") + 1 for caption in captions)
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
     right = max(1, round(width * 0.12))
-    line = max(
-        0.1 * height, 0.14 * columns * (width + right) / 8
-    )  # 0.14 inches of 8, in pixels of the images
+    # 0.14 inches of 8, in pixels of the images
+    line = max(0.1 * height, 0.14 * columns * (width + right) / 8)
     below = round(0.08 * height + lines * line)
     mosaic = _mosaic(images, columns, (below, right))
     figure = new_figure(8, 8 * mosaic.shape[0] / mosaic.shape[1] + 0.35)

@@ -29,9 +29,8 @@ from .keras_state import keras_defaults
 from .machine import cpu_count
 
 Pair: TypeAlias = tuple[tf.Tensor, tf.Tensor]
-MAX_CLASSES = (
-    1_000_000  # of labels in `make_dataset`: more are IDs of images, and none fit int32 from 2**31 on
-)
+# of labels in `make_dataset`: more are IDs of images, and none fit int32 from 2**31 on
+MAX_CLASSES = 1_000_000
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half
 # a second in total.

@@ -46,10 +46,8 @@ FIGURES = {
     "sample_images": "Images of each class",
     "random_samples": "Images at random",
 }
-BALANCED = (
-    "cifar10",
-    "digits",
-)  # data sets whose classes are of one size, so that accuracy is balanced accuracy
+# data sets whose classes are of one size, so that accuracy is balanced accuracy
+BALANCED = ("cifar10", "digits")
 PER_CLASS, RANDOM = 10, 25  # training images that the report shows: of each class, and at random
 SCORED_FIGURES = ("confusion_matrix", "misclassified_examples")
 

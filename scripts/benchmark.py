@@ -51,8 +51,8 @@ def options() -> timing.Options:
     return timing.Options(
         quick=FLAGS.quick,
         seeds=FLAGS.seeds or usual,
-        data_dir=FLAGS.data_dir
-        and str(Path(FLAGS.data_dir).absolute()),  # other commands run in another folder
+        # Other commands run in another folder.
+        data_dir=FLAGS.data_dir and str(Path(FLAGS.data_dir).absolute()),
         airbench=FLAGS.airbench,
         deadline=time.perf_counter() + GPU_SECONDS,
         **less,

@@ -164,9 +164,8 @@ def _collect(name: str, data: Any, tf: Any) -> Pair:
     for images, labels in data.as_numpy_iterator():
         elements.append((images, labels))
         size += images.nbytes
-        if (
-            size > checked + _CHECK_BYTES
-        ):  # they will be joined in a second array; the number may be without an end
+        # They will be joined in a second array; the number may be without an end.
+        if size > checked + _CHECK_BYTES:
             check_fits(size, f"{name} data, {size:,} bytes so far", "use fewer or smaller images")
             checked = size
     if not elements:

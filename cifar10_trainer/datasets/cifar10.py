@@ -43,9 +43,8 @@ CIFAR10_CLASSES = (
 _BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 _ROWS = 10_000  # images per batch
 _BATCH_BYTES = 31_100_000  # the largest file of a batch has 31,035,999
-_ARCHIVE_BYTES = (
-    7 * _BATCH_BYTES
-)  # of the unpacked archive, whose six batches are all but a few thousand of its bytes
+# of the unpacked archive, whose six batches are all but a few thousand of its bytes
+_ARCHIVE_BYTES = 7 * _BATCH_BYTES
 _RECORD_BYTES = 1 << 16  # of the largest record of TFDS; 32x32 pixels are 3,072 bytes
 # A row of a .bin file is one label byte and 3,072 pixel bytes: the red, the green and the blue plane. The other files
 # are pickles.

@@ -271,9 +271,8 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
         scale = 1.0 if bits == (32,) and high <= 255 else 1 / 257
     key = image.info.get("transparency") if image.mode != "F" else None  # the grey that is transparent
     result = np.empty(values.shape, np.uint8)
-    for start in range(
-        0, len(values), 256
-    ):  # rows: floats of the whole image would take eight times its memory
+    # Some rows at a time: floats of the whole image would take eight times its memory.
+    for start in range(0, len(values), 256):
         rows = values[start : start + 256]
         rows = 65535 - rows if white_is_zero else rows
         result[start : start + 256] = np.rint(rows * scale)

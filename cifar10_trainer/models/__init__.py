@@ -159,9 +159,8 @@ def _node_flops(node: Any) -> int:
             layer = keras.models.clone_model(layer, input_tensors=tensors)
         return forward_flops(layer)
     if isinstance(layer, keras.layers.Conv2D | keras.layers.DepthwiseConv2D | keras.layers.Dense):
-        kernels = math.prod(
-            layer.kernel.shape
-        )  # each number: one multiply-add per position, if depthwise, too
+        # each number: one multiply-add per position, if depthwise, too
+        kernels = math.prod(layer.kernel.shape)
     elif isinstance(layer, keras.layers.SeparableConv2D):
         kernels = math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
     else:

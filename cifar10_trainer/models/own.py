@@ -138,9 +138,8 @@ def _settings(config: Any) -> Any:
         return [_settings(x) for x in config]
     if not isinstance(config, dict):
         return config
-    left_out = (
-        ("name", "seed") if "trainable" in config else ()
-    )  # other objects have telling names, as dtype policies
+    # Objects that are no layers have telling names, as dtype policies.
+    left_out = ("name", "seed") if "trainable" in config else ()
     return {key: _settings(value) for key, value in config.items() if key not in left_out}
 
 
@@ -194,10 +193,8 @@ def _check_layers(model: keras.Model) -> None:
 def _check_assignments(model: keras.Model) -> None:
     """Raises ConfigError where a layer sets its own trainable weights in training: a step keeps the optimizer's values only."""
     images = keras.ops.zeros((2, *model.input_shape[1:]), model.inputs[0].dtype)
-    with (
-        keras.StatelessScope() as scope,
-        contextlib.suppress(Exception),
-    ):  # what fails, fails in training as well
+    # What fails, fails in training as well.
+    with keras.StatelessScope() as scope, contextlib.suppress(Exception):
         model(images, training=True)
     for variable in model.trainable_variables:
         if scope.get_current_value(variable) is not None:

@@ -149,9 +149,8 @@ def keras_layers(images: np.ndarray, labels: np.ndarray, batch: int, batches: in
 
     def measure() -> float:
         start = time.perf_counter()
-        rest = iter(
-            data.take(batches)
-        )  # whose end may wait for tf.data's tuning, which is not the pipeline's time
+        # Its end may wait for tf.data's tuning, which is not the pipeline's time.
+        rest = iter(data.take(batches))
         seen = sum(len(y) for _, y in rest)
         return seen / (time.perf_counter() - start)
 

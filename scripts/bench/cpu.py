@@ -253,11 +253,8 @@ def start_rows(o: Options) -> dict[str, Any]:
     for _ in range(1 if o.quick else 3):
         starts[TUTORIAL].append(timing.first_step(timing.baseline_command("--steps=8", data_dir=o.data_dir)))
         with tempfile.TemporaryDirectory() as folder:
-            flags = [
-                "--recipe=fast.85",
-                f"--workdir={folder}/run",
-                "--verbose",
-            ]  # the progress bar, into a pipe
+            # --verbose: the progress bar, into a pipe
+            flags = ["--recipe=fast.85", f"--workdir={folder}/run", "--verbose"]
             words = timing.training_command(*flags, data_dir=o.data_dir)
             starts[OURS].append(timing.first_step(words))
     return rows_of({f"{n}: start to first step": v for n, v in starts.items()}, "s")
