@@ -56,7 +56,7 @@ def check_backend() -> None:
     elif os.environ.get("KERAS_BACKEND"):
         backend, source = os.environ["KERAS_BACKEND"], "in KERAS_BACKEND"
     else:
-        file = _keras_home() / "keras.json"
+        file = keras_home() / "keras.json"
         try:
             backend = parse_json(file.read_text(encoding="utf-8")).get("backend", BACKEND)
         except (OSError, ValueError, AttributeError):  # Keras then takes its defaults, or reports the error
@@ -69,8 +69,8 @@ def check_backend() -> None:
         )
 
 
-def _keras_home() -> Path:
-    """The folder of Keras's keras.json, as Keras finds it."""
+def keras_home() -> Path:
+    """The folder where Keras keeps keras.json, data sets and weights, as Keras finds it."""
     if "KERAS_HOME" in os.environ:
         return Path(os.environ["KERAS_HOME"]).expanduser()
     home = Path("~").expanduser()

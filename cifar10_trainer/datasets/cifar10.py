@@ -24,6 +24,7 @@ import numpy as np
 
 from ..errors import ConfigError, RunError, cut, reason_of
 from ..files import regular_file
+from ..keras_state import keras_home
 from .base import Dataset
 from .download import PYTHON_URL, download, tfds_folder
 
@@ -144,12 +145,7 @@ def _given(data_dir: str | os.PathLike[str] | None) -> str | os.PathLike[str] | 
 
 def _caches() -> list[Path]:
     """Where copies of other libraries may be."""
-    return [tfds_folder(), _keras_folder(), Path("data")]
-
-
-def _keras_folder() -> Path:
-    """Returns the folder of Keras's cached data sets."""
-    return Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets"
+    return [tfds_folder(), keras_home() / "datasets", Path("data")]
 
 
 def _forms(path: Path) -> Iterator[Path]:

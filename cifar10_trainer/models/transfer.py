@@ -16,6 +16,7 @@ import keras
 from keras import layers
 
 from ..errors import ConfigError, RunError, shown, unknown
+from ..keras_state import keras_home
 from ..model_file import load_model
 from . import common, fast
 from .arguments import checked
@@ -181,7 +182,7 @@ def _pretrained(backbone: str, x: keras.KerasTensor, weights: str | None) -> ker
             raise RunError(
                 f"{weights} does not hold the weights of {backbone} without its top: {error}"
             ) from error
-        folder = os.path.join(os.environ.get("KERAS_HOME", "~/.keras"), "models")
+        folder = keras_home() / "models"
         file = re.search(r"https?://\S+/([^\s/]+\.h5)", str(error))
         remedy = f"put {file[1]} into {folder}" if file else f"replace its file in {folder}"
         raise RunError(
