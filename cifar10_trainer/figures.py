@@ -6,12 +6,14 @@ at the same time; it is imported where it is used, because commands that draw no
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -43,7 +45,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the PNG file `path`, whole or not at all, and empties the figure. Makes its folder."""
     png = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+")  # names of classes in a script that the font lacks
         # To images a hundred times as long as wide.
         warnings.filterwarnings("ignore", "constrained_layout not applied")
         figure.savefig(png, format="png", dpi=DPI, facecolor="white")
@@ -71,17 +72,49 @@ def _name_ticks(
     if size < 4:
         return
     axis.set_ticks(positions)
-    axis.set_ticklabels([_shorten(n) for n in names], fontsize=size, parse_math=False, **style)
+    axis.set_ticklabels(names, fontsize=size, parse_math=False, **style)
 
 
-def _shorten(name: str, length: int = 16) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+def _short(class_names: Sequence[str], length: int = 16) -> list[str]:
+    """The names as figures show them: long ones without their middle.
+
+    Where two would look alike, as those that differ in the middle, the class number stands at their end; where the fonts
+    lack a letter, it stands instead.
+    """
+    letters = _letters()
+    lacking = {c for c in set().union(*class_names) if not any(ord(c) in font for font in letters)}
+    names = [f"class {k}" if lacking & set(n) else _shorten(n, length) for k, n in enumerate(class_names)]
+    count = Counter(names)
+    return [
+        _shorten(class_names[k], length, f" #{k}") if count[n] > 1 else n for k, n in enumerate(names)
+    ]
+
+
+def _shorten(name: str, length: int, end: str = "") -> str:
+    """At most `length` letters of a name and the end: the first ones, and without an end its last ones, too."""
+    if len(name) + len(end) <= length:
+        return name + end
+    kept = length - 1 - len(end)
+    last = 0 if end else kept // 3
+    return name[: kept - last] + "…" + name[len(name) - last :] + end
+
+
+def _letters() -> list[Container[int]]:
+    """The characters of each font in which Matplotlib would draw a name."""
+    import matplotlib as mpl
+    from matplotlib.font_manager import findfont, get_font
+
+    families = [name for family in mpl.rcParams["font.family"] for name in mpl.rcParams.get(f"font.{family}", [family])]
+    letters: list[Container[int]] = []
+    for name in [*families, "DejaVu Sans"]:  # the last one is Matplotlib's own
+        with contextlib.suppress(ValueError):  # it is not installed
+            letters.append(get_font(findfont(name, fallback_to_default=False)).get_charmap())
+    return letters
 
 
 def _isolated(name: str) -> str:
-    """A short name, which if it reads from right to left does not turn what stands beside it."""
-    short = _shorten(name, 12)
-    return f"\u2068{short}\u2069" if reads_from_right(name) else short
+    """A name, which if it reads from right to left does not turn what stands beside it."""
+    return f"\u2068{name}\u2069" if reads_from_right(name) else name
 
 
 def reads_from_right(name: str) -> bool:
@@ -171,7 +204,8 @@ def sample_images(
     height, width = images.shape[1:3]
     gap = max(1, round(height / 16)), max(1, round(width / 16))
     cell = 0.6 if blocks == 1 else 0.36
-    names_width = 0.085 * max(len(_shorten(name)) for name in class_names) + 0.15
+    names = _short(class_names)
+    names_width = 0.085 * max(map(len, names)) + 0.15
     figure = new_figure(blocks * (per_class * cell * width / height + names_width), rows * cell + 0.35)
     of_all = "" if shown == len(class_names) else f", the first {shown} of {len(class_names)} classes"
     for block, axes in enumerate(figure.subplots(1, blocks, squeeze=False)[0]):
@@ -185,7 +219,7 @@ def sample_images(
         axes.set_anchor("NW")
         axes.set_xticks([])
         centres = [row * (height + gap[0]) + height / 2 for row in range(len(classes))]
-        _name_ticks(axes.yaxis, centres, [class_names[c] for c in classes], cell)
+        _name_ticks(axes.yaxis, centres, [names[c] for c in classes], cell)
     save_figure(figure, path)
 
 
@@ -193,7 +227,8 @@ def random_samples(
     images: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
     """Draws images that were chosen at random in a labelled grid. Arguments as in `sample_images`."""
-    captions = [_shorten(class_names[c]) for c in labels]
+    names = _short(class_names)
+    captions = [names[c] for c in labels]
     _captioned(images, captions, "Training images, chosen at random", path)
 
 
@@ -218,7 +253,7 @@ def class_distribution(
             for y, value in zip(positions, count, strict=True):
                 style = {"va": "center", "fontsize": 8, "color": INK}
                 axes.annotate(f"{value:,}", (value, y), (3, 0), textcoords="offset points", **style)
-    _name_ticks(panels[0].yaxis, list(positions), class_names, inches)
+    _name_ticks(panels[0].yaxis, list(positions), _short(class_names), inches)
     panels[0].set_ylim(n - 0.4, -0.6)
     save_figure(figure, path)
 
@@ -265,7 +300,7 @@ def training_curves(
                 label = f"target: {100 * target:.4g}%"
                 axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (5, 4)), label=label)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch", fontsize=9, color=INK)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=9, labelcolor=INK)
@@ -277,7 +312,7 @@ def confusion_matrix(
     predicted: np.ndarray,
     class_names: Sequence[str],
     path: str | os.PathLike[str],
-    split: str = "test",
+    called: str = "test images",
 ) -> None:
     """Draws the confusion matrix: rows are true classes, columns predicted ones, and a number counts images.
 
@@ -287,7 +322,7 @@ def confusion_matrix(
         labels, predicted: integers [n].
         class_names: one for each class.
         path: the PNG file to write.
-        split: what the title calls the images.
+        called: what the title calls the images.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import PercentFormatter
@@ -300,7 +335,7 @@ def confusion_matrix(
     axes = figure.add_subplot()
     accuracy = np.trace(counts) / max(1, counts.sum())
     between = " " if n * inches > 4 else "\n"  # so that the title has room
-    style_axes(axes, f"{counts.sum():,} {split} images,{between}{accuracy:.2%} correct")
+    style_axes(axes, f"{counts.sum():,} {called},{between}{accuracy:.2%} correct")
     drawn = _cells(axes, shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     if inches > 0.35:
         for (row, column), count in np.ndenumerate(counts):
@@ -308,8 +343,9 @@ def confusion_matrix(
                 colour = "white" if shares[row, column] > 0.35 else INK
                 size = min(9, inches * 72 / max(3.2, len(str(count)) * 0.75))
                 axes.text(column, row, f"{count}", ha="center", va="center", fontsize=size, color=colour)
-    _name_ticks(axes.yaxis, range(n), class_names, inches)
-    _name_ticks(axes.xaxis, range(n), class_names, inches, rotation=90 if inches < 0.4 else 45, ha="center")
+    names = _short(class_names)
+    _name_ticks(axes.yaxis, range(n), names, inches)
+    _name_ticks(axes.xaxis, range(n), names, inches, rotation=90 if inches < 0.4 else 45, ha="center")
     if inches >= 0.4:
         for label in axes.get_xticklabels():
             label.set(ha="right", rotation_mode="anchor")
@@ -330,7 +366,7 @@ def misclassified_examples(
     class_names: Sequence[str],
     path: str | os.PathLike[str],
     count: int = 20,
-    split: str = "test",
+    called: str = "test images",
 ) -> None:
     """Draws the first misclassified images: true class, predicted class and its probability.
 
@@ -341,19 +377,20 @@ def misclassified_examples(
         class_names: one for each class.
         path: the PNG file to write.
         count: images to draw, at most.
-        split: what the title calls the images.
+        called: what the title calls the images.
     """
     predicted = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     first = wrong[:count]
-    of = f"{len(labels):,} {split} images"
+    of = f"{len(labels):,} {called}"
     title = f"The first {len(first)} of {len(wrong):,} wrong among {of}: true → predicted"
     if len(wrong) == 0:
         figure = new_figure(8, 1)
         figure.text(0.5, 0.5, f"All {of} are right.", ha="center", va="center", color=INK)
         return save_figure(figure, path)
+    names = list(map(_isolated, _short(class_names, 12)))
     captions = [
-        f"{_isolated(class_names[labels[i]])} → {_isolated(class_names[predicted[i]])}\n"
+        f"{names[labels[i]]} → {names[predicted[i]]}\n"
         f"p={probabilities[i, predicted[i]]:.2f}"
         for i in first
     ]

@@ -59,9 +59,11 @@ def classification_report(labels: np.ndarray, predicted: np.ndarray, class_names
     classes = list(range(len(class_names)))
     # After a name that reads from right to left, a mark keeps the numbers in their order.
     names = [f"{name}\u200e" if reads_from_right(name) else name for name in class_names]
-    return metrics.classification_report(
+    table = metrics.classification_report(
         labels, predicted, labels=classes, target_names=names, digits=4, zero_division=0
     )
+    absent = [name for k, name in enumerate(names) if not np.any(labels == k)]
+    return table + f"\nNo images of {', '.join(absent)}: macro avg counts their recall as 0.\n" * bool(absent)
 
 
 def choose_samples(dataset: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -120,6 +122,7 @@ def write_report(
     if len(labels) == 0:
         scored, note, images, labels = "validation", NO_TEST_IMAGES, val_images, val_labels
     n = len(test_probabilities)
+    averaged = metrics.get("views") not in (None, 1)
     if n == 0:
         note = f"This run has no test score: {NOT_SCORED if len(labels) else NOTHING_TO_SCORE}."
         drawn = {name: path for name, path in drawn.items() if name not in SCORED_FIGURES}
@@ -130,11 +133,13 @@ def write_report(
         if dataset.name not in BALANCED:
             balanced = measures.balanced_accuracy(labels, predicted, len(names))
             recall = measures.smallest_class_recall(labels, predicted, train_labels, len(names))
-            balance = [(f"{balanced:.2%}", "balanced accuracy", f"smallest class's recall {recall:.2%}")]
-        text = classification_report(labels, predicted, names)
-        confusion_matrix(labels, predicted, names, drawn["confusion_matrix"], scored)
+            detail = f"{'with TTA, ' * averaged}smallest class's recall {recall:.2%}"
+            balance = [(f"{balanced:.2%}", "balanced accuracy", detail)]
+        called = f"{scored} images{' with TTA' * averaged}"
+        text = f"{n:,} {called}\n\n" + classification_report(labels, predicted, names)
+        confusion_matrix(labels, predicted, names, drawn["confusion_matrix"], called)
         path = drawn["misclassified_examples"]
-        misclassified_examples(images, labels, test_probabilities, names, path, split=scored)
+        misclassified_examples(images, labels, test_probabilities, names, path, called=called)
 
     folder.check_there()  # drawing takes seconds, and makes the folder
     text = "\n\n".join(filter(None, (note, text.rstrip()))) + "\n"

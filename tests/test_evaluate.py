@@ -207,8 +207,8 @@ def test_views_must_be_one_of_three():
 def test_score_by_hand():
     p = np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]], np.float32)
     numbers = evaluate.score(np.array([0, 1, 2, 1]), p)
-    # The last is certain and wrong: its probability of 0 counts as 1e-7.
-    loss = (np.log(2) - np.log(0.8) + 0 - np.log(1e-7)) / 4
+    # The last is certain and wrong: its probability of 0 counts as 2^-126, float32's smallest in full precision.
+    loss = (np.log(2) - np.log(0.8) + 0 + 126 * np.log(2)) / 4
     assert numbers == {"accuracy": 0.75, "loss": pytest.approx(loss, rel=1e-7), "n": 4}
 
 

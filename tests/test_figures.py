@@ -139,9 +139,35 @@ def test_training_curves_without_validation_or_anything(tmp_path, drawn, rows):
     assert pixels(tmp_path / "t.png").std() > 0
 
 
+def test_one_epoch_has_one_tick(tmp_path, drawn):
+    figures.training_curves(history((1, 2.0, 0.3, 1.5, 0.5)), tmp_path / "t.png")
+    low, high = drawn[0].axes[0].get_xlim()
+    assert [t for t in drawn[0].axes[0].get_xticks() if low <= t <= high] == [1]
+
+
+def test_long_names_stay_different():
+    corn = [f"Corn_(maize)___{what}" for what in ("Common_rust_", "healthy", "Northern_Leaf_Blight")]
+    assert figures._short(["cat", *corn]) == ["cat", "Corn_(maiz…rust_", "Corn_(maiz…althy", "Corn_(maiz…light"]
+    alike = [f"a_very_long_name_{i}_in_the_middle" for i in range(11)]
+    short = figures._short(alike, 12)
+    assert short[1] == "a_very_l… #1" and short[10] == "a_very_… #10"
+    assert len(set(short)) == 11 and max(map(len, short)) == 12
+    assert figures._short(["x" * 12, "x" * 13], 12) == ["x" * 12, "xxxxxxxx…xxx"]
+
+
+def test_a_name_that_the_fonts_lack_is_a_number(tmp_path, drawn, recwarn):
+    """Matplotlib's own font has no Chinese; boxes would all look alike."""
+    names = ("cat", "日本語の犬", "שלום")
+    figures.confusion_matrix(np.array([0, 1, 2]), np.array([0, 1, 1]), names, tmp_path / "c.png")
+    ticks = [tick.get_text() for tick in drawn[0].axes[0].get_yticklabels()]
+    assert ticks[0] == "cat" and ticks[2] == "שלום"
+    assert ticks[1] == ("日本語の犬" if any(ord("語") in font for font in figures._letters()) else "class 1")
+    assert not recwarn.list
+
+
 def test_confusion_matrix_rows_are_the_truth(tmp_path, drawn):
     labels, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 1])
-    figures.confusion_matrix(labels, predicted, NAMES, tmp_path / "c.png", split="validation")
+    figures.confusion_matrix(labels, predicted, NAMES, tmp_path / "c.png", called="validation images")
     axes = drawn[0].axes[0]
     # Written down by hand; the owl has no images, so its row is empty rather than not a number.
     np.testing.assert_allclose(axes.collections[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])

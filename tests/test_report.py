@@ -36,12 +36,15 @@ def table(text):
 
 def test_classification_report_by_hand():
     labels, predicted = np.array([0, 0, 1, 1, 1, 2]), np.array([0, 1, 1, 1, 0, 2])
-    rows = table(report.classification_report(labels, predicted, ("cat", "dog", "owl", "yak")))
+    text = report.classification_report(labels, predicted, ("cat", "dog", "owl", "yak"))
+    rows = table(text)
     assert rows["cat"] == ["0.5000", "0.5000", "0.5000", "2"]
     assert rows["dog"] == ["0.6667", "0.6667", "0.6667", "3"]
     assert rows["owl"] == ["1.0000", "1.0000", "1.0000", "1"]
     assert rows["yak"] == ["0.0000", "0.0000", "0.0000", "0"]
     assert rows["accuracy"] == ["0.6667", "6"]
+    assert text.endswith("No images of yak: macro avg counts their recall as 0.\n")
+    assert "No images" not in report.classification_report(labels, predicted, ("cat", "dog", "owl"))
 
 
 def test_after_a_name_from_right_to_left_numbers_keep_their_order():
@@ -118,6 +121,7 @@ def test_write_run_writes_everything(tmp_path):
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {f"{name}.png" for name in figures}
     text = (tmp_path / "classification_report.txt").read_text()
     assert table(text)["accuracy"] == ["0.7500", "4"] and "validation" not in text
+    assert text.startswith("4 test images")
 
     # The page: well formed, complete, and in need of nothing else.
     assert page.open == [] and "fast.default on folder" in page.text

@@ -269,7 +269,7 @@ def fake_training(accuracies, calls):
             "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,seconds\n"
             f"1,1.0,0.5,{1 - result},{result},0.1,2.0\n"
         )
-        metrics = {"best_val_accuracy": result, "epochs": 1, "params": 100, "pflop": 0.5}
+        metrics = {"best_val_accuracy": result, "best_epoch": 1, "epochs": 1, "params": 100, "pflop": 0.5}
         record = {**config.to_dict(), "fingerprint": datasets.fingerprint(options["dataset"])}
         (folder / "config.json").write_text(json.dumps(record))
         (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -335,6 +335,21 @@ def test_val_loss_as_objective(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "train_and_evaluate", fake_training([0.8, 0.9, 0.7], []))
     found = tune(space, digits, workdir=str(tmp_path), max_trials=3, objective="val_loss", verbose=0)
     assert [round(r.metrics["val_loss"], 6) for r in found.rows] == [0.1, 0.2, 0.3]
+
+
+def test_the_loss_of_a_trial_is_that_of_its_kept_epoch(digits, tmp_path, monkeypatch):
+    """Later epochs may have a lower loss and a lower accuracy; the saved model has neither."""
+    train = fake_training([0.8], [])
+
+    def longer(config, folder, **options):
+        metrics = train(config, folder, **options)
+        with open(folder / "history.csv", "a") as file:
+            file.write("2,0.9,0.6,,,0.1,2.0\n3,0.8,0.6,0.01,0.7,0.1,2.0\n")
+        return {**metrics, "epochs": 3}
+
+    monkeypatch.setattr(trial, "train_and_evaluate", longer)
+    (row,) = tune(space, digits, workdir=str(tmp_path), max_trials=1, verbose=0).rows
+    assert row.metrics["val_loss"] == pytest.approx(0.2)
 
 
 def test_rungs_are_complete_runs_of_their_length(digits, tmp_path, monkeypatch):

@@ -305,10 +305,10 @@ class ConfigTuner(BaseTuner):
                 if stale or not run.is_finished():
                     raise
                 metrics = run.read_metrics()  # the worker that had this trial has just finished it
-        losses = [row["val_loss"] for row in run.read_history() if row["val_loss"] is not None]
+        kept = next(row for row in run.read_history() if row["epoch"] == metrics["best_epoch"])
         return {
             "val_accuracy": metrics["best_val_accuracy"],
-            "val_loss": min(losses),
+            "val_loss": kept["val_loss"],
             "epochs": min(config.epochs, metrics["epochs"]),
             "parameters": metrics["params"],
             "pflop": metrics["pflop"],
