@@ -23,7 +23,7 @@ from .adaptation import adapt, in_words
 from .config import Config
 from .datasets import Dataset
 from .errors import ConfigError, RunError, RunInterrupted, check_type, interrupted
-from .files import new_workdir, write_json
+from .files import new_workdir
 from .keras_state import keras_defaults
 from .loop import SAVE_SECONDS
 from .run_folder import FOLDS_FILE, FoldsFolder, RunFolder, difference, fold_folder, or_allow_it
@@ -71,29 +71,29 @@ def cross_validate(
     """
     preparation.check_arguments(config, data, dataset, data_dir, (class_names,))
     log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
-    workdir = _place(config, workdir, overwrite)
+    folder = _place(config, workdir, overwrite)
     given, beside = dataset or data, (None, None, class_names)
-    first = None if overwrite else _first_run(workdir, folds, data_dir)
+    first = None if overwrite else _first_run(folder.path, folds, data_dir)
     found = preparation.load(config, given, beside, data_dir, first, first is not None, folder_options, log)
     data = _without_test_images(found, folds)
-    config = _adapted(config, folds, len(data.train_labels), None if overwrite else workdir, log)
+    config = _adapted(config, folds, len(data.train_labels), None if overwrite else folder.path, log)
     more = dict[str, Any](data_dir=data_dir, dataset=data, save_seconds=save_seconds, policy=None)
     more |= {"overwrite": overwrite, "verbose": verbose, "allow_replica_change": allow_replica_change}
     runs = []
-    with FoldsFolder(workdir).lock(), runtime.Signals() as signals:
+    with folder.lock(), runtime.Signals() as signals:
         for i in range(folds):
             if signals.caught:  # after the last step of the fold before
-                raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", workdir, overwrite)
+                raise interrupted(f"stopped by {signals.caught} before fold {i + 1}", folder, overwrite)
             log(f"-- fold {i + 1} of {folds}")
-            more["callbacks"] = [_remove_the_others(workdir, folds)] if overwrite and i == 0 else []
-            run = _run(_fold(config, folds, i), fold_folder(workdir, folds, i).path, since=since, **more)
+            more["callbacks"] = [_remove_the_others(folder.path, folds)] if overwrite and i == 0 else []
+            run = _run(_fold(config, folds, i), folder.fold(folds, i).path, since=since, **more)
             more["policy"] = run["precision"]
             log(f"   {100 * run['best_val_accuracy']:.2f}%\n")
             runs.append(_row(i + 1, run))
             since = time.monotonic()
         summary = _summary(config, data, runs)
-        write_json(workdir / FOLDS_FILE, summary, durable=True, parents=False)
-    log(f"{_in_words(summary)}\n  files  {workdir}/  ({FOLDS_FILE})")
+        folder.write(summary)
+    log(f"{_in_words(summary)}\n  files  {folder}/  ({FOLDS_FILE})")
     return summary
 
 
@@ -118,14 +118,14 @@ def _adapted(config: Config, folds: int, n: int, begun: Path | None, log: Callab
     return after
 
 
-def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -> Path:
+def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -> FoldsFolder:
     """The folder of all runs. Raises ConfigError on a cluster, and where a finished cross-validation is there to be kept."""
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
         raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
     if workdir:
         check_type("workdir", workdir, (str, os.PathLike), "a folder, or None")
-    folder = Path(os.path.expanduser(workdir)) if workdir else new_workdir(f"{config.recipe}-folds")
-    if (folder / FOLDS_FILE).exists() and not overwrite:
+    folder = FoldsFolder(workdir or new_workdir(f"{config.recipe}-folds"))
+    if folder.file.exists() and not overwrite:
         raise ConfigError(
             f"{folder} holds a finished cross-validation; choose another --workdir, or replace it with --overwrite"
         )

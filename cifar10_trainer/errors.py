@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 import re
+import shlex
 from collections.abc import Collection
 from typing import Any
 
@@ -64,16 +65,17 @@ class RunInterrupted(RunError):
     """A signal stopped the run after it saved everything: the same command resumes it."""
 
 
-def interrupted(how: str, workdir: object, overwrite: bool) -> RunInterrupted:
-    """The error after a signal, when everything is saved in `workdir`.
+def interrupted(how: str, workdir: object, overwrite: bool, saved: str = "everything") -> RunInterrupted:
+    """The error after a signal, when what is to be resumed is saved in `workdir`.
 
     Args:
         how: what happened, as in "stopped by SIGINT at step 3".
         workdir: the folder to resume from.
         overwrite: whether the command had --overwrite, which must go before it is repeated.
+        saved: what is.
     """
     return RunInterrupted(
-        f"{how}; everything is saved in {workdir}; to resume, repeat the command with --workdir={workdir}"
+        f"{how}; {saved} is saved in {workdir}; to resume, repeat the command with --workdir={shlex.quote(str(workdir))}"
         f"{' and without --overwrite' if overwrite else ''}"
     )
 

@@ -9,6 +9,7 @@ The model is a plain Keras file. TensorFlow is imported only after all arguments
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from numbers import Integral
@@ -251,7 +252,7 @@ def load_images(
 def _existing_rows(rows: Sequence[Row], data_dir: str) -> list[Row]:
     """Those of the rows whose files are there, with the classes in their order."""
     order = {name: i for i, name in enumerate(dict.fromkeys(name for _, name, _ in rows))}
-    there = [row for row in rows if (Path(data_dir).expanduser() / row[0]).exists()]
+    there = [row for row in rows if (Path(os.path.expanduser(data_dir)) / row[0]).exists()]
     return sorted(there, key=lambda row: order[row[1]])
 
 

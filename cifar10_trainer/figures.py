@@ -85,9 +85,7 @@ def _short(class_names: Sequence[str], length: int = 16) -> list[str]:
     lacking = {c for c in set().union(*class_names) if not any(ord(c) in font for font in letters)}
     names = [f"class {k}" if lacking & set(n) else _shorten(n, length) for k, n in enumerate(class_names)]
     count = Counter(names)
-    return [
-        _shorten(class_names[k], length, f" #{k}") if count[n] > 1 else n for k, n in enumerate(names)
-    ]
+    return [_shorten(class_names[k], length, f" #{k}") if count[n] > 1 else n for k, n in enumerate(names)]
 
 
 def _shorten(name: str, length: int, end: str = "") -> str:
@@ -101,10 +99,13 @@ def _shorten(name: str, length: int, end: str = "") -> str:
 
 def _letters() -> list[Container[int]]:
     """The characters of each font in which Matplotlib would draw a name."""
-    import matplotlib as mpl
+    from matplotlib import rcParams
     from matplotlib.font_manager import findfont, get_font
 
-    families = [name for family in mpl.rcParams["font.family"] for name in mpl.rcParams.get(f"font.{family}", [family])]
+    settings: Any = rcParams
+    families = [
+        name for family in settings["font.family"] for name in settings.get(f"font.{family}", [family])
+    ]
     letters: list[Container[int]] = []
     for name in [*families, "DejaVu Sans"]:  # the last one is Matplotlib's own
         with contextlib.suppress(ValueError):  # it is not installed
@@ -390,8 +391,6 @@ def misclassified_examples(
         return save_figure(figure, path)
     names = list(map(_isolated, _short(class_names, 12)))
     captions = [
-        f"{names[labels[i]]} → {names[predicted[i]]}\n"
-        f"p={probabilities[i, predicted[i]]:.2f}"
-        for i in first
+        f"{names[labels[i]]} → {names[predicted[i]]}\np={probabilities[i, predicted[i]]:.2f}" for i in first
     ]
     _captioned(images[first], captions, title, path)

@@ -241,7 +241,9 @@ def remove(path: Path) -> None:
 
 def cannot_write(folder: Path, error: OSError) -> WriteError:
     """The one-line error for a folder that cannot be written to."""
-    return WriteError(f"cannot write to {folder}: {error.strerror}; choose another folder with --workdir")
+    return WriteError(
+        f"cannot write to {folder}: {error.strerror or error}; choose another folder with --workdir"
+    )
 
 
 class LockedFolder:

@@ -72,8 +72,8 @@ def check_backend() -> None:
 def keras_home() -> Path:
     """The folder where Keras keeps keras.json, data sets and weights, as Keras finds it."""
     if "KERAS_HOME" in os.environ:
-        return Path(os.environ["KERAS_HOME"]).expanduser()
-    home = Path("~").expanduser()
+        return Path(os.path.expanduser(os.environ["KERAS_HOME"]))
+    home = Path(os.path.expanduser("~"))
     return (home if os.access(home, os.W_OK) else Path("/tmp")) / ".keras"
 
 

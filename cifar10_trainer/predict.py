@@ -101,9 +101,11 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 
 
 def info_beside(model_path: str | Path) -> ModelInfo:
-    """What the config.json beside a model says about it, whose own file may say nothing, as those of version 1.0.0."""
+    """What the config.json of a run beside a model says about it, whose own file may say nothing, as those of version 1.0.0."""
     folder = RunFolder(Path(model_path).parent)
     config = folder.read_config() if folder.config_file.is_file() else {}
+    if "recipe" not in config:  # it is another program's
+        return ModelInfo()
     resize = config.get("resize", "squash")
     return ModelInfo(tuple(config.get("class_names") or ()), resize if resize in RESIZES else "squash")
 

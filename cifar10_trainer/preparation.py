@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -213,7 +214,7 @@ def agree_on_data(
 
 def recorded_path(data_dir: str | None) -> str | None:
     """`data_dir` as config.json has it: from anywhere the same folder."""
-    return data_dir and str(Path(data_dir).expanduser().absolute())
+    return data_dir and str(Path(os.path.expanduser(data_dir)).absolute())
 
 
 def describe_run(

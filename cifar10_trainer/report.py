@@ -131,10 +131,7 @@ def write_report(
         predicted = test_probabilities.argmax(axis=1)
         accuracy = float((predicted == labels).mean())
         if dataset.name not in BALANCED:
-            balanced = measures.balanced_accuracy(labels, predicted, len(names))
-            recall = measures.smallest_class_recall(labels, predicted, train_labels, len(names))
-            detail = f"{'with TTA, ' * averaged}smallest class's recall {recall:.2%}"
-            balance = [(f"{balanced:.2%}", "balanced accuracy", detail)]
+            balance = _balance(labels, predicted, train_labels, len(names), averaged)
         called = f"{scored} images{' with TTA' * averaged}"
         text = f"{n:,} {called}\n\n" + classification_report(labels, predicted, names)
         confusion_matrix(labels, predicted, names, drawn["confusion_matrix"], called)
@@ -147,6 +144,16 @@ def write_report(
     tiles = _tiles(metrics, scored, n, accuracy, balance)
     page = _page(tiles, note, drawn, text, config=config, metrics=metrics, history=history)
     write_atomic(folder.report_file, page, parents=False)
+
+
+def _balance(
+    labels: np.ndarray, predicted: np.ndarray, train_labels: np.ndarray, classes: int, averaged: bool
+) -> list[Tile]:
+    """The balanced accuracy and the smallest class's recall. averaged: whether TTA predicted."""
+    balanced = measures.balanced_accuracy(labels, predicted, classes)
+    recall = measures.smallest_class_recall(labels, predicted, train_labels, classes)
+    detail = f"{'with TTA, ' * averaged}smallest class's recall {recall:.2%}"
+    return [(f"{balanced:.2%}", "balanced accuracy", detail)]
 
 
 def _tiles(

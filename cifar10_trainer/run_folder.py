@@ -71,6 +71,20 @@ def existing(workdir: str | os.PathLike[str]) -> RunFolder:
 class FoldsFolder(LockedFolder):
     """The folder of a cross-validation, around those of its runs."""
 
+    def __init__(self, path: str | os.PathLike[str]):
+        super().__init__(path)
+        self.file = self.path / FOLDS_FILE
+
+    def fold(self, folds: int, i: int) -> RunFolder:
+        """The run folder of fold i, from 0. Raises RunError where this folder was removed since it was locked."""
+        self.check_there()
+        return fold_folder(self.path, folds, i)
+
+    def write(self, summary: Mapping[str, Any]) -> None:
+        """Writes folds.json, which makes the cross-validation a finished one. Raises RunError."""
+        self.check_there()
+        write_json(self.file, summary, durable=True, parents=False)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Makes the folder, and keeps other cross-validations out of it.
@@ -152,6 +166,9 @@ class RunFolder(LockedFolder):
     def _check_whose(self) -> None:
         """Raises ConfigError where no run is in the folder, but files that one would replace, or something else of ours."""
         check_kind(self.path, "run")
+        for place in (self.figures, self.tensorboard):
+            if place.exists() and not place.is_dir():
+                raise ConfigError(f"{place} is a file; choose another --workdir, or move it away")
         found = [name for name in RUN_FILES if (self.path / name).exists()]
         if found and not self._states() and not self._has_config_of_a_run():
             raise ConfigError(

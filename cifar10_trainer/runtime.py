@@ -300,14 +300,16 @@ class Signals:
             for number in process.stop_signals():
                 self._before[number] = signal.signal(number, self)
         for enclosing in self._enclosing():
-            self.caught, self._moment = enclosing.caught, enclosing._moment
+            if enclosing.caught:  # else this one may have caught one by now
+                self.caught, self._moment = enclosing.caught, enclosing._moment
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         for enclosing in self._enclosing():
-            enclosing.caught, enclosing._moment = self.caught, self._moment
+            if self.caught:
+                enclosing.caught, enclosing._moment = self.caught, self._moment
 
     def _enclosing(self) -> list[Signals]:
         return [handler for handler in self._before.values() if isinstance(handler, Signals)]

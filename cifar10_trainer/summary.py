@@ -16,6 +16,8 @@ from .run_folder import RunFolder
 if TYPE_CHECKING:
     import keras
 
+    from .config import Config
+
 FEW_IMAGES = 10  # of a class to train on, below which a run warns
 PRECISION_IMAGES = 500  # validation images on which the saved model is compared with the one that trained
 
@@ -57,6 +59,22 @@ def summarize(log: Log, metrics: dict[str, Any], folder: RunFolder) -> None:
         f.name for f in (folder.report_file, folder.model_file, folder.metrics_file) if f.exists()
     )
     log(f"  files                {folder}/  ({files})")
+
+
+def conclude(
+    log: Log,
+    metrics: dict[str, Any],
+    folder: RunFolder,
+    history: Sequence[Mapping[str, Any]],
+    data: Dataset,
+    model: keras.Model | None,
+    config: Config,
+) -> None:
+    """Logs the summary of a finished run, and what is odd about it. Arguments as of the functions that it calls."""
+    assert data.validation is not None  # `preparation.prepare` set it
+    summarize(log, metrics, folder)
+    warn_at_chance(log, history, data, metrics["best_val_accuracy"], config.class_weights)
+    warn_of_precision(log, model, data.validation, metrics)
 
 
 def warn_at_chance(

@@ -164,14 +164,13 @@ def train_and_evaluate(
         kept = _kept_model(folder, engine, model, log, hdf5=hdf5 and chief)
         probabilities, scores = _score(kept if score_test else None, found, validation, config)
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
-        if chief:
-            if full_report:
-                run = dict[str, Any](config=record, metrics=metrics, history=loop.history, samples=samples)
-                report.write_report(folder, dataset=found, test_probabilities=probabilities, **run)
-            folder.write_metrics(metrics)  # last of all: it makes the run a finished one
-    summary.summarize(log, metrics, folder)
-    summary.warn_at_chance(log, loop.history, found, metrics["best_val_accuracy"], config.class_weights)
-    summary.warn_of_precision(log, kept if verbose else None, validation, metrics)
+        if chief and full_report:
+            run = dict[str, Any](config=record, metrics=metrics, history=loop.history, samples=samples)
+            report.write_report(folder, dataset=found, test_probabilities=probabilities, **run)
+        with runtime.Signals():  # one that comes now does not make a finished run an interrupted one
+            if chief:
+                folder.write_metrics(metrics)  # last of all: it makes the run a finished one
+            summary.conclude(log, metrics, folder, loop.history, found, kept if verbose else None, config)
     return metrics
 
 

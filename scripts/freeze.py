@@ -23,11 +23,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from cifar10_trainer import ConfigError, RunError, cli
+from cifar10_trainer import ConfigError, RunError, cli, files
 from cifar10_trainer.errors import unknown
 
 FLAGS = flags.FlagValues()
@@ -176,17 +175,19 @@ def main(argv: list[str]) -> None:
     for name in argv:
         if name not in known:
             raise unknown("run", name, known)
-    before: dict[str, Any] = {}
-    if FLAGS.compare:
-        try:
-            before = json.loads(Path(FLAGS.compare).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read --compare={FLAGS.compare}: {error}") from error
+    names = argv or known
+    before = files.read_json(Path(FLAGS.compare)) if FLAGS.compare else None
+    if before is not None and not (before.get("environment") and set(names) <= set(before.get("runs", ()))):
+        raise ConfigError(
+            f"compare is {FLAGS.compare}; allowed: a file of --out with digests of {', '.join(names)}"
+        )
+    if FLAGS.out and not Path(FLAGS.out).absolute().parent.is_dir():
+        raise ConfigError(f"out is {FLAGS.out}; allowed: a file in a folder that exists")
     cli.import_tensorflow()
     from cifar10_trainer import precision, runtime
 
     environment = {name: value for name, value in runtime.describe().items() if name != "platform"}
-    if before and before["environment"] != environment:
+    if before is not None and before["environment"] != environment:
         raise ConfigError(
             f"{FLAGS.compare} is from another machine or other versions: {before['environment']}"
         )
@@ -194,17 +195,17 @@ def main(argv: list[str]) -> None:
         # What a loaded machine measures must not decide: with --precision=auto the runs take bfloat16 where it is native.
         os.environ["XDG_CACHE_HOME"] = cache
         precision.keep(0.5)
-        found = dict(digest_all(argv or known))
+        found = dict(digest_all(names))
     if "fast" in found and "resumed" in found and found["fast"] != found["resumed"]:
         raise RunError(
             f"the resumed run differs from the uninterrupted one: {found['resumed']}, {found['fast']}"
         )
     if FLAGS.out:
-        Path(FLAGS.out).write_text(json.dumps({"environment": environment, "runs": found}, indent=1) + "\n")
-    different = [name for name in found if before and found[name] != before["runs"].get(name)]
-    if different:
-        raise RunError(f"results differ from {FLAGS.compare}: {', '.join(different)}")
-    if before:
+        files.write_json(Path(FLAGS.out), {"environment": environment, "runs": found}, indent=1)
+    if before is not None:
+        different = [name for name in found if found[name] != before["runs"][name]]
+        if different:
+            raise RunError(f"results differ from {FLAGS.compare}: {', '.join(different)}")
         print(f"all {len(found)} runs have the digests of {FLAGS.compare}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import statistics
 
@@ -100,6 +101,22 @@ def test_two_folds_from_end_to_end(tmp_path, digits, capsys):
     assert summary["val_accuracy_mean"] == pytest.approx(sum(found) / 2)
     assert summary["val_accuracy_std"] == pytest.approx(abs(found[0] - found[1]) / np.sqrt(2))
     assert f"2 folds: validation accuracy {50 * sum(found):.2f}% ± " in out
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_folder_that_is_removed_meanwhile_ends_it(after, tmp_path, digits, scripted, monkeypatch):
+    """Otherwise it would be made again, with folds.json over runs that are gone."""
+    row = cross_validation._row
+
+    def removing(number, run):
+        if number == after:
+            shutil.rmtree(tmp_path / "cv")
+        return row(number, run)
+
+    monkeypatch.setattr(cross_validation, "_row", removing)
+    with pytest.raises(RunError, match="cv: it was removed or replaced meanwhile"):
+        quietly(2, tmp_path / "cv", digits)
+    assert not (tmp_path / "cv").exists()
 
 
 def test_the_summary_is_mean_and_spread(tmp_path, digits, scripted, capsys):

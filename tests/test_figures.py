@@ -147,7 +147,12 @@ def test_one_epoch_has_one_tick(tmp_path, drawn):
 
 def test_long_names_stay_different():
     corn = [f"Corn_(maize)___{what}" for what in ("Common_rust_", "healthy", "Northern_Leaf_Blight")]
-    assert figures._short(["cat", *corn]) == ["cat", "Corn_(maiz…rust_", "Corn_(maiz…althy", "Corn_(maiz…light"]
+    assert figures._short(["cat", *corn]) == [
+        "cat",
+        "Corn_(maiz…rust_",
+        "Corn_(maiz…althy",
+        "Corn_(maiz…light",
+    ]
     alike = [f"a_very_long_name_{i}_in_the_middle" for i in range(11)]
     short = figures._short(alike, 12)
     assert short[1] == "a_very_l… #1" and short[10] == "a_very_… #10"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
+from pathlib import Path
 
 import pytest
 
 from cifar10_trainer import files
-from cifar10_trainer.errors import RunError
+from cifar10_trainer.errors import RunError, interrupted
 from cifar10_trainer.files import folder_lock
 
 
@@ -23,6 +25,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(RunError, match="No space left"):
         files.write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_without_its_own_text_is_shown(tmp_path):
+    assert "cannot write to x: odd; choose" in str(files.cannot_write(Path("x"), OSError("odd")))
+
+
+def test_the_command_to_resume_can_be_pasted_into_a_shell(tmp_path):
+    text = str(interrupted("stopped", tmp_path / "it's $mine", overwrite=False))
+    words = shlex.split(text.partition("repeat the command with ")[2])
+    assert words == [f"--workdir={tmp_path / chr(39).join(('it', 's $mine'))}"]
 
 
 def test_a_folder_for_a_run_is_a_new_one(tmp_path, monkeypatch):

@@ -429,6 +429,21 @@ def test_a_recorded_split_is_read_again_after_files_came_and_in_the_same_order(f
         load(fruit, files=run.read_split())
 
 
+def test_a_row_of_a_split_that_fits_no_part_is_one_line():
+    rows = [
+        (os.path.join("train", "a", "1.png"), "a", "train"),
+        (os.path.join("other", "2.png"), "b", "train"),
+    ]
+    with pytest.raises(RunError, match=r"split.csv names 'other.2.png', which is in none of the folders"):
+        folder._recorded(rows)
+
+
+@pytest.mark.parametrize("dataset", ["folder", "cifar10"])
+def test_the_home_of_nobody_is_a_folder_that_does_not_exist(dataset):
+    with pytest.raises((ConfigError, RunError), match="does not exist"):
+        datasets.load(dataset, "~nobody-of-this-name/x")
+
+
 def test_a_recorded_folder_with_parts_of_its_own(tmp_path):
     for part, count in (("training", 4), ("valid", 2), ("test", 1)):
         for k, colour in COLOURS.items():

@@ -32,7 +32,9 @@ def colour_model():
 def folder(tmp_path):
     """model.keras, config.json, and images/ with one picture of each colour, in three formats and sizes."""
     colour_model().save(tmp_path / "model.keras")
-    (tmp_path / "config.json").write_text(json.dumps({"dataset": "folder", "class_names": NAMES}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"recipe": "mine", "dataset": "folder", "class_names": NAMES})
+    )
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (50, 20), (255, 0, 0)).save(images / "a.png")
@@ -146,6 +148,14 @@ def test_class_names(folder, capsys):
     assert label(argv, capsys) == "2"
 
 
+@pytest.mark.parametrize(
+    "content", ['{"class_names": 3}', '{"class_names": "abc"}', '{"name": "another program\'s"}']
+)
+def test_what_another_program_has_put_beside_a_model_does_not_matter(folder, capsys, content):
+    (folder / "config.json").write_text(content)
+    assert predict.info_beside(folder / "model.keras") == ModelInfo()
+
+
 @pytest.mark.parametrize("flag", ["--workdir", "--model"])
 def test_a_run_folder_stands_for_its_model(folder, capsys, flag):
     argv = [folder / "images" / "a.png"]
@@ -221,7 +231,9 @@ def test_the_rule_of_resizing_is_that_of_the_run(folder, capsys):
     argv = ["--model", folder / "model.keras", folder / "wide.png"]
     assert label(argv, capsys) == "blue"
     assert label([*argv, "--resize=crop"], capsys) == "red"
-    (folder / "config.json").write_text(json.dumps({"class_names": NAMES, "resize": "crop"}))
+    (folder / "config.json").write_text(
+        json.dumps({"recipe": "mine", "class_names": NAMES, "resize": "crop"})
+    )
     assert label(argv, capsys) == "red"
     assert label([*argv, "--resize=squash"], capsys) == "blue"
 

@@ -21,6 +21,14 @@ def test_a_run_that_begins_anew_has_no_curves_of_the_one_before(tmp_path):
     assert not folder.tensorboard.exists()
 
 
+@pytest.mark.parametrize("name", ["figures", "tensorboard"])
+def test_a_file_in_the_place_of_a_folder_is_refused_before_the_training(name, tmp_path):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=f"{name} is a file; choose another"), RunFolder(tmp_path).lock():
+        pytest.fail("locked")
+    assert (tmp_path / name).read_text() == ""
+
+
 def test_history_survives_a_round_trip_exactly(tmp_path):
     rows = [
         {"epoch": 1, "loss": 0.1 + 0.2, "accuracy": np.float32(0.7), "val_loss": None, "val_accuracy": None},

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from types import SimpleNamespace
 
 import keras
@@ -390,6 +391,25 @@ def test_a_batch_that_does_not_fit(batch, n, replicas, text):
     with pytest.raises(ConfigError) as caught:
         runtime.check_batch(batch, n, replicas)
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("entering", [True, False])
+def test_a_signal_while_blocks_nest_is_not_lost(entering):
+    """It comes when the handler is set already, or set back already, and before the blocks tell each other."""
+    moments = []
+
+    class Inner(runtime.Signals):
+        def _enclosing(self):
+            moments.append("entering" if not moments else "leaving")
+            if moments[-1] == ("entering" if entering else "leaving"):
+                signal.raise_signal(signal.SIGTERM)
+            return super()._enclosing()
+
+    with runtime.Signals() as outer:
+        with Inner():
+            pass
+        assert outer.caught == "SIGTERM"
+    assert moments == ["entering", "leaving"]
 
 
 def test_an_aborted_computation_without_a_cluster_is_no_lost_worker():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import compare_tuners
+import freeze
 import measure_photos
 import notebook
 import numpy as np
@@ -153,6 +154,12 @@ def test_choice_of_recipes():
         (measure_photos, ["--images=20,x"], "images is 20,x; allowed: whole numbers, 2 or more"),
         (measure_photos, ["--images=-3"], "images is -3; allowed"),
         (measure_photos, ["letters"], "unexpected argument 'letters'; allowed: flags"),
+        (
+            freeze,
+            ["digits", f"--compare={ROOT / 'results' / 'packaged.json'}"],
+            "allowed: a file of --out with",
+        ),
+        (freeze, ["digits", "--out=/nowhere/x.json"], "out is /nowhere/x.json; allowed: a file in a folder"),
         (packaged_model, ["mine"], "unexpected argument 'mine'"),
         (compare_tuners, ["--recipe=leaky.baseline"], "leaky.baseline, which sets no filters"),
     ],

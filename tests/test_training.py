@@ -1386,6 +1386,14 @@ def test_a_run_that_a_callback_stopped_stays_stopped(tmp_path, digits, step_by_s
     assert_same_weights(saved_weights(tmp_path), weights)
 
 
+def test_a_signal_after_the_metrics_does_not_interrupt_a_finished_run(tmp_path, digits, monkeypatch):
+    for name, summarize in (("before", training.summary.summarize), ("after", lambda *_: None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(training.summary, "summarize", lambda *a: (send(signal.SIGTERM)(), summarize(*a)))  # noqa: B023
+            metrics = train_quietly(TINY.override(epochs=0.5), tmp_path / name, digits)
+        assert json.loads((tmp_path / name / "metrics.json").read_text()) == metrics
+
+
 def test_the_recorded_command_can_be_pasted_into_a_shell(tmp_path, digits, monkeypatch):
     words = [
         "/usr/bin/python3",

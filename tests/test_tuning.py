@@ -399,6 +399,16 @@ def test_of_equally_good_trials_the_one_with_the_lowest_validation_loss_is_best(
     assert found.best_config.options == calls[1].options
 
 
+def test_a_second_ctrl_c_does_not_claim_that_all_is_saved(digits, tmp_path, monkeypatch):
+    for error, saved in (
+        (KeyboardInterrupt(), "everything up to the last save of the trial"),
+        (RunInterrupted("x"), "everything"),
+    ):
+        monkeypatch.setattr(trial, "train_and_evaluate", fake_training([error], []))
+        with pytest.raises(RunInterrupted, match=f"0 of 2 trials are done; {saved} is saved in"):
+            tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=2, verbose=0)
+
+
 def test_an_interrupted_search_resumes(digits, tmp_path, monkeypatch):
     calls = []
     events = [0.8, RunInterrupted("stopped by SIGTERM at step 7"), 0.7, KeyboardInterrupt(), 0.9]

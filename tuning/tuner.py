@@ -117,7 +117,10 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         except (RunInterrupted, KeyboardInterrupt) as error:
             oracle.save()  # the seconds until now
             progress = f"stopped: {len(oracle.end_order)} of {options.max_trials} trials are done"
-            raise interrupted(progress, folder, options.overwrite) from error
+            # A KeyboardInterrupt is the second signal, which the trial does not wait for.
+            at_once = isinstance(error, KeyboardInterrupt)
+            saved = "everything up to the last save of the trial" if at_once else "everything"
+            raise interrupted(progress, folder, options.overwrite, saved) from error
         return _conclude(leaderboard, hp, options)
 
 

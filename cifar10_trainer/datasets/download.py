@@ -27,7 +27,7 @@ _TIMEOUT = 60.0  # seconds without a byte from the server
 
 def tfds_folder() -> Path:
     """Returns the folder where TFDS keeps its data sets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def download() -> Path:

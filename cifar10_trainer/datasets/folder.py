@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import RESIZES
-from ..errors import ConfigError, RunError, check_number, reason_of, unknown
+from ..errors import ConfigError, RunError, check_number, reason_of, shown, unknown
 from ..machine import check_fits, cpu_count
 from ..process import Log
 from ..run_folder import RUN_FILES, holds_run
@@ -183,7 +183,7 @@ def _existing(data_dir: str | os.PathLike[str] | None) -> Path:
     """The folder. Raises ConfigError where there is none."""
     if not data_dir:
         raise ConfigError(f"data_dir is not set; allowed with the dataset folder: {LAYOUT}")
-    root = Path(data_dir).expanduser()
+    root = Path(os.path.expanduser(data_dir))
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
         raise ConfigError(f"data_dir is {readable(root)}, which {what}; allowed: {LAYOUT}")
@@ -538,6 +538,10 @@ def _recorded(rows: Sequence[Row]) -> _Found:
     folders = [file.split(os.sep, 1)[0].casefold() for file, _, _ in rows]
     has_parts = "train" in (_PART_OF.get(folder) for folder in folders)
     for folder, (file, name, part) in zip(folders, rows, strict=True):
+        if has_parts and folder not in _PART_OF:
+            raise RunError(
+                f"split.csv names {shown(file)}, which is in none of the folders of the others; correct it"
+            )
         own = _PART_OF[folder] if has_parts else "test" if part == "test" else "train"
         files.setdefault(own, {}).setdefault(name, []).append(file)
     # A run splits its validation images off; the order of all of them shows where they were.
