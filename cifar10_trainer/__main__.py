@@ -43,27 +43,29 @@ _define(flags.DEFINE_string, "dataset", f"one of {', '.join(DATASETS)}; default:
 _define(
     flags.DEFINE_string,
     "data_dir",
-    "a TFDS directory, an official archive, its extracted folder, or a folder of images; default: "
+    "a TFDS directory, an official archive, its extracted folder, or a folder of images; default, for CIFAR-10: "
     "$CIFAR10_TRAINER_DATA, then the caches of TFDS, Keras and torchvision, then a download",
 )
 _define(
     flags.DEFINE_float,
     "epochs",
-    "passes over the training images; default: the recipe's, for a folder by its size",
+    "passes over the training images; default: the recipe's, for a folder by its number of images",
 )
 _define(
     flags.DEFINE_integer,
     "batch_size",
-    "images in a step, over all replicas; default: the recipe's, for a folder by its size",
+    "images in a step, over all replicas; default: the recipe's, for a folder by its number of images",
 )
 _define(flags.DEFINE_float, "learning_rate", "peak learning rate; default: the recipe's")
 _define(
-    flags.DEFINE_integer, "seed", "the seed of initial weights, order and augmentation; default: the recipe's"
+    flags.DEFINE_integer,
+    "seed",
+    "the seed of validation split, initial weights, order and augmentation; default: the recipe's",
 )
 _define(
     flags.DEFINE_float,
     "validation_fraction",
-    "share of the training images held out; default: the recipe's, of a small folder a fifth",
+    "share of the training images held out; default: the recipe's, of a small folder up to a fifth",
 )
 _define(
     flags.DEFINE_boolean,

@@ -303,8 +303,7 @@ class RandomZoom(Projective):
 class RandomCutout(RandomLayer):
     """Blanks a square to middle grey (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    The centre of the square is anywhere in the image, so a part of the square may lie outside. Where the first draw is 1, there is
-    no square (`cut_out_some`).
+    The centre of the square is anywhere in the image, so a part of the square may lie outside. The pixels are 0-255.
 
     Args:
         size: the side of the square, in pixels, 0 or more.
@@ -334,6 +333,7 @@ class RandomCutout(RandomLayer):
             offset = tf.range(side)[None] - first
             return (offset >= 0) & (offset < self.size)
 
+        # A first draw of 1 stands for no square, see `cut_out_some`.
         rows = interval(height, numbers[:, :1]) & (numbers[:, :1] < 1)
         return rows[:, :, None] & interval(width, numbers[:, 1:2])[:, None, :]
 

@@ -68,7 +68,7 @@ def define_folder_options(define: Callable[..., None]) -> None:
     define(
         flags.DEFINE_float,
         "max_bad",
-        "the share of a folder's images that may be left out because they cannot be read; default: 0.05",
+        "the share of a folder's images, below 1, that may be left out because they cannot be read; default: 0.05",
         lower_bound=0,
         upper_bound=1,
     )

@@ -214,7 +214,8 @@ class Optimizer(_Section):
 
     Attributes:
         name: "sgd", "adam", "adamw" or "muon".
-        learning_rate: the peak, above 0 and below 100; the schedule scales it.
+        learning_rate: the peak, above 0 and below 100; the schedule scales it. Of muon: the kernels' rate; sgd, for what muon
+            leaves to it, has six times that.
         momentum: of sgd, and of sgd for what muon leaves to it, 0 to 0.9999. Muon's own is 0.6.
         nesterov: of sgd: whether the momentum is Nesterov's.
         weight_decay: of sgd, and of sgd for what muon leaves to it: L2, in the gradient. Of adamw: decoupled. 0 to 1.
@@ -337,7 +338,8 @@ class Config(_Section):
         dataset: "cifar10", "digits" or "folder".
         image_size: the side in pixels to which the images of a folder are resized, 8 to 512.
         resize: how: "squash" the whole image, "crop" to its middle, or "pad" it with black.
-        validation_fraction: of the training images, held out. None: train on all of them, and keep the last weights.
+        validation_fraction: of the training images, held out. None: none is, and the last weights are kept, unless the
+            data set has validation images of its own.
         validation_split: "stratified": the same share of each class; "last": the last images, as tutorials do.
         validation_fold: of stratified: which of the 1 / validation_fraction parts is held out, from 0.
         augmentation: random changes to the training images.
@@ -358,7 +360,7 @@ class Config(_Section):
         averaging: lookahead.
         early_stopping: epochs without a better val_loss after which the run ends; None: it does not end early.
         validation_interval: epochs between validations. The last epoch always has one.
-        views: of test-time augmentation (TTA), whose result is the mean over them: 1 is the image alone, 2 adds the mirror
+        views: of test-time augmentation (TTA), which averages their logits: 1 is the image alone, 2 adds the mirror
             image, 6 also diagonal shifts.
         views_share: of the images, those of which the model is least sure, that get the further views; above 0, up to 1.
         target: the validation accuracy, 0-1, at which the time is reported.

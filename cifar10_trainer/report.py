@@ -63,7 +63,10 @@ def classification_report(labels: np.ndarray, predicted: np.ndarray, class_names
         labels, predicted, labels=classes, target_names=names, digits=4, zero_division=0
     )
     absent = [name for k, name in enumerate(names) if not np.any(labels == k)]
-    return table + f"\nNo images of {', '.join(absent)}: macro avg counts their recall as 0.\n" * bool(absent)
+    if absent:
+        more = f" and {len(absent) - 10} more classes" if len(absent) > 10 else ""
+        table += f"\nNo images of {', '.join(absent[:10])}{more}: macro avg counts their recall as 0.\n"
+    return table
 
 
 def choose_samples(dataset: Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -47,7 +47,11 @@ _define(
     DEFAULT_TUNER,
 )
 _define(flags.DEFINE_integer, "max_trials", "number of trials, including failed ones", Options.max_trials)
-_define(flags.DEFINE_float, "epochs", "epochs of a full trial; default: the recipe's")
+_define(
+    flags.DEFINE_float,
+    "epochs",
+    "epochs of a full trial; default: the recipe's, for a folder by its number of images",
+)
 _define(
     flags.DEFINE_float, "target", "validation accuracy to reach, greater than 0 and at most 1", Options.target
 )
@@ -80,7 +84,7 @@ _define(
 _define(
     flags.DEFINE_float,
     "validation_fraction",
-    "share of the training images to hold out; default: the recipe's",
+    "share of the training images to hold out; default: the recipe's, of a small folder up to a fifth",
 )
 cli.define_folder_options(_define)
 cli.define_set(_define, "--set precision=float32 --set augmentation.cutout=8")
