@@ -166,15 +166,15 @@ class RunFolder(LockedFolder):
     def _check_whose(self) -> None:
         """Raises ConfigError where no run is in the folder, but files that one would replace, or something else of ours."""
         check_kind(self.path, "run")
-        for place in (self.figures, self.tensorboard):
-            if place.exists() and not place.is_dir():
-                raise ConfigError(f"{place} is a file; choose another --workdir, or move it away")
         found = [name for name in RUN_FILES if (self.path / name).exists()]
         if found and not self._states() and not self._has_config_of_a_run():
             raise ConfigError(
                 f"{self} holds {', '.join(found)}, but no run, whose {self.config_file.name} names a recipe; choose another"
                 " --workdir, or move them away"
             )
+        for place in (self.figures, self.tensorboard):
+            if place.exists() and not place.is_dir():
+                raise ConfigError(f"{place} is a file; choose another --workdir, or move it away")
 
     def _has_config_of_a_run(self) -> bool:
         """Whether config.json is that of a run, or damaged, which whoever reads it reports."""

@@ -24,6 +24,7 @@ def test_a_run_that_begins_anew_has_no_curves_of_the_one_before(tmp_path):
 @pytest.mark.parametrize("name", ["figures", "tensorboard"])
 def test_a_file_in_the_place_of_a_folder_is_refused_before_the_training(name, tmp_path):
     (tmp_path / name).write_text("")
+    (tmp_path / "config.json").write_text('{"recipe": "mine"}')
     with pytest.raises(ConfigError, match=f"{name} is a file; choose another"), RunFolder(tmp_path).lock():
         pytest.fail("locked")
     assert (tmp_path / name).read_text() == ""

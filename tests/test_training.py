@@ -145,7 +145,7 @@ def step_by_step(monkeypatch):
 def script_validation(monkeypatch, losses, accuracies=None):
     """Lets the validation after epoch i find losses[i] and accuracies[i]."""
 
-    def scripted(engine, images, labels):
+    def scripted(engine, images, labels, on_batch):
         epoch = -(-engine.step // engine.steps_per_epoch) - 1
         return {"loss": losses[epoch], "accuracy": accuracies[epoch] if accuracies else 0.1}
 

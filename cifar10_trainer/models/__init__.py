@@ -58,9 +58,10 @@ def build(
     Raises:
         ConfigError: if the architecture or an option is unknown, or if a value is invalid.
     """
+    build_function = _build_function(config.architecture)
     check_options(config.architecture, config.options)
-    data: dict[str, Any] = {"input_shape": input_shape, "num_classes": num_classes, "mean": mean, "std": std}
-    return build_model(config.architecture, **data, **config.options)
+    data = {"input_shape": tuple(input_shape), "num_classes": num_classes, "mean": mean, "std": std}
+    return _call(build_function, config.architecture, {**data, **config.options})
 
 
 @keras_defaults()
