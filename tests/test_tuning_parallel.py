@@ -61,7 +61,7 @@ def logs(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNING_LOGS", str(tmp_path))
 
 
-def until(condition, process, seconds=120):
+def until(condition, process, seconds=240):
     """Waits for a true value of `condition`, and gives it; fails when the process ends, or the time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -72,7 +72,7 @@ def until(condition, process, seconds=120):
     raise AssertionError(f"{seconds} s were not enough:\n{process.log.read_text()}")
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=240):
     """Waits for the process to end well; gives what it printed."""
     try:
         status = process.wait(seconds)
