@@ -9,7 +9,6 @@ The model is a plain Keras file. TensorFlow is imported only after all arguments
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from numbers import Integral
@@ -25,6 +24,7 @@ from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels, pair
 from .datasets.folder import Row, is_cut
 from .errors import ConfigError, RunError, check_number, cut
+from .files import expanded
 from .keras_state import keras_defaults
 from .model_file import check_model_file, info_of, load_model
 from .run_folder import RunFolder, existing
@@ -252,7 +252,8 @@ def load_images(
 def _existing_rows(rows: Sequence[Row], data_dir: str) -> list[Row]:
     """Those of the rows whose files are there, with the classes in their order."""
     order = {name: i for i, name in enumerate(dict.fromkeys(name for _, name, _ in rows))}
-    there = [row for row in rows if (Path(os.path.expanduser(data_dir)) / row[0]).exists()]
+    root = expanded(data_dir)
+    there = [row for row in rows if (root / row[0]).exists()]
     return sorted(there, key=lambda row: order[row[1]])
 
 

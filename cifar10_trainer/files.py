@@ -96,6 +96,11 @@ def new_workdir(name: str) -> Path:
     return next(Path(name) for name in names if not os.path.lexists(name))
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with ~ as the home folder. That of a user who does not exist stays as it is; `Path.expanduser` would raise."""
+    return Path(os.path.expanduser(path))
+
+
 def sync(path: str | os.PathLike[str]) -> None:
     """Waits until a file, or the names in a folder, are on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -254,7 +259,7 @@ class LockedFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(os.path.expanduser(path))
+        self.path = expanded(path)
         self._identity: tuple[int, int] | None = None  # of the folder that is locked
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .files import parse_json
+from .files import expanded, parse_json
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -72,8 +72,8 @@ def check_backend() -> None:
 def keras_home() -> Path:
     """The folder where Keras keeps keras.json, data sets and weights, as Keras finds it."""
     if "KERAS_HOME" in os.environ:
-        return Path(os.path.expanduser(os.environ["KERAS_HOME"]))
-    home = Path(os.path.expanduser("~"))
+        return expanded(os.environ["KERAS_HOME"])
+    home = expanded("~")
     return (home if os.access(home, os.W_OK) else Path("/tmp")) / ".keras"
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,6 +18,7 @@ from .config import Config
 from .datasets import Dataset
 from .engine import Engine, make_engine
 from .errors import ConfigError, shown
+from .files import expanded
 from .loop import saved_precision
 from .machine import check_fits
 from .model_file import ModelInfo
@@ -214,7 +213,7 @@ def agree_on_data(
 
 def recorded_path(data_dir: str | None) -> str | None:
     """`data_dir` as config.json has it: from anywhere the same folder."""
-    return data_dir and str(Path(os.path.expanduser(data_dir)).absolute())
+    return data_dir and str(expanded(data_dir).absolute())
 
 
 def describe_run(

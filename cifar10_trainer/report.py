@@ -125,7 +125,7 @@ def write_report(
     if len(labels) == 0:
         scored, note, images, labels = "validation", NO_TEST_IMAGES, val_images, val_labels
     n = len(test_probabilities)
-    averaged = metrics.get("views") not in (None, 1)
+    averaged = _has_tta(metrics)
     if n == 0:
         note = f"This run has no test score: {NOT_SCORED if len(labels) else NOTHING_TO_SCORE}."
         drawn = {name: path for name, path in drawn.items() if name not in SCORED_FIGURES}
@@ -149,6 +149,11 @@ def write_report(
     write_atomic(folder.report_file, page, parents=False)
 
 
+def _has_tta(metrics: Mapping[str, Any]) -> bool:
+    """Whether the probabilities of the run are means over several views."""
+    return metrics.get("views") not in (None, 1)
+
+
 def _balance(
     labels: np.ndarray, predicted: np.ndarray, train_labels: np.ndarray, classes: int, averaged: bool
 ) -> list[Tile]:
@@ -170,7 +175,7 @@ def _tiles(
     get = metrics.get
     tiles: list[Tile] = []
     if accuracy is not None:
-        averaged = get("views") not in (None, 1)
+        averaged = _has_tta(metrics)
         tta = f", TTA of {measures.views_in_words(metrics)}" if averaged else ""
         interval = measures.interval_in_words(accuracy, n)
         detail = ", ".join(filter(None, (f"{n:,} images{tta}", interval)))
@@ -181,7 +186,7 @@ def _tiles(
     best, target, seconds = get("best_val_accuracy"), get("target"), get("seconds_to_target")
     if best is not None:
         # With TTA, a score on the same images stands beside it, and differs.
-        without = ", without TTA" if scored == "validation" and get("views") not in (None, 1) else ""
+        without = ", without TTA" if scored == "validation" and _has_tta(metrics) else ""
         interval = measures.interval_in_words(best, get("n_validation") or 0)
         detail = f"epoch {_text(get('best_epoch'))}{without}" + (f", {interval}" if interval else "")
         tiles.append((f"{best:.2%}", "best validation accuracy", detail))

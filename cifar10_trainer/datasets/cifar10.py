@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import ConfigError, RunError, cut, reason_of
-from ..files import regular_file
+from ..files import expanded, regular_file
 from ..keras_state import keras_home
 from .base import Dataset
 from .download import PYTHON_URL, download, tfds_folder
@@ -96,7 +96,7 @@ def load_cifar10(data_dir: str | os.PathLike[str] | None) -> Dataset:
     given = _given(data_dir)
     name = "data_dir" if data_dir else "$CIFAR10_TRAINER_DATA"
     if given:
-        path = Path(os.path.expanduser(given))
+        path = expanded(given)
         with _one_line_errors(path):
             if not path.exists():
                 raise ConfigError(
@@ -128,7 +128,7 @@ def read_ahead(data_dir: str | os.PathLike[str] | None) -> None:
     What needs TensorFlow or a download is left to `load_cifar10`.
     """
     given = _given(data_dir)
-    places = [Path(os.path.expanduser(given))] if given else _caches()
+    places = [expanded(given)] if given else _caches()
     with contextlib.suppress(OSError):
         form = next((form for place in places for form in _forms(place)), None)
         if form is None or (form / "dataset_info.json").exists():

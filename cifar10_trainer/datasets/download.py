@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import RunError, reason_of
-from ..files import folder_lock, regular_file
+from ..files import expanded, folder_lock, regular_file
 
 PYTHON_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 BINARY_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -27,7 +27,7 @@ _TIMEOUT = 60.0  # seconds without a byte from the server
 
 def tfds_folder() -> Path:
     """Returns the folder where TFDS keeps its data sets."""
-    return Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+    return expanded(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def download() -> Path:

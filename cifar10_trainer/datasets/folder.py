@@ -20,6 +20,7 @@ import numpy as np
 
 from ..config import RESIZES
 from ..errors import ConfigError, RunError, check_number, reason_of, shown, unknown
+from ..files import expanded
 from ..machine import check_fits, cpu_count
 from ..process import Log
 from ..run_folder import RUN_FILES, holds_run
@@ -183,7 +184,7 @@ def _existing(data_dir: str | os.PathLike[str] | None) -> Path:
     """The folder. Raises ConfigError where there is none."""
     if not data_dir:
         raise ConfigError(f"data_dir is not set; allowed with the dataset folder: {LAYOUT}")
-    root = Path(os.path.expanduser(data_dir))
+    root = expanded(data_dir)
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
         raise ConfigError(f"data_dir is {readable(root)}, which {what}; allowed: {LAYOUT}")
@@ -212,7 +213,7 @@ def size_of(
         raises why.
     """
     try:
-        own = Path(os.path.expanduser(workdir)).resolve() if workdir else None
+        own = expanded(workdir).resolve() if workdir else None
         found = _find(_existing(data_dir), None, own)
     except (ConfigError, RunError):
         return None

@@ -167,9 +167,10 @@ def draw_own(axes: Axes, cost: str, own: Sequence[Point], style: str) -> None:
         spread = [statistics.stdev(some) if len(some) > 1 else math.nan for some in seeds]
         label, means = own[0].recipe + words, [_mean(some) for some in seeds]
         axes.errorbar(costs, means, spread, fmt=f"o{style}", color=colour, label=label, **line)
-    for p in (p for p in own if p.recipe == DEFAULT_RECIPE):
-        words = f"{p.epochs:g}" + (" epochs" if p is own[0] else "")
-        axes.annotate(words, (getattr(p, cost), 100 * _mean(p.test)), (0, -12), color=BLUE, **SMALL)
+    for p in own:
+        if p.recipe == DEFAULT_RECIPE:
+            words = f"{p.epochs:g}" + (" epochs" if p is own[0] else "")
+            axes.annotate(words, (getattr(p, cost), 100 * _mean(p.test)), (0, -12), color=BLUE, **SMALL)
 
 
 def draw_tutorials(axes: Axes, cost: str, others: Mapping[str, Sequence[Point]]) -> None:
