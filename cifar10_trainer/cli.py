@@ -6,7 +6,6 @@ import contextlib
 import errno
 import importlib.metadata
 import inspect
-import logging
 import math
 import os
 import platform
@@ -101,11 +100,6 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 HIDDEN_PACKAGES = ("matplotlib", "sklearn", "scipy", "IPython")
 
 
-def is_no_retracing(record: logging.LogRecord) -> bool:
-    """A filter for TensorFlow's log: it takes the functions of each fold and trial for new traces of one function."""
-    return "tf.function retracing" not in record.getMessage()
-
-
 def import_tensorflow() -> None:
     """Imports TensorFlow and finds its devices. Hides the dozen lines that its C++ side prints at any log level.
 
@@ -122,7 +116,6 @@ def import_tensorflow() -> None:
             import tensorflow as tf
 
             tf.config.list_physical_devices()
-            tf.get_logger().addFilter(is_no_retracing)
         except Exception:
             output.seek(0)
             os.write(stderr, output.read())

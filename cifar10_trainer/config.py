@@ -194,6 +194,11 @@ class Augmentation(_Section):
     mixup: float = 0.0
     cutmix: float = 0.0
 
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or cutmix is on."""
+        return bool(self.mixup or self.cutmix)
+
     def _check(self) -> None:
         self._one_of("flip", FLIPS)
         self._one_of("fill", FILLS)

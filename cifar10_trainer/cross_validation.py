@@ -121,7 +121,9 @@ def _adapted(config: Config, folds: int, n: int, begun: Path | None, log: Callab
 def _place(config: Config, workdir: str | os.PathLike | None, overwrite: bool) -> FoldsFolder:
     """The folder of all runs. Raises ConfigError on a cluster, and where a finished cross-validation is there to be kept."""
     if config.strategy in ("auto", "multi_worker") and cluster.place_in_tf_config() is not None:
-        raise ConfigError("folds is set on a cluster of workers; allowed: one machine")
+        raise ConfigError(
+            "TF_CONFIG names a cluster, but a cross-validation runs on one machine; allowed: unset TF_CONFIG, or --strategy=none"
+        )
     if workdir:
         check_type("workdir", workdir, (str, os.PathLike), "a folder, or None")
     folder = FoldsFolder(workdir or new_workdir(f"{config.recipe}-folds"))

@@ -111,6 +111,7 @@ class Engine:
         gpu = bool(tf.config.list_logical_devices("GPU"))
         images = check_images("images", images)
         labels = self._check_labels(labels, len(images), num_classes, model)
+        self._image_shape = images.shape[1:]
         self.model = model
         self.config = config
         self.strategy = strategy
@@ -120,7 +121,8 @@ class Engine:
         synchronize = config.synchronize_batch_norm or synchronizes(model)
         self.compiled = gpu and not synchronize if compiled is None else compiled
         self.replicas: int = strategy.num_replicas_in_sync
-        runtime.check_batch(config.batch_size, len(images), self.replicas)
+        mixes = config.augmentation.mixes
+        runtime.check_batch(config.batch_size, len(images), self.replicas, mixes=mixes)
         ids = strategy.experimental_distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         self._replica_ids: tuple[int, ...] = strategy.experimental_local_results(ids)  # of this worker
 
@@ -559,18 +561,24 @@ class Engine:
         There is no test-time augmentation (TTA), which averages the predictions for several versions of an image.
 
         Args:
-            images: uint8 [n, height, width, channels].
-            labels: integers [n].
+            images: uint8 [n, height, width, channels], of the size of the training images.
+            labels: integers [n] from 0 to num_classes - 1.
             on_batch: is called before and after each batch, with its number from 0, and None or the means until then.
 
         Returns:
             "loss" and "accuracy" (0-1): means over all n images.
 
         Raises:
-            ConfigError: if there are no images.
+            ConfigError: if there are no images, or if images or labels are of another shape, dtype or range.
         """
+        images = check_images("images", images)
+        labels = self._check_labels(labels, len(images), self.num_classes, self.model)
         if len(images) == 0:
             raise ConfigError("images has none; allowed: 1 or more")
+        if images.shape[1:] != self._image_shape:
+            raise ConfigError(
+                f"images are {images.shape[1:]}; allowed: {self._image_shape}, as the training images"
+            )
         size = scoring.default_batch(images)
         if len(images) <= SMALL_BATCH:  # of so few images padding would be most of the work
             size = min(size, SMALL_BATCH)

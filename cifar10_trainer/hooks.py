@@ -103,6 +103,8 @@ class Hooks:
         self.each_step = bool(self._used & {"on_train_batch_begin", "on_train_batch_end"})
         of_batches = self._used & {"on_test_batch_begin", "on_test_batch_end"}
         self.on_test_batch = self._call_test_batch if of_batches else None
+        # how often hooks have changed the weights, and the sum of their magnitudes after the last time
+        self._changes = (0.0, 0.0)
         self._weights: list[np.ndarray] = []  # those in the model at the step `_step`
         self._step = -1
         self._list = keras.callbacks.CallbackList(
@@ -152,6 +154,12 @@ class Hooks:
         if not all(np.array_equal(a, b) for a, b in zip(weights, self._weights, strict=True)):
             self.engine.set_weights(weights)
             self._weights = weights
+            self._changes = self._changes[0] + 1, sum(float(np.abs(w).sum()) for w in weights)
+
+    def changes(self) -> tuple[float, ...]:
+        """What callbacks have changed in rate and weights, as numbers that are about the same on all workers of a cluster."""
+        rate = self.engine.optimizer.learning_rate if optim.is_constant(self.engine.config.schedule) else 0.0
+        return float(np.asarray(rate)), *self._changes
 
 
 def _callback_model(engine: Engine, *, compiled: bool) -> keras.Model:

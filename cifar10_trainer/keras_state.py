@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import random
 import sys
@@ -125,7 +126,14 @@ def _set_defaults() -> list[Callable[[], None]]:
     changed = [(write, before, default) for write, before, default in found if before != default]
     for write, _, default in changed:
         write(default)
-    return [functools.partial(write, before) for write, before, _ in changed]
+    tf.get_logger().addFilter(_is_no_retracing)
+    restore = [functools.partial(write, before) for write, before, _ in changed]
+    return [*restore, functools.partial(tf.get_logger().removeFilter, _is_no_retracing)]
+
+
+def _is_no_retracing(record: logging.LogRecord) -> bool:
+    """A filter for TensorFlow's log, which takes the functions of each run and of each call for new traces of one function."""
+    return "tf.function retracing" not in record.getMessage()
 
 
 class _SeedSource(threading.local):

@@ -26,6 +26,10 @@ RECIPE_MODEL = "of the config"
 SAVE_SECONDS = 60.0  # the most training, in seconds, that a killed process loses
 # The most time that saving takes, relative to training: on a slow disk more training may be lost.
 SAVE_SHARE = 1 / 3
+UNLIKE_CHANGES = (
+    "callbacks have set another learning rate, or other weights, on this worker than on others; allowed: the same callbacks on"
+    " all workers, which decide by the same values"
+)
 # that one call of the graph should take: between calls, progress is shown and signals are handled
 CALL_SECONDS = 0.5
 
@@ -179,11 +183,7 @@ class TrainingLoop:
             RunError: for what failed.
         """
         engine, per_epoch = self.engine, self.engine.steps_per_epoch
-        mean_step, each_step = runtime.mean_over_workers(engine.strategy, engine.step, self.hooks.each_step)
-        if mean_step != engine.step:
-            raise RunError(
-                f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
-            )
+        each_step = self._agree_on_calls()
         count = 1
         self._began = self._saved = time.monotonic()
         self._saved_step = engine.step
@@ -205,10 +205,14 @@ class TrainingLoop:
             self._begun = epoch
             while engine.step < end:
                 # All workers of a cluster take as many steps a call, and stop together.
-                wanted, caught, stopped = runtime.mean_over_workers(
-                    engine.strategy, count, bool(signals.caught), self._wants_stop()
+                changes = self.hooks.changes()
+                wanted, caught, stopped, *mean_changes = runtime.mean_over_workers(
+                    engine.strategy, count, bool(signals.caught), self._wants_stop(), *changes
                 )
                 self._all_stop = bool(stopped)
+                # Workers that differ would average the gradients of different networks.
+                if not np.allclose(mean_changes, changes, rtol=1e-4, atol=0, equal_nan=True):
+                    raise RunError(UNLIKE_CHANGES)
                 if caught:
                     self._stop(signals.caught or "a signal to another worker")
                 if self._all_stop and self._is_within_epoch():
@@ -265,6 +269,22 @@ class TrainingLoop:
             optimizer.learning_rate = rate
         if again:
             self.engine.export()  # where no step is left, the model is saved as it is
+
+    def _agree_on_calls(self) -> bool:
+        """Finds what the callbacks of any worker need, because all workers must make the same calls of the graph.
+
+        Returns whether a call is one step. Raises RunError where the workers are at different steps.
+        """
+        engine, hooks = self.engine, self.hooks
+        wishes = hooks.each_step, hooks.on_test_batch is not None
+        step, each_step, each_test_batch = runtime.mean_over_workers(engine.strategy, engine.step, *wishes)
+        if step != engine.step:
+            raise RunError(
+                f"this worker is at step {engine.step}, others are not; resume with a --workdir that all share"
+            )
+        if each_test_batch and hooks.on_test_batch is None:
+            hooks.on_test_batch = lambda batch, logs: None
+        return bool(each_step)
 
     def _agree_to_stop(self) -> None:
         """Finds whether a callback of any worker has asked to stop. All workers wait here for one another."""

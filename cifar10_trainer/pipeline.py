@@ -27,6 +27,7 @@ from .datasets.arrays import check_images, check_labels
 from .errors import ConfigError, check_number, check_type
 from .keras_state import keras_defaults
 from .machine import cpu_count
+from .runtime import check_batch
 
 Pair: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 # of labels in `make_dataset`: more are IDs of images, and none fit int32 from 2**31 on
@@ -63,9 +64,8 @@ class EpochSampler:
     @property
     def draws(self) -> int:
         """The number of uniform draws per image and epoch."""
-        mixing = self.augmentation.mixup or self.augmentation.cutmix
         layers = augment.layers_of(self.augmentation)
-        return sum(layer.draws for layer in layers) + (augment.MIX_DRAWS if mixing else 0)
+        return sum(layer.draws for layer in layers) + (augment.MIX_DRAWS if self.augmentation.mixes else 0)
 
     def epoch(self, epoch: tf.Tensor | int) -> tuple[tf.Tensor, tf.Tensor]:
         """Samples the order and the draws of one epoch.
@@ -171,7 +171,7 @@ class BatchMaker:
         layer_draws = sum(layer.draws for layer in layers)
         batch = augment.fetch(table, index, layers, numbers[:, :layer_draws])
         targets = tf.one_hot(tf.gather(labels, index), self.num_classes)
-        if a.mixup or a.cutmix:
+        if a.mixes:
             batch, targets = augment.mix(
                 batch, targets, numbers[:, layer_draws:], mixup=a.mixup, cutmix=a.cutmix
             )
@@ -323,10 +323,11 @@ def _check_dataset(
             f"labels go up to {num_classes - 1}; allowed: classes numbered from 0, at most {MAX_CLASSES:,} of them"
         )
     check_number("batch_size", batch_size, Integral, 1, len(images))
+    check_batch(batch_size, len(images), mixes=augmentation.mixes)
     check_number("seed", seed, Integral, 0, 2**31 - 1)
     if epochs is not None:
         check_number("epochs", epochs, Integral, 1, words="None, or a whole number, 1 or more")
-    if (augmentation.mixup or augmentation.cutmix) and not one_hot:
+    if augmentation.mixes and not one_hot:
         raise ConfigError("one_hot is False, but mixup and cutmix mix labels; allowed: True")
     augment.check_size(augmentation, *images.shape[1:3])
 

@@ -153,7 +153,8 @@ def prepare(
             "there are no validation images, but early stopping and the plateau schedule watch val_loss; allowed:"
             " validation data, or neither of them"
         )
-    runtime.check_batch(config.batch_size, len(images), strategy.num_replicas_in_sync)
+    replicas, mixes = strategy.num_replicas_in_sync, config.augmentation.mixes
+    runtime.check_batch(config.batch_size, len(images), replicas, mixes=mixes)
     log(
         f"data: {data.name} from {data.source}: {len(images):,} images to train on, "
         f"{len(validation[0]):,} to validate, {len(data.test_images):,} to test"

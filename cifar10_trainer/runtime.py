@@ -250,9 +250,18 @@ def at_work(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManag
     return team.at_work()
 
 
-def reporting_errors(team: cluster.Team | None) -> contextlib.AbstractContextManager[None]:
-    """While inside, an error of this process is the last thing that the other workers hear. None: nobody does."""
-    return contextlib.nullcontext() if team is None else team.reporting_errors()
+@contextlib.contextmanager
+def reporting_errors(team: cluster.Team | None) -> Iterator[None]:
+    """While inside, an error of this process is the last thing that the other workers hear. None: there are no others.
+
+    At the end of the block they wait for the chief, so that none reports success where the chief has failed.
+    """
+    if team is None:
+        yield
+        return
+    with team.reporting_errors():
+        yield
+        team.take_from_chief("finished")
 
 
 def describe() -> dict[str, str]:
@@ -315,12 +324,19 @@ class Signals:
         return [handler for handler in self._before.values() if isinstance(handler, Signals)]
 
 
-def check_batch(batch_size: int, n: int, replicas: int) -> None:
-    """Raises ConfigError where the global batch is larger than n images, or the replicas cannot share it equally."""
+def check_batch(batch_size: int, n: int, replicas: int = 1, *, mixes: bool = False) -> None:
+    """Raises ConfigError where the global batch is larger than n images, or the replicas cannot share it equally.
+
+    mixes: whether an image is mixed with its neighbour in the replica's part of the batch, which then needs two images.
+    """
     if batch_size > n:
         raise ConfigError(f"batch_size is {batch_size}; allowed: at most the {n} training images")
     if batch_size % replicas:
         raise ConfigError(f"batch_size is {batch_size}; allowed: a multiple of the {replicas} replicas")
+    if mixes and batch_size == replicas:
+        raise ConfigError(
+            f"batch_size is {batch_size}, one image for each replica, but mixup and cutmix mix two; allowed: {2 * replicas} or more"
+        )
 
 
 def out_of_memory(error: Exception) -> RunError:

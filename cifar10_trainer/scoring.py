@@ -166,7 +166,9 @@ def least_sure(logits: np.ndarray, share: float) -> np.ndarray:
     import tensorflow as tf
 
     highest = tf.nn.softmax(logits).numpy().max(axis=1, initial=0)
-    return np.sort(np.argsort(highest, kind="stable")[: math.ceil(share * len(logits))])
+    # rounded, because 0.07 * 100 is a little more than 7
+    count = max(1, math.ceil(round(share * len(logits), 6)))
+    return np.sort(np.argsort(highest, kind="stable")[:count])
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:

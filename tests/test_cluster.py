@@ -308,7 +308,10 @@ def test_waiting_is_printed_with_names_and_ends(meet, places, monkeypatch):
     where, lines = places(3), [[], []]
     found = meet(where[0], where[1], first_timeout=3.0, logs=[x.append for x in lines])
     assert all(isinstance(error, RunError) for error in found)
-    assert str(found[1]) == f"{where[0].name()} has ended: {found[0]}"
+    assert (
+        str(found[1])
+        == f"{where[0].name()} has failed: {found[0]}; when that is mended, start all workers again"
+    )
     assert f"{where[0].name()} has waited 3 s for {where[2].name()}; start all workers" in str(found[0])
     assert "--cluster_timeout" in str(found[0])
     for seen in lines:
@@ -441,7 +444,19 @@ def test_an_error_is_told_to_the_others(meet, places):
     with pytest.raises(RunError, match="no space"), teams[1].reporting_errors():
         raise RunError("no space\nleft")
     eventually(lambda: teams[0].lost and teams[2].lost)
-    assert {teams[0].lost, teams[2].lost} == {f"{where[1].name()} has ended: no space left"}
+    text = f"{where[1].name()} has failed: no space left; when that is mended, start all workers again"
+    assert {str(teams[0].loss()), str(teams[2].loss())} == {text}
+
+
+def test_a_user_who_stops_one_worker_is_told_to_the_others(meet, places):
+    where = places(2)
+    teams = meet(*where)
+    with pytest.raises(KeyboardInterrupt), teams[1].reporting_errors():
+        raise KeyboardInterrupt
+    eventually(lambda: teams[0].lost)
+    assert str(teams[0].loss()).startswith(
+        f"{where[1].name()} has ended: interrupted; to resume from the last"
+    )
 
 
 def test_an_interruption_is_no_loss(meet, places):

@@ -454,6 +454,85 @@ def doomed(out):
     )
 
 
+def unlike(out):
+    """The callbacks of the first worker alone look at each validation batch; then some change rate or weights; then it dies."""
+    import keras
+
+    from cifar10_trainer import datasets
+    from cifar10_trainer.errors import RunError
+    from cifar10_trainer.training import train_and_evaluate
+
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    digits = datasets.load("digits")
+
+    class Own(keras.callbacks.Callback):
+        batches = 0
+
+        def on_test_batch_end(self, batch, logs=None):
+            self.batches += 1
+
+    class Halve(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                self.model.set_weights([w / 2 for w in self.model.get_weights()])
+
+    class Slow(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 0.001
+
+    def run(name, callbacks, **changes):
+        config = digits_config(strategy="multi_worker", batch_size=100, **changes)
+        data = (digits.train_images, digits.train_labels)
+        options = {"validation_data": data, "test_data": data, "verbose": 0, "full_report": False}
+        folder = f"{Path(out).parent}/{name}"
+        try:
+            return train_and_evaluate(config, folder, data=data, callbacks=callbacks, **options)["epochs"]
+        except RunError as error:
+            return str(error)
+
+    own = Own()
+    found = {"batches": run("batches", [own] * (index == 0), epochs=1)}
+    found["seen"] = own.batches
+    found["all"] = run("all", [Halve(), Slow()], epochs=2, schedule__name="constant", schedule__warmup=0)
+    found["one"] = run("one", [Halve()] * (index == 0), epochs=2)
+    Path(out).write_text(json.dumps(found))
+
+
+def unlike_rates(out):
+    """A callback of one worker sets the learning rate."""
+    import keras
+
+    from cifar10_trainer import datasets
+    from cifar10_trainer.errors import RunError
+    from cifar10_trainer.training import train_and_evaluate
+
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+    class Slow(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 0.001
+
+    config = digits_config(strategy="multi_worker", epochs=2, schedule__name="constant", schedule__warmup=0)
+    options = {"dataset": datasets.load("digits"), "verbose": 0, "full_report": False}
+    try:
+        found = train_and_evaluate(config, f"{Path(out).parent}/rates", callbacks=[Slow()] * index, **options)
+    except RunError as error:
+        found = str(error)
+    Path(out).write_text(json.dumps(found))
+
+
+def dying_chief(out):
+    """The chief dies while it scores the test images."""
+    from cifar10_trainer import datasets, scoring
+    from cifar10_trainer.training import train_and_evaluate
+
+    if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 0:
+        scoring.predict_with_and_without = lambda *_, **__: os._exit(7)
+    config = digits_config(strategy="multi_worker", epochs=1)
+    digits, folder = datasets.load("digits"), f"{Path(out).parent}/dying"
+    train_and_evaluate(config, folder, dataset=digits, verbose=0, full_report=False)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](sys.argv[2])
 
@@ -748,3 +827,25 @@ def test_a_worker_does_not_wait_for_a_dead_one_for_ever(tmp_path):
     finally:
         stop(processes)
     assert re.search(r"worker 1 \(127.0.0.1:\d+\) has ended; to resume", Path(f"{outs[0]}.log").read_text())
+
+
+def test_callbacks_of_one_worker(tmp_path):
+    """They may look at what they like. What they change in rate or weights must be changed on all workers, or on none."""
+    from cifar10_trainer import loop
+
+    first, second = finish(*start_workers("unlike", tmp_path))
+    assert first["batches"] == second["batches"] == 1
+    assert first["seen"] > 1 and second["seen"] == 0
+    assert first["all"] == second["all"] == 2
+    assert first["one"] == second["one"] == loop.UNLIKE_CHANGES
+    assert finish(*start_workers("unlike_rates", tmp_path)) == [loop.UNLIKE_CHANGES] * 2
+
+
+def test_no_worker_reports_success_where_the_chief_has_failed(tmp_path):
+    processes, outs = start_workers("dying_chief", tmp_path)
+    try:
+        assert [process.wait(300) for process in processes] == [7, 1]
+    finally:
+        stop(processes)
+    assert not (tmp_path / "dying" / "metrics.json").exists()
+    assert re.search(r"worker 0 \(127.0.0.1:\d+\) has ended; to resume", Path(f"{outs[1]}.log").read_text())

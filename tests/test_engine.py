@@ -692,6 +692,31 @@ def test_a_number_of_steps_below_one_is_refused(call):
     assert engine.step == 0
 
 
+def test_an_evaluation_takes_the_images_and_labels_that_training_takes():
+    engine = make_engine(FAST)
+    scores = engine.evaluate(IMAGES, LABELS)
+    for labels in (np.eye(10)[LABELS], LABELS[:, None], list(LABELS), LABELS.astype(">i2")):
+        assert engine.evaluate(IMAGES, labels) == scores
+    grey = IMAGES[..., 0]
+    assert engine.evaluate(grey, LABELS) == engine.evaluate(np.stack([grey] * 3, axis=-1), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "text"),
+    [
+        (IMAGES, LABELS[:5], r"labels has shape \(5,\); allowed: \(20,\)"),
+        (IMAGES[:5], LABELS, r"labels has shape \(20,\); allowed: \(5,\)"),
+        ((IMAGES / 255).astype("float32"), LABELS, "images has dtype float32"),
+        (IMAGES, LABELS + 1, "the labels go up to 10"),
+        (IMAGES, LABELS - 1, "labels has the value -1"),
+        (IMAGES[:, :24], LABELS, r"images are \(24, 32, 3\); allowed: \(32, 32, 3\), as the training images"),
+    ],
+)
+def test_an_evaluation_refuses_what_does_not_fit(images, labels, text):
+    with pytest.raises(ConfigError, match=text):
+        make_engine(FAST).evaluate(images, labels)
+
+
 def test_the_clip_acts_on_the_whole_gradient():
     config = VGG.override(batch_size=32, epochs=1, optimizer__momentum=0.0, optimizer__clip_norm=0.01)
     engine = make_engine(config, 32)

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from cifar10_trainer import cli, datasets, evaluate
+from cifar10_trainer import cli, datasets, evaluate, scoring
 from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.model_file import ModelInfo, write_model
 
@@ -112,6 +112,14 @@ def test_further_views_of_the_least_sure(views, share, count):
         others = np.setdiff1d(np.arange(23), least)
         np.testing.assert_allclose(found[others], plain[others], rtol=1e-4)  # float32 sums of 75 products
     assert abs(everywhere - plain)[least].max() > 0.01, "the views of these images make a difference"
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "count"), [(0.07, 100, 7), (0.55, 100, 55), (0.14, 50, 7), (0.141, 50, 8)]
+)
+def test_a_share_of_the_images_is_no_image_more_for_its_rounding(share, n, count):
+    """In floating point 0.07 * 100 is a little more than 7."""
+    assert len(scoring.least_sure(np.eye(n, 10), share)) == count
 
 
 def test_fewer_views_take_fewer_passes():

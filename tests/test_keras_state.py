@@ -192,6 +192,19 @@ def test_blocks_that_overlap_in_threads_restore_when_the_last_ends(with_setting)
     assert keras.config.epsilon() == 0.1
 
 
+def test_warnings_of_retracing_are_hidden_within_a_call_alone(caplog):
+    """They are true of a user's own functions, and of those of a call mean nothing to him."""
+    text = "5 out of the last 5 calls to f triggered tf.function retracing. Tracing is expensive"
+    logger = tf.get_logger()
+    before = list(logger.filters)
+    with keras_state.keras_defaults(), keras_state.keras_defaults():
+        logger.warning(text)
+        logger.warning("another one")
+    logger.warning(text)
+    assert [record.getMessage() for record in caplog.records] == ["another one", text]
+    assert logger.filters == before
+
+
 def test_every_setting_of_keras_is_known():
     """A new one must be looked at: does a result depend on it?"""
     known = {name for _, name, _ in keras_state.PROCESS_SETTINGS}

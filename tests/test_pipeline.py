@@ -542,6 +542,10 @@ def test_mixing_makes_float_images_and_soft_labels():
             {"augmentation": Augmentation(mixup=1.0)},
             "one_hot is False, but mixup and cutmix mix labels; allowed: True",
         ),
+        (
+            {"augmentation": Augmentation(cutmix=1.0), "one_hot": True, "batch_size": 1},
+            "batch_size is 1, one image for each replica, but mixup and cutmix mix two; allowed: 2 or more",
+        ),
         ({"augmentation": Augmentation(shift=12)}, "shift is 12"),
         (
             {"labels": [*range(39), 2**32 + 1]},

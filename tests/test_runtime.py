@@ -393,6 +393,13 @@ def test_a_batch_that_does_not_fit(batch, n, replicas, text):
     assert str(caught.value) == text
 
 
+def test_mixing_needs_two_images_in_a_replicas_part_of_the_batch():
+    runtime.check_batch(8, 100, 4, mixes=True)
+    for batch, replicas in ((4, 4), (1, 1)):
+        with pytest.raises(ConfigError, match=f"batch_size is {batch}, .*; allowed: {2 * replicas} or more"):
+            runtime.check_batch(batch, 100, replicas, mixes=True)
+
+
 @pytest.mark.parametrize("entering", [True, False])
 def test_a_signal_while_blocks_nest_is_not_lost(entering):
     """It comes when the handler is set already, or set back already, and before the blocks tell each other."""

@@ -140,6 +140,27 @@ def test_tensorboard_has_the_hyperparameters_of_every_trial(finished):
         assert accuracy == pytest.approx(row.accuracy, abs=1e-6)
 
 
+def test_tensorboard_logs_that_a_kill_cut_short_are_written_anew(digits, tmp_path, monkeypatch):
+    folder = tmp_path / "tensorboard" / "trial001"
+    written = tf.summary.scalar
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    def search():
+        return tune(space, digits, workdir=str(tmp_path), tuner="random", max_trials=1, target=0.1, verbose=0)
+
+    monkeypatch.setattr(tf.summary, "scalar", kill)
+    with pytest.raises((KeyboardInterrupt, RunInterrupted)):
+        search()
+    assert not folder.exists()
+    monkeypatch.setattr(tf.summary, "scalar", written)
+    found = search()
+    (accuracy,) = EventAccumulator(str(folder)).Reload().Tensors("val_accuracy")
+    assert tf.make_ndarray(accuracy.tensor_proto) == pytest.approx(found.best.accuracy, abs=1e-6)
+    assert [path.name for path in folder.parent.iterdir()] == ["trial001"]
+
+
 def test_the_figure(finished):
     folder, _ = finished
     png = tf.io.decode_png((folder / "search.png").read_bytes()).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -227,12 +228,15 @@ class Leaderboard:
         folder = self.folder.tensorboard / f"trial{row.trial:03d}"
         if row.status != "completed" or folder.exists():
             return
-        writer = tf.summary.create_file_writer(str(folder))
+        unfinished = folder.with_name(folder.name + ".part")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed here
+        writer = tf.summary.create_file_writer(str(unfinished))
         with writer.as_default():
             hparams.hparams(row.values, trial_id=folder.name)
             for name, value in row.metrics.items():
                 tf.summary.scalar(name, value, step=round(row.metrics["epochs"]))
         writer.close()
+        unfinished.rename(folder)
 
     # ---- at the end
 

@@ -22,7 +22,7 @@ from keras_tuner.engine.base_tuner import BaseTuner
 from keras_tuner.engine.hyperparameters import HyperParameter
 from keras_tuner.engine.trial import Trial
 
-from cifar10_trainer import adaptation, cli, cluster, datasets, files, models, preparation, runtime
+from cifar10_trainer import adaptation, cluster, datasets, files, models, preparation, runtime
 from cifar10_trainer.config import DATASETS, Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import (
@@ -214,7 +214,6 @@ class ConfigTuner(BaseTuner):
         self.space, self.dataset, self.show_epochs = space, dataset, show_epochs
         self._folder = SearchFolder(folder.parent)
         self._digest, self._lease = search_oracle.search, search_oracle.lease
-        tf.get_logger().addFilter(cli.is_no_retracing)
         self._idle, self.verbose = False, verbose
         self.signals = runtime.Signals()
 

@@ -22,6 +22,8 @@ SILENCE = 45.0  # seconds without one, after which a worker counts as lost
 GRACE = 5.0  # seconds in which the main thread may end by itself after a worker was lost
 SPEAK, REPEAT = 2.0, 30.0  # seconds of waiting until it is printed, and until it is printed again
 HELLO = 10.0  # seconds in which a new connection must name its worker
+INTERRUPTED = "interrupted"
+MENDED = "; when that is mended, start all workers again"  # the end of the text about a worker that failed
 STRANGERS = 64  # connections that have not named their worker yet
 
 
@@ -227,7 +229,7 @@ class Team:
                     if "error" in message:
                         raise ConfigError(str(message["error"]))
                     if "failed" in message:
-                        raise LostWorkerError(f"{chief} has ended: {message['failed']}")
+                        raise LostWorkerError(f"{chief} {_how(message['failed'])}")
                     if message.get("all_here"):
                         self._members[0] = self._strangers.pop()
                         for further in messages[i + 1 :]:  # it may have ended right after
@@ -374,7 +376,9 @@ class Team:
     def loss(self) -> LostWorkerError:
         """The error for a worker that was lost."""
         return LostWorkerError(
-            f"{self.lost or 'another worker of the cluster has ended'}; to resume from the last saved state, start all"
+            self.lost
+            if self.lost.endswith(MENDED)
+            else f"{self.lost or 'another worker of the cluster has ended'}; to resume from the last saved state, start all"
             " workers again with the same --workdir"
         )
 
@@ -444,7 +448,7 @@ class Team:
         """Takes in a message of the worker `index`."""
         number = message.get("round")
         if "failed" in message:
-            self._lose(f"{self.place.name(index)} has ended: {message['failed']}")
+            self._lose(f"{self.place.name(index)} {_how(message['failed'])}")
         elif "lost" in message and index == 0:
             self._lose(str(message["lost"]))
         elif (
@@ -477,8 +481,13 @@ def flatten(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     return flat
 
 
+def _how(failed: Any) -> str:
+    """How a worker ended, from what it has told of its error."""
+    return f"has ended: {failed}" if failed == INTERRUPTED else f"has failed: {failed}{MENDED}"
+
+
 def _one_line(error: BaseException) -> str:
-    text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    text = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(error)
     return " ".join(text.split())[:500] or type(error).__name__
 
 
