@@ -183,6 +183,8 @@ def run(
 def _run(main: Callable[..., None], flag_values: flags.FlagValues, usage: str, argv: list[str]) -> int:
     """`run` without its surroundings."""
     try:
+        # The handlers are set. A SIGINT that has waited since `launch` started this worker is raised here.
+        process.admit_interrupt()
         try:
             positional = flag_values(argv)[1:]
         except flags.Error as error:

@@ -17,7 +17,7 @@ from typing import IO
 
 from . import cluster
 from .errors import ConfigError, RunError
-from .process import passing_on
+from .process import hold_interrupt, passing_on
 
 # seconds in which the others end by themselves after one has failed; then again after SIGTERM
 PATIENCE = 20.0
@@ -65,7 +65,8 @@ def run_local_workers(count: int, argv: Sequence[str]) -> None:
     if failed is None:
         return
     status = workers[failed].returncode
-    if status == 130:
+    # The signal itself ends a worker that is not yet in `cli.run`.
+    if status == 130 or -status in caught:
         raise KeyboardInterrupt
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     text = errors[failed][-1] if errors[failed] else f"it ended with {how}"
@@ -103,13 +104,16 @@ def _start(argv: Sequence[str], tf_config: str, first: bool) -> subprocess.Popen
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=_prepare if os.name == "posix" else None,
     )
 
 
-def _end_with_parent() -> None:
-    """Has the kernel send SIGTERM to this process when its parent has ended, however that was."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _prepare() -> None:
+    """Prepares a new process for the worker that it becomes."""
+    # Python would print a traceback of a SIGINT while it starts and imports. `cli.run` admits it.
+    hold_interrupt()
+    if sys.platform == "linux":  # the kernel sends SIGTERM when the parent has ended, however that was
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _relay(source: IO[str], index: int, errors: list[str]) -> None:

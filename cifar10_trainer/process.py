@@ -24,6 +24,17 @@ def stop_signals() -> list[int]:
     return found
 
 
+def hold_interrupt() -> None:
+    """Lets SIGINT wait until `admit_interrupt`, also in the program that replaces this one. Not on Windows."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def admit_interrupt() -> None:
+    """Ends `hold_interrupt`: raises KeyboardInterrupt where a SIGINT has waited."""
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 # ---- standard streams
 
 

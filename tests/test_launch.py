@@ -105,6 +105,7 @@ def end(number, frame):
     sys.exit(1)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, end)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as cli.run does
 open(f"ready{index}", "w").close()
 time.sleep(100)
 """
@@ -144,3 +145,35 @@ def test_signals_reach_each_worker_once(by, workers, tmp_path):
         assert err.endswith(": stopped, all is saved\n")
     expected = "SIGTERM" if by == signal.SIGKILL else by.name
     assert {(tmp_path / f"caught{i}").read_text() for i in range(2)} == {expected}
+
+
+# Python imports this module while it starts. A worker stays here until a SIGINT waits, or another signal ends it.
+SLOW_START = """
+import os, signal, time
+if "TF_CONFIG" in os.environ:
+    open(f"starting{os.getpid()}", "w").close()
+    end = time.monotonic() + 60
+    while signal.SIGINT not in signal.sigpending() and time.monotonic() < end:
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_workers_python_starts(by, tmp_path):
+    """Real workers: no traceback of their start-up, and the status of an interruption."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cifar10_trainer", "--dataset=digits", "--workdir=run", "--local_workers=2"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), ROOT])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert eventually(lambda: len(list(tmp_path.glob("starting*"))) == 2, 60)
+        process.send_signal(by)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert not (tmp_path / "run").exists()
