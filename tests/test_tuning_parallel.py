@@ -23,11 +23,13 @@ from keras_tuner.src import protos
 from PIL import Image
 
 import tuning
+from cifar10_trainer import RECIPES, datasets
 from cifar10_trainer.errors import RunError
 from tuning.chief import MAX_DEATHS, WorkerPool, listening_address, run_chief, serving
 from tuning.options import LOOPBACK, Options
 from tuning.oracle import make_oracle
-from tuning.worker import project_errors
+from tuning.trial import ConfigTuner
+from tuning.worker import RetryingClient, project_errors, run_worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,6 +270,61 @@ def test_a_chief_whose_folder_goes_ends_with_that_error(tmp_path):
     with pytest.raises(RunError, match="the folder has gone"):
         run_chief(oracle, pool, address)
     worker.join()
+
+
+def learning_rates(hp):
+    return RECIPES["fast.digits"].override(optimizer__learning_rate=hp.Float("learning_rate", 0.1, 0.4))
+
+
+@pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\) is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("outage", ["gone", "silent", "failed"])
+def test_an_outage_of_the_chief_is_no_fault_of_the_trial(outage, tmp_path, monkeypatch, capfd):
+    """The trial has been trained, and the chief cannot take its score, or not in time. It answers again after that."""
+    oracle, address = small_oracle(tmp_path), listening_address(None)
+    get_trial = oracle.get_trial
+    says = rf"^no answer from the chief at {address} in 3 s \((unavailable|deadline exceeded)\); start"
+    if outage == "failed":
+        says = rf"^the chief at {address} failed: .*disk full$"
+
+    def fail_once(trial_id):
+        oracle.get_trial = get_trial
+        if outage == "failed":
+            raise RunError("disk full")
+        time.sleep(4)
+        return get_trial(trial_id)
+
+    with contextlib.ExitStack() as chief:
+
+        def run_trial(tuner, trial):
+            if outage == "gone":
+                chief.close()
+            oracle.get_trial = fail_once
+            return {"val_accuracy": 0.5}
+
+        monkeypatch.setattr(ConfigTuner, "run_trial", run_trial)
+        options = Options(role="worker", chief=address, chief_timeout=3, workdir=str(tmp_path))
+        chief.enter_context(serving(oracle, address))
+        with pytest.raises(RunError, match=says):
+            run_worker(learning_rates, datasets.load("digits"), options, "worker0")
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err and "failed" not in out
+    assert [(trial.status, trial.message) for trial in oracle.trials.values()] == [("RUNNING", None)]
+    assert not oracle.end_order
+
+
+def test_heartbeats_go_on_after_an_outage_of_the_chief():
+    sent = threading.Semaphore(0)
+
+    class Client:
+        def get_trial(self, trial_id):
+            sent.release()
+            raise Answer
+
+    class Tuner:
+        oracle, _lease = RetryingClient(Client(), 1), 0.06
+
+    with ConfigTuner._heartbeats(Tuner(), "0"):
+        assert all(sent.acquire(timeout=30) for _ in range(3))
 
 
 def test_a_port_that_is_taken_is_not_shared():

@@ -80,13 +80,14 @@ def project_errors(options: Options) -> Iterator[None]:
 
     try:
         yield
-    except errors.FatalError as error:
-        kind = RunInterrupted if isinstance(error.__cause__, RunInterrupted) else RunError
-        raise kind(str(error)) from error
-    except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.UNKNOWN:  # the chief answered with an error of its own
-            raise RunError(f"the chief at {options.chief} failed: {error.details()}") from error
-        code = error.code().name.lower().replace("_", " ")
+    except (errors.FatalError, grpc.RpcError) as error:
+        cause = error if isinstance(error, grpc.RpcError) else error.__cause__
+        if not isinstance(cause, grpc.RpcError):
+            kind = RunInterrupted if isinstance(cause, RunInterrupted) else RunError
+            raise kind(str(error)) from error
+        if cause.code() is grpc.StatusCode.UNKNOWN:  # the chief answered with an error of its own
+            raise RunError(f"the chief at {options.chief} failed: {cause.details()}") from error
+        code = cause.code().name.lower().replace("_", " ")
         raise RunError(
             f"no answer from the chief at {options.chief} in {options.chief_timeout:g} s ({code});"
             " start the chief, and then this worker again"
@@ -166,7 +167,8 @@ class RetryingClient:
     """KerasTuner's client of the chief, which repeats a call if the connection was lost before the answer.
 
     KerasTuner's client itself waits for a chief that has not started. A repeated call does no harm: `SearchOracle`
-    ignores a second report of a trial, and gives a worker the same trial again.
+    ignores a second report of a trial, and gives a worker the same trial again. A call that fails for good raises
+    KerasTuner's FatalError, whose cause is gRPC's error.
 
     Args:
         client: KerasTuner's client.
@@ -182,6 +184,7 @@ class RetryingClient:
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         import grpc
+        from keras_tuner import errors
 
         end = time.monotonic() + self._timeout
         while True:
@@ -189,5 +192,6 @@ class RetryingClient:
                 return method(*arguments, **options)
             except grpc.RpcError as error:
                 if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
-                    raise
+                    # KerasTuner prints the traceback of any other error at the end of a trial, and calls the trial failed.
+                    raise errors.FatalError("the chief does not answer, or failed") from error
                 time.sleep(0.5)
