@@ -357,7 +357,9 @@ def test_a_cluster_is_refused(tmp_path, digits, scripted, monkeypatch):
     """Before the workers of TF_CONFIG are waited for."""
     cluster = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
-    with pytest.raises(ConfigError, match="folds is set on a cluster of workers; allowed: one machine"):
+    with pytest.raises(
+        ConfigError, match="TF_CONFIG names a cluster, but a cross-validation runs on one machine"
+    ):
         quietly(2, tmp_path, digits)
     assert not scripted
 
