@@ -489,7 +489,7 @@ class TrainingLoop:
             changes.append(
                 f"batch norm takes its statistics over {size:,} images, not {config.batch_size // before:,}"
             )
-        if config.augmentation.mixup or config.augmentation.cutmix:
+        if config.augmentation.mixes:
             changes.append("other images are mixed with one another")
         if any(
             isinstance(layer, keras.layers.Dropout) for layer in self.engine.training_model._flatten_layers()
