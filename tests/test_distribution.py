@@ -454,18 +454,44 @@ def doomed(out):
     )
 
 
-def unlike(out):
-    """The callbacks of the first worker alone look at each validation batch; then some change rate or weights; then it dies."""
-    import keras
-
+def outcome(out, name, callbacks, **changes):
+    """The epochs of a worker's run with these callbacks, or its error. A validation takes several batches a worker."""
     from cifar10_trainer import datasets
     from cifar10_trainer.errors import RunError
     from cifar10_trainer.training import train_and_evaluate
 
-    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     digits = datasets.load("digits")
+    data = (digits.train_images, digits.train_labels)
+    config = digits_config(strategy="multi_worker", batch_size=100, **changes)
+    options = {"validation_data": data, "test_data": data, "verbose": 0, "full_report": False}
+    try:
+        folder = f"{Path(out).parent}/{name}"
+        return train_and_evaluate(config, folder, data=data, callbacks=callbacks, **options)["epochs"]
+    except RunError as error:
+        return str(error)
 
-    class Own(keras.callbacks.Callback):
+
+CONSTANT_RATE = {"schedule__name": "constant", "schedule__warmup": 0}
+
+
+def slow_down():
+    """A callback that sets the learning rate."""
+    import keras
+
+    class Slow(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 0.001
+
+    return Slow()
+
+
+def unlike(out):
+    """Callbacks of the first worker alone look at each validation batch; those of both, then of one, change the weights."""
+    import keras
+
+    first = json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 0
+
+    class Count(keras.callbacks.Callback):
         batches = 0
 
         def on_test_batch_end(self, batch, logs=None):
@@ -476,49 +502,18 @@ def unlike(out):
             if epoch == 0:
                 self.model.set_weights([w / 2 for w in self.model.get_weights()])
 
-    class Slow(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            self.model.optimizer.learning_rate = 0.001
-
-    def run(name, callbacks, **changes):
-        config = digits_config(strategy="multi_worker", batch_size=100, **changes)
-        data = (digits.train_images, digits.train_labels)
-        options = {"validation_data": data, "test_data": data, "verbose": 0, "full_report": False}
-        folder = f"{Path(out).parent}/{name}"
-        try:
-            return train_and_evaluate(config, folder, data=data, callbacks=callbacks, **options)["epochs"]
-        except RunError as error:
-            return str(error)
-
-    own = Own()
-    found = {"batches": run("batches", [own] * (index == 0), epochs=1)}
-    found["seen"] = own.batches
-    found["all"] = run("all", [Halve(), Slow()], epochs=2, schedule__name="constant", schedule__warmup=0)
-    found["one"] = run("one", [Halve()] * (index == 0), epochs=2)
+    count = Count()
+    found = {"batches": outcome(out, "batches", [count] * first, epochs=1)}
+    found["seen"] = count.batches
+    found["all"] = outcome(out, "all", [Halve(), slow_down()], epochs=2, **CONSTANT_RATE)
+    found["one"] = outcome(out, "one", [Halve()] * first, epochs=2)
     Path(out).write_text(json.dumps(found))
 
 
 def unlike_rates(out):
     """A callback of one worker sets the learning rate."""
-    import keras
-
-    from cifar10_trainer import datasets
-    from cifar10_trainer.errors import RunError
-    from cifar10_trainer.training import train_and_evaluate
-
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-
-    class Slow(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            self.model.optimizer.learning_rate = 0.001
-
-    config = digits_config(strategy="multi_worker", epochs=2, schedule__name="constant", schedule__warmup=0)
-    options = {"dataset": datasets.load("digits"), "verbose": 0, "full_report": False}
-    try:
-        found = train_and_evaluate(config, f"{Path(out).parent}/rates", callbacks=[Slow()] * index, **options)
-    except RunError as error:
-        found = str(error)
-    Path(out).write_text(json.dumps(found))
+    Path(out).write_text(json.dumps(outcome(out, "rates", [slow_down()] * index, epochs=2, **CONSTANT_RATE)))
 
 
 def dying_chief(out):

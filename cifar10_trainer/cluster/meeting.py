@@ -375,10 +375,10 @@ class Team:
 
     def loss(self) -> LostWorkerError:
         """The error for a worker that was lost."""
+        if self.lost.endswith(MENDED):
+            return LostWorkerError(self.lost)
         return LostWorkerError(
-            self.lost
-            if self.lost.endswith(MENDED)
-            else f"{self.lost or 'another worker of the cluster has ended'}; to resume from the last saved state, start all"
+            f"{self.lost or 'another worker of the cluster has ended'}; to resume from the last saved state, start all"
             " workers again with the same --workdir"
         )
 
