@@ -23,6 +23,7 @@ machine.use_onednn()  # TensorFlow reads the setting when it is imported
 
 if TYPE_CHECKING:
     from .accelerate import make_training_model as make_training_model
+    from .augment import RandomColorJitter as RandomColorJitter
     from .augment import RandomCutout as RandomCutout
     from .augment import RandomFlip as RandomFlip
     from .augment import RandomRotation as RandomRotation
@@ -47,6 +48,7 @@ _LAZY = {
     "Dataset": ("datasets", "Dataset"),
     "Engine": ("engine", "Engine"),
     "Muon": ("optim", "Muon"),
+    "RandomColorJitter": ("augment", "RandomColorJitter"),
     "RandomCutout": ("augment", "RandomCutout"),
     "RandomFlip": ("augment", "RandomFlip"),
     "RandomRotation": ("augment", "RandomRotation"),
@@ -78,6 +80,7 @@ __all__ = [
     "Muon",
     "Optimizer",
     "Origin",
+    "RandomColorJitter",
     "RandomCutout",
     "RandomFlip",
     "RandomRotation",

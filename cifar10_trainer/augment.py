@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from .config import FILLS, Augmentation
-from .errors import ConfigError, check_number, unknown
+from .errors import ConfigError, check_number, check_type, shown, unknown
 
 BLACK, GREY = 0, 127  # pixel values, 0-255
 ALIGNMENT = 64  # bytes; TensorFlow copies an array that begins elsewhere
@@ -299,17 +299,48 @@ class RandomZoom(Projective):
         return (scale[:, 1], zero), (zero, scale[:, 0])
 
 
+class Recolour(RandomLayer):
+    """A layer that changes the values of pixels, and so has to know their range.
+
+    Args:
+        value_range: the values of a black and of a white pixel, as of Keras's own layers.
+
+    Raises:
+        ConfigError: if the range is not two numbers, the smaller one first.
+    """
+
+    def __init__(self, *, value_range: Sequence[float] = (0, 255), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        allowed = "two numbers, the smaller one first, as (0, 255) or (0, 1)"
+        check_type("value_range", value_range, (tuple, list), allowed)
+        if len(value_range) != 2 or not all(isinstance(v, Real) and math.isfinite(v) for v in value_range):
+            raise ConfigError(f"value_range is {shown(value_range)}; allowed: {allowed}")
+        self.low, self.high = value_range
+        if self.low >= self.high:
+            raise ConfigError(f"value_range is {shown(value_range)}; allowed: {allowed}")
+
+    @property
+    def grey(self) -> float:
+        """The value of a middle grey pixel."""
+        return self.low + (self.high - self.low) * GREY / 255
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {**super().get_config(), "value_range": (self.low, self.high)}
+
+
 @keras.saving.register_keras_serializable("cifar10_trainer")
-class RandomCutout(RandomLayer):
+class RandomCutout(Recolour):
     """Blanks a square to middle grey (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    The centre of the square is anywhere in the image, so a part of the square may lie outside. The pixels are 0-255.
+    The centre of the square is anywhere in the image, so a part of the square may lie outside.
 
     Args:
         size: the side of the square, in pixels, 0 or more.
+        value_range: the values of a black and of a white pixel.
 
     Raises:
-        ConfigError: if the size is out of range.
+        ConfigError: if an argument is out of range.
     """
 
     draws = 2
@@ -323,7 +354,7 @@ class RandomCutout(RandomLayer):
         """See `RandomLayer.transform`."""
         _, height, width, _ = images.shape
         mask = self.covered(height, width, numbers)[..., None]
-        return tf.where(mask, tf.constant(GREY, images.dtype), images)
+        return tf.where(mask, tf.cast(self.grey, images.dtype), images)
 
     def covered(self, height: int, width: int, numbers: tf.Tensor) -> tf.Tensor:
         """Returns the mask of the pixels that are blanked, bool [batch, height, width]."""
@@ -340,6 +371,45 @@ class RandomCutout(RandomLayer):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
         return {**super().get_config(), "size": self.size}
+
+
+@keras.saving.register_keras_serializable("cifar10_trainer")
+class RandomColorJitter(Recolour):
+    """Changes an image's brightness, then its contrast: adds one number to all of it, then scales its distance to middle grey.
+
+    The colour channels of an image change alike. Values that leave the range are clipped.
+
+    Args:
+        brightness: the largest sum, in either direction, as a share of the range: 0.1 is 25.5 of 255. 0 to 1.
+        contrast: the factor is 1 - contrast to 1 + contrast. 0 to 1.
+        value_range: the values of a black and of a white pixel.
+
+    Raises:
+        ConfigError: if an argument is out of range.
+    """
+
+    draws = 2
+
+    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_number("brightness", brightness, Real, 0, 1)
+        check_number("contrast", contrast, Real, 0, 1)
+        self.brightness = brightness
+        self.contrast = contrast
+
+    def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+        """See `RandomLayer.transform`."""
+        more = (2 * numbers[:, 0] - 1) * (self.brightness * (self.high - self.low))
+        factor = 1 + (2 * numbers[:, 1] - 1) * self.contrast
+        # (pixel + more - grey) * factor + grey
+        offset = (more - self.grey) * factor + self.grey
+        jittered = tf.cast(images, tf.float32) * factor[:, None, None, None] + offset[:, None, None, None]
+        jittered = tf.clip_by_value(jittered, self.low, self.high)
+        return tf.cast(tf.round(jittered) if tf.as_dtype(images.dtype).is_integer else jittered, images.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {**super().get_config(), "brightness": self.brightness, "contrast": self.contrast}
 
 
 def cut_out_some(numbers: tf.Tensor, share: tf.Tensor | float) -> tf.Tensor:
@@ -522,6 +592,8 @@ def layers_of(augmentation: Augmentation) -> list[RandomLayer]:
         layers.append(RandomZoom(a.zoom, a.fill))
     if a.cutout:
         layers.append(RandomCutout(a.cutout))
+    if a.brightness or a.contrast:
+        layers.append(RandomColorJitter(a.brightness, a.contrast))
     return layers
 
 

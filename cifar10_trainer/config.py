@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import numbers
 import re
 import types
@@ -42,7 +43,7 @@ RECORDED = (  # what config.json holds besides the Config
     "environment",
 )
 # Settings, of a Config or of one of its sections, that `to_dict` leaves out at their defaults.
-YOUNGER = ("resize", "class_weights", "adapt", "views_share", "cutout_warmup")
+YOUNGER = ("resize", "class_weights", "adapt", "views_share", "cutout_warmup", "brightness", "contrast")
 FLOAT32_TINY, FLOAT32_HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 OPTION_DEPTH = 5  # of the lists in an option
 SCHEDULES = ("constant", "linear", "cosine", "step", "cyclic", "plateau")
@@ -123,6 +124,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 def _float(name: str, value: float) -> float:
     """`value` as a float that float32 can hold, as all arithmetic of a run is in it. Raises ConfigError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {shown(value)}; allowed: a finite number")
     size = abs(value)
     if not (value == 0 or FLOAT32_TINY <= size <= FLOAT32_HUGE):
         allowed = f"0, or a size from {FLOAT32_TINY:.3g} to {FLOAT32_HUGE:.3g}, which float32 holds"
@@ -180,6 +183,8 @@ class Augmentation(_Section):
         cutout_warmup: the epochs in which the share of the images with a cutout rises from 0 to 1, 0 to 100,000: of epoch 1 it is 0,
             of epoch cutout_warmup + 1 it is 1. Unlike the learning rate's, this warm-up does not depend on the length of the run:
             the more often the network has seen an image, the more there is to gain from hiding a part of it.
+        brightness: the most that is added to all pixels of an image, in either direction, as a share of black to white, 0 to 1.
+        contrast: the distance of all pixels to middle grey is scaled by 1 - contrast to 1 + contrast, 0 to 1.
         mixup: alpha of the Beta distribution that the mixing weight is drawn from, 0 (off) to 10.
         cutmix: the same for cutmix. Only one of the two may be on.
     """
@@ -191,6 +196,8 @@ class Augmentation(_Section):
     fill: str = "reflect"
     cutout: int = 0
     cutout_warmup: int = 0
+    brightness: float = 0.0
+    contrast: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
 
@@ -207,6 +214,8 @@ class Augmentation(_Section):
         self._between("zoom", 0, 0.9)
         self._between("cutout", 0, 32)
         self._between("cutout_warmup", 0, 100_000)
+        self._between("brightness", 0, 1)
+        self._between("contrast", 0, 1)
         self._between("mixup", 0, 10)
         self._between("cutmix", 0, 10)
         if self.mixup and self.cutmix:

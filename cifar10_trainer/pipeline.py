@@ -91,7 +91,9 @@ class EpochSampler:
             once = tf.math.floormod(once + 0.5 * tf.cast(epoch % 2, tf.float32), 1.0)
             numbers = tf.concat([once, numbers[:, 1:]], axis=1)
         if a.cutout and a.cutout_warmup:
-            before = sum(layer.draws for layer in augment.layers_of(a)[:-1])  # the cutout is the last layer
+            layers = augment.layers_of(a)
+            kinds = [type(layer) for layer in layers]
+            before = sum(layer.draws for layer in layers[: kinds.index(augment.RandomCutout)])
             first = augment.cut_out_some(numbers[:, before], tf.cast(epoch, tf.float32) / a.cutout_warmup)
             numbers = tf.concat([numbers[:, :before], first[:, None], numbers[:, before + 1 :]], axis=1)
         return index, tf.gather(numbers, index)

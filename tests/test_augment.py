@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -10,7 +12,14 @@ import scipy.stats
 import tensorflow as tf
 
 from cifar10_trainer import augment
-from cifar10_trainer.augment import RandomCutout, RandomFlip, RandomRotation, RandomShift, RandomZoom
+from cifar10_trainer.augment import (
+    RandomColorJitter,
+    RandomCutout,
+    RandomFlip,
+    RandomRotation,
+    RandomShift,
+    RandomZoom,
+)
 from cifar10_trainer.config import Augmentation
 from cifar10_trainer.errors import ConfigError
 
@@ -74,6 +83,12 @@ def reference_cutout(image, numbers, size):
     return image
 
 
+def reference_jitter(image, numbers, brightness, contrast):
+    more, factor = (2 * float(number) - 1 for number in numbers)
+    brighter = image.astype(np.float64) + 255 * brightness * more
+    return np.clip(127 + (brighter - 127) * (1 + contrast * factor), 0, 255)
+
+
 FILLS = ("reflect", "nearest", "constant")
 # name -> layer, its reference, and by how many levels they may differ: a float32 angle can tip one pixel's rounding
 CASES = {
@@ -115,6 +130,14 @@ CASES = {
         lambda image, numbers: reference_cutout(image, numbers, 40),
         0,
     ),
+    **{
+        f"jitter {brightness} {contrast}": (
+            RandomColorJitter(brightness, contrast),
+            lambda image, numbers, b=brightness, c=contrast: reference_jitter(image, numbers, b, c),
+            0.501,  # rounded
+        )
+        for brightness, contrast in ((0.3, 0), (0, 0.4), (0.2, 0.9), (1, 1))
+    },
 }
 LAYERS = {
     "flip": RandomFlip,
@@ -122,6 +145,7 @@ LAYERS = {
     "rotation": lambda: RandomRotation(0.2, "constant"),
     "zoom": lambda: RandomZoom(0.4),
     "cutout": lambda: RandomCutout(4),
+    "jitter": lambda: RandomColorJitter(0.1, 0.2),
 }
 
 
@@ -303,6 +327,33 @@ def test_an_image_without_a_cutout_has_none_however_large_it_is():
     assert (found[0] == 127).all() and (found[1] == 0).all()
 
 
+@pytest.mark.parametrize("make", [RandomCutout, RandomColorJitter], ids=["cutout", "jitter"])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-1, 1), (-0.5, 0.5)])
+def test_layers_know_the_range_of_the_pixels(make, low, high):
+    arguments = (4,) if make is RandomCutout else (0.4, 0.8)
+    images, numbers = some_images().astype(np.float32), some_numbers(12, make.draws)
+    scaled = low + (high - low) * images / 255
+    expected = low + (high - low) * make(*arguments).transform(images, numbers).numpy() / 255
+    layer = make(*arguments, value_range=(low, high))
+    np.testing.assert_allclose(layer.transform(scaled, numbers), expected, atol=1e-6)
+    again = make.from_config(layer.get_config())
+    np.testing.assert_array_equal(again.transform(scaled, numbers), layer.transform(scaled, numbers))
+
+
+def test_brightness_and_contrast_of_known_draws():
+    image = np.full((1, 2, 2, 3), [27, 127, 227], np.uint8)
+    for numbers, expected in (
+        ([0.5, 0.5], [27, 127, 227]),
+        ([1.0, 0.5], [78, 178, 255]),  # brighter by a fifth of 255, and clipped
+        ([0.0, 0.5], [0, 76, 176]),
+        ([0.5, 1.0], [0, 127, 255]),  # one and a half times as far from 127
+        ([0.5, 0.0], [77, 127, 177]),
+        ([1.0, 0.0], [102, 152, 202]),  # rounded to even from 102.5, 152.5 and 202.5
+    ):
+        found = RandomColorJitter(0.2, 0.5).transform(image, tf.constant([numbers], tf.float32))
+        np.testing.assert_array_equal(found[0, 0, 0], expected)
+
+
 def test_turns_and_zooms_are_uniform():
     numbers = np.linspace(0, 1, 5, dtype=np.float32)[:, None]
     (cos, minus_sin), (sin, also_cos) = RandomRotation(0.1).matrix(numbers)
@@ -329,6 +380,7 @@ COMPOSITIONS = {
     "two fills": [RandomShift(3, "nearest"), RandomShift(4, "constant")],
     "two fills more": [RandomShift(3, "constant"), RandomShift(4, "reflect"), RandomShift(2, "nearest")],
     "cutout first": [RandomCutout(4), RandomFlip(), RandomShift(2)],
+    "flip, cutout, jitter": [RandomFlip(), RandomCutout(4), RandomColorJitter(0.1, 0.1)],
     "two cutouts": [RandomCutout(4), RandomCutout(2)],
     "all": [RandomFlip(), RandomShift(2, "constant"), RandomRotation(0.1), RandomZoom(0.2), RandomCutout(4)],
     "turn between": [RandomFlip(), RandomRotation(0.1, "nearest"), RandomShift(2), RandomCutout(3)],
@@ -380,7 +432,15 @@ def test_table_of_a_data_set_is_not_copied_and_gives_its_memory_back(table_bytes
 
 def test_layers_of_an_augmentation():
     everything = Augmentation(
-        flip="random", shift=2, rotation=0.1, zoom=0.2, fill="nearest", cutout=5, mixup=0.2
+        flip="random",
+        shift=2,
+        rotation=0.1,
+        zoom=0.2,
+        fill="nearest",
+        cutout=5,
+        brightness=0.1,
+        contrast=0.3,
+        mixup=0.2,
     )
     layers = augment.layers_of(everything)
     assert [type(layer).__name__ for layer in layers] == [
@@ -389,8 +449,10 @@ def test_layers_of_an_augmentation():
         "RandomRotation",
         "RandomZoom",
         "RandomCutout",
+        "RandomColorJitter",
     ]
-    _, shift, rotation, zoom, cutout = layers
+    _, shift, rotation, zoom, cutout, jitter = layers
+    assert (jitter.brightness, jitter.contrast) == (0.1, 0.3)
     assert (shift.pixels, rotation.amount, zoom.amount, cutout.size) == (2, 0.1, 0.2, 5)
     assert shift.fill == rotation.fill == zoom.fill == "nearest"
     assert augment.layers_of(Augmentation(mixup=1.0)) == []
@@ -416,10 +478,15 @@ def test_unknown_fill(kind):
         (lambda: RandomCutout("8"), "size is '8'; allowed"),
         (lambda: RandomRotation(-1), "amount is -1; allowed: a number, 0 or more"),
         (lambda: RandomZoom(5.0), "amount is 5.0; allowed: a number from 0 to 1"),
+        (lambda: RandomColorJitter(1.5), "brightness is 1.5; allowed: a number from 0 to 1"),
+        (lambda: RandomColorJitter(0.1, "much"), "contrast is 'much'; allowed: a number from 0 to 1"),
+        (lambda: RandomCutout(4, value_range=(1, 0)), "value_range is (1, 0); allowed: two numbers"),
+        (lambda: RandomColorJitter(value_range=255), "value_range is 255; allowed: two numbers"),
+        (lambda: RandomCutout(4, value_range=(0, "1")), "value_range is (0, '1'); allowed: two numbers"),
     ],
 )
 def test_amounts_out_of_range_are_one_line(make, text):
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
         make()
 
 
@@ -563,6 +630,7 @@ OWN_DRAWS = {
     "rotation": lambda **more: RandomRotation(0.2, **more),
     "zoom": lambda **more: RandomZoom(0.4, **more),
     "cutout": lambda **more: RandomCutout(4, **more),
+    "jitter": lambda **more: RandomColorJitter(0.1, 0.2, **more),
 }
 
 
@@ -639,7 +707,14 @@ def test_images_without_static_sides_are_one_line():
 
 def test_keras_learns_which_layers_xla_can_compile():
     jit = {name: make().supports_jit for name, make in OWN_DRAWS.items()}
-    assert jit == {"flip": True, "shift": True, "rotation": False, "zoom": False, "cutout": True}
+    assert jit == {
+        "flip": True,
+        "shift": True,
+        "rotation": False,
+        "zoom": False,
+        "cutout": True,
+        "jitter": True,
+    }
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])

@@ -618,7 +618,16 @@ def test_one_call_of_many_steps_is_many_calls_of_one():
     assert_same(third.state(), one.state())
 
 
-AUGMENTED = Augmentation(flip="alternating", shift=2, cutout=6, cutout_warmup=3, rotation=0.1, mixup=0.4)
+AUGMENTED = Augmentation(
+    flip="alternating",
+    shift=2,
+    cutout=6,
+    cutout_warmup=3,
+    rotation=0.1,
+    brightness=0.1,
+    contrast=0.2,
+    mixup=0.4,
+)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,14 @@ def test_alternating_flip_mirrors_the_images():
 # ---- cutout for some of the images
 
 
-CUTOUT = {"flip": "alternating", "shift": 1, "rotation": 0.1, "cutout": 4, "mixup": 0.2}  # column 4
+CUTOUT = {
+    "flip": "alternating",
+    "shift": 1,
+    "rotation": 0.1,
+    "cutout": 4,  # column 4
+    "contrast": 0.2,
+    "mixup": 0.2,
+}
 
 
 @pytest.mark.parametrize(

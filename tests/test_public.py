@@ -38,6 +38,7 @@ PROMISED = [
     "RandomShift",
     "RandomRotation",
     "RandomZoom",
+    "RandomColorJitter",
     "RandomCutout",
     "Muon",
     "RunSchedule",

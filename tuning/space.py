@@ -259,7 +259,8 @@ def _first(value: Any) -> float | int:
 def _scaled(own: Any, value: Any) -> Any:
     """`own` with `value` as its first number. The other numbers keep their ratios to the first one; rates end at 0.9."""
     if isinstance(own, Augmentation):
-        changes = {key: getattr(own, key) * value for key in ("shift", "rotation", "zoom", "cutout")}
+        amounts = ("shift", "rotation", "zoom", "cutout", "brightness", "contrast")
+        changes = {key: getattr(own, key) * value for key in amounts}
         whole = {key: round(changes[key]) for key in ("shift", "cutout")}
         return dataclasses.replace(own, **{**changes, **whole})
     if not isinstance(own, tuple):
