@@ -234,7 +234,7 @@ class Optimizer(_Section):
         nesterov: of sgd: whether the momentum is Nesterov's.
         weight_decay: of sgd, and of sgd for what muon leaves to it: L2, in the gradient. Of adamw: decoupled. 0 to 1.
         bias_multiplier: of sgd and muon: times the learning rate, for batch-norm offsets (beta), 0 to 1000.
-        clip_norm: the largest global norm of the gradient of one replica, above 0; None: no limit.
+        clip_norm: the largest norm of the whole gradient of a step, above 0; None: no limit.
     """
 
     name: str = "sgd"
@@ -278,7 +278,7 @@ class Schedule(_Section):
         drop: of step and plateau: the rate is multiplied by this at each drop, above 0 and below 1.
         drops: of step: the drops, as rising fractions of the run.
         cycles: of cyclic: triangles in the run, 1 to 1000.
-        patience: of plateau: epochs without a better val_loss before a drop, 1 to 1000.
+        patience: of plateau: epochs without a val_loss that is lower by 1e-4, as Keras asks, before a drop, 1 to 1000.
     """
 
     name: str = "constant"
@@ -464,11 +464,11 @@ class Config(_Section):
             raise ConfigError(f"sizes is {shown(self.sizes)}; allowed: sides from 8 to 512 pixels")
         watching = ["--set early_stopping=null"] if self.early_stopping is not None else []
         watching += ["--set schedule.name=constant"] if self.schedule.name == "plateau" else []
-        if watching and (self.validation_fraction is None or self.validation_interval > 1):
+        # A folder may have validation images of its own; `preparation.prepare` looks.
+        unwatched = self.validation_fraction is None and self.dataset != "folder"
+        if watching and (unwatched or self.validation_interval > 1):
             name, allowed = (
-                ("validation_interval", "1")
-                if self.validation_fraction
-                else ("validation_fraction", "a fraction")
+                ("validation_fraction", "a fraction") if unwatched else ("validation_interval", "1")
             )
             raise ConfigError(
                 f"{name} is {getattr(self, name)}, but early stopping and the plateau schedule watch val_loss after every"

@@ -189,7 +189,7 @@ class Engine:
         self.resumes_exactly = not draws.tensorflow
         seeds = [keras.random.SeedGenerator(config.seed).state] if draws.keras else []
         self.non_trainable = [*self.training_model.non_trainable_variables, *seeds]
-        self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps)
+        self.optimizer = optim.make_optimizer(config.optimizer, config.schedule, self.steps, self.replicas)
         optim.leave_out_others(self.optimizer, self.training_model)
         if self.policy == "mixed_float16":
             self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
@@ -309,6 +309,8 @@ class Engine:
             poison = tf.where(finite, 0.0, math.nan)
             poison = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, poison)
             gradients = [g + tf.cast(poison, g.dtype) for g in gradients]
+        if self.config.optimizer.clip_norm is not None and self.replicas > 1:  # see `make_optimizer`
+            gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
         self.optimizer.apply(gradients, self.training_model.trainable_variables)
         return self._with_own_seeds(non_trainable), loss_sum, num_correct
 

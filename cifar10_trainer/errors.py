@@ -65,7 +65,9 @@ class RunInterrupted(RunError):
     """A signal stopped the run after it saved everything: the same command resumes it."""
 
 
-def interrupted(how: str, workdir: object, overwrite: bool, saved: str = "everything") -> RunInterrupted:
+def interrupted(
+    how: str, workdir: object, overwrite: bool, saved: str = "everything", *, chief: bool = True
+) -> RunInterrupted:
     """The error after a signal, when what is to be resumed is saved in `workdir`.
 
     Args:
@@ -73,11 +75,13 @@ def interrupted(how: str, workdir: object, overwrite: bool, saved: str = "everyt
         workdir: the folder to resume from.
         overwrite: whether the command had --overwrite, which must go before it is repeated.
         saved: what is.
+        chief: whether this process has saved it, and not worker 0 of its cluster, whose folder may be another.
     """
-    return RunInterrupted(
-        f"{how}; {saved} is saved in {workdir}; to resume, repeat the command with --workdir={shlex.quote(str(workdir))}"
-        f"{' and without --overwrite' if overwrite else ''}"
-    )
+    if chief:
+        how += f"; {saved} is saved in {workdir}; to resume, repeat the command with --workdir={shlex.quote(str(workdir))}"
+    else:
+        how += f"; worker 0 has saved {saved}; to resume, repeat the commands of all workers"
+    return RunInterrupted(f"{how} and without --overwrite" if overwrite else how)
 
 
 def unknown(what: str, received: object, allowed: Collection[str]) -> ConfigError:

@@ -381,7 +381,7 @@ class TrainingLoop:
 
     def _interrupted(self, by: str) -> RunInterrupted:
         how = f"stopped by {by} at step {self.engine.step:,} of {self.engine.steps:,}"
-        return interrupted(how, self.folder, self.overwrite)
+        return interrupted(how, self.folder, self.overwrite, chief=self.chief)
 
     def _save_model(self) -> None:
         if self.chief:
@@ -426,17 +426,20 @@ class TrainingLoop:
         self._saved, self._saved_step = began, self.engine.step
         self._save_cost = time.monotonic() - began
 
-    def restore(self, arrays: dict[str, np.ndarray], allow_replica_change: bool = False) -> str:
+    def restore(
+        self, arrays: dict[str, np.ndarray], allow_replica_change: bool, model_digest: str | None
+    ) -> str:
         """Takes up what `save` wrote.
 
         Args:
             arrays: of `save`.
             allow_replica_change: whether the run may have had another number of replicas.
+            model_digest: of model.keras in the chief's folder; None where there is none.
 
         Returns:
             What another number of replicas changes, for people; empty where it is the same.
         Raises:
-            ConfigError: where the run had other data, precision or replicas.
+            ConfigError: where the run had other data, precision or replicas, or its best model is gone.
             RunError: on a damaged state.
         """
         try:
@@ -454,24 +457,24 @@ class TrainingLoop:
             self._begun = meta.get("begun")  # version 1.0.0 did not save it
         except (KeyError, ValueError, TypeError) as error:
             raise self.folder.damaged_state(error) from error
+        unfinished = f"{self.folder} holds an unfinished run"
+        instead = "choose another --workdir, or replace it with --overwrite"
         if data != self.fingerprint:
-            raise ConfigError(
-                f"{self.folder} holds an unfinished run on other images; choose another --workdir, or replace it with"
-                f" --overwrite, or give it its own images"
-            )
+            raise ConfigError(f"{unfinished} on other images; {instead}, or give it its own images")
         for name, was in before.items():
             if was != now[name] and not (name == "replicas" and allow_replica_change):
                 how = ", or allow it with --allow_replica_change" if name == "replicas" else ""
-                raise ConfigError(
-                    f"{self.folder} holds an unfinished run with {name} {was}, now {now[name]}; choose another"
-                    f" --workdir, or replace it with --overwrite, or give it what it had{how}"
-                )
+                had = f"with {name} {was}, now {now[name]}"
+                raise ConfigError(f"{unfinished} {had}; {instead}, or give it what it had{how}")
+        if self.best_epoch is not None and model_digest is None:
+            lost = f"without model.keras, its model of epoch {self.best_epoch}"
+            raise ConfigError(f"{unfinished} {lost}; {instead}, or put the file back")
         try:
             self.engine.restore(arrays)
         except (KeyError, ValueError) as error:
             raise self.folder.damaged_state(error) from error
         self.engine.export()
-        if best_model not in (None, self.folder.model_digest()):
+        if best_model not in (None, model_digest):
             # The process died between a new best model and its state. The epochs that are trained again may, on another
             # number of replicas, not be as good, and then the file would be of none of them.
             self.best = self.best_epoch = None

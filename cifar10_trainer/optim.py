@@ -318,23 +318,28 @@ def is_constant(schedule: Schedule) -> bool:
     return schedule.name in ("constant", "plateau") and not schedule.warmup
 
 
-def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> keras.optimizers.Optimizer:
+def make_optimizer(
+    optimizer: Optimizer, schedule: Schedule, steps: int, replicas: int = 1
+) -> keras.optimizers.Optimizer:
     """Makes the Keras optimizer of a run.
 
     Args:
         optimizer: its settings.
         schedule: of the learning rate. With "plateau" the rate is constant here, and a callback changes it.
         steps: the length of the run.
+        replicas: of the engine. Keras clips the gradient of each replica, then sums them. Where each gives it the mean of all,
+            as `Engine._replica_step` does, clip_norm / replicas is the limit that clips the sum at clip_norm.
 
     Returns:
         The optimizer, not built yet.
     """
     o = optimizer
+    clip_norm = None if o.clip_norm is None else o.clip_norm / replicas
     rate = o.learning_rate if is_constant(schedule) else RunSchedule(o.learning_rate, steps, schedule)
     if o.name == "adam":
-        return Adam(rate, global_clipnorm=o.clip_norm)
+        return Adam(rate, global_clipnorm=clip_norm)
     if o.name == "adamw":
-        return keras.optimizers.AdamW(rate, weight_decay=o.weight_decay, global_clipnorm=o.clip_norm)
+        return keras.optimizers.AdamW(rate, weight_decay=o.weight_decay, global_clipnorm=clip_norm)
     kind = SGD if o.name == "sgd" else Muon
     return kind(
         rate,
@@ -342,5 +347,5 @@ def make_optimizer(optimizer: Optimizer, schedule: Schedule, steps: int) -> kera
         nesterov=o.nesterov,
         l2=o.weight_decay,
         bias_multiplier=o.bias_multiplier,
-        global_clipnorm=o.clip_norm,
+        global_clipnorm=clip_norm,
     )

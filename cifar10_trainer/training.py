@@ -128,7 +128,8 @@ def train_and_evaluate(
     folder = _folder(workdir, config, strategy)
 
     alone, locked = _only_run(config, model, log), folder.lock() if chief else contextlib.nullcontext()
-    with alone, runtime.reporting_errors(team), locked, _interruptible(folder, overwrite) as training_is_over:
+    interruptible = _interruptible(folder, overwrite, chief)
+    with alone, runtime.reporting_errors(team), locked, interruptible as training_is_over:
         config, saved = (config, None) if overwrite else folder.resume(config, log, allow_replica_change)
         policy = preparation.agree_on_precision(config, model, saved, team, log)
         # ---- data and model
@@ -147,7 +148,7 @@ def train_and_evaluate(
             since=since, overwrite=overwrite, model_digest=digest, save_seconds=save_seconds,
         )  # fmt: skip
         if saved:
-            changed = loop.restore(saved, allow_replica_change)
+            changed = loop.restore(saved, allow_replica_change, _chiefs_model(team, folder))
             log(f"resumed at step {engine.step:,} of {engine.steps:,}{changed}")
         if chief:
             folder.write_config(record, resumed=bool(saved))
@@ -161,7 +162,7 @@ def train_and_evaluate(
         # ---- evaluate
         samples = report.choose_samples(found) if chief and full_report else {}
         found = _release(engine, found)
-        kept = _kept_model(folder, engine, model, log, hdf5=hdf5 and chief)
+        kept = _kept_model(folder, engine, model, log, _chiefs_model(team, folder), hdf5=hdf5 and chief)
         probabilities, scores = _score(kept if score_test else None, found, validation, config)
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief and full_report:
@@ -191,7 +192,7 @@ def _check_save_seconds(seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible(folder: RunFolder, overwrite: bool) -> Iterator[Callable[[], None]]:
+def _interruptible(folder: RunFolder, overwrite: bool, chief: bool) -> Iterator[Callable[[], None]]:
     """Turns an interruption of the scoring or the report into an error that shows how to continue.
 
     Gives the function to call when the training is over.
@@ -202,9 +203,8 @@ def _interruptible(folder: RunFolder, overwrite: bool) -> Iterator[Callable[[], 
     except KeyboardInterrupt as error:
         if not over or folder.is_finished():
             raise
-        raise interrupted(
-            "stopped after the training, before everything was scored", folder, overwrite
-        ) from error
+        how = "stopped after the training, before everything was scored"
+        raise interrupted(how, folder, overwrite, chief=chief) from error
 
 
 def _train(
@@ -233,17 +233,26 @@ def _release(engine: Engine, data: Dataset) -> Dataset:
     return dataclasses.replace(data, train_images=data.train_images[:0].copy())
 
 
+def _chiefs_model(team: cluster.Team | None, folder: RunFolder) -> str | None:
+    """The digest of the model file of the chief, whose folder may be another; None where there is none."""
+    own = folder.model_digest() or ""
+    return (own if team is None else team.take_from_chief(own)) or None
+
+
 def _kept_model(
-    folder: RunFolder, engine: Engine, model: keras.Model | None, log: Log, *, hdf5: bool
+    folder: RunFolder, engine: Engine, model: keras.Model | None, log: Log, digest: str | None, *, hdf5: bool
 ) -> keras.Model | None:
-    """The model with the kept weights; None where there is no model file, which only a chief writes.
+    """The model with the kept weights; None where the folder does not hold it, because it is not the chief's.
 
     A model of the config is read from the file, so that what is scored is what was saved. A user's own model gets the
-    weights of the file: it may hold layers that Keras cannot make without their code. hdf5: whether to write it in the
-    older format as well.
+    weights of the file: it may hold layers that Keras cannot make without their code. digest: of the chief's model file.
+    hdf5: whether to write it in the older format as well.
     """
-    if not folder.model_file.exists():
-        log(f"no scores here: {folder} is not the chief's folder; give all workers the same --workdir")
+    if folder.model_digest() != digest:
+        what = "" if model is None else ", and the model keeps the last weights, not the best ones"
+        log(
+            f"no scores here{what}: {folder} does not hold worker 0's model; give all workers the same --workdir"
+        )
         return None
     if model is None:
         kept = load_model(folder.model_file)

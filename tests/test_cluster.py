@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -105,7 +107,7 @@ def test_a_place_among_workers(monkeypatch):
 def test_a_chief_comes_first(kind, index, place, monkeypatch):
     jobs = {"worker": ["b:1", "[::1]:2"], "chief": ["a:1"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": jobs, "task": {"type": kind, "index": index}}))
-    assert place_in_tf_config() == Place(("a:1", "b:1", "[::1]:2"), place)
+    assert place_in_tf_config() == Place(("a:1", "b:1", "[::1]:2"), place, "chief and worker")
 
 
 WRONG = {
@@ -255,6 +257,32 @@ def test_versions_are_compared_when_workers_meet(monkeypatch, places):
         assert f"the workers differ in cifar10-trainer: {__version__} on worker 0" in str(mine)
         assert "0.9 on worker 1" in str(mine)
         assert cluster.team() is None, "another call meets and compares again"
+    finally:
+        for team in others:
+            team.close()
+
+
+def test_task_types_that_differ(monkeypatch, places):
+    """The addresses are the same, but TensorFlow's servers would not find one another."""
+    first, second = places(2)
+    chief, worker = first.addresses
+    tf_config = {"cluster": {"chief": [chief], "worker": [worker]}, "task": {"type": "chief", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(tf_config))
+    monkeypatch.setattr(cluster, "_team", None)
+    others = []
+
+    def of_another_list():
+        others.append(Team(second, 20, print))
+        packages = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")}
+        python = ".".join(platform.python_version_tuple()[:2])
+        types = {"task types of TF_CONFIG": "worker"}
+        others[0].agree(**{"cifar10-trainer": __version__, "Python": python, **packages, **types})
+
+    mine, theirs = together(lambda: cluster.join_workers("auto"), of_another_list)
+    try:
+        assert str(mine) == str(theirs)
+        assert "the workers differ in task types of TF_CONFIG: chief and worker on worker 0" in str(mine)
+        assert f", worker on {second.name()};" in str(mine)
     finally:
         for team in others:
             team.close()

@@ -216,6 +216,10 @@ def test_a_value_of_another_type_is_refused(given, start):
             {"schedule": {"name": "plateau"}, "validation_interval": 5},
             ["validation_interval is 5", "plateau"],
         ),
+        (
+            {"dataset": "folder", "validation_fraction": None, "early_stopping": 3, "validation_interval": 2},
+            ["validation_interval is 2", "early stopping", "allowed: 1"],
+        ),
         ({"validation_fraction": 0.2, "validation_fold": 5}, ["validation_fold is 5", "from 0 to 4"]),
         ({"validation_fraction": 0.3, "validation_fold": 3}, ["validation_fold is 3", "from 0 to 2"]),
         ({"validation_fold": -1}, ["validation_fold is -1", "from 0 to 9"]),

@@ -608,6 +608,24 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path, digits, step_by_step):
     assert train_quietly(config, tmp_path, copies)["epochs"] == 1
 
 
+def test_a_run_that_lost_its_best_model_is_not_resumed(tmp_path, digits, step_by_step):
+    """It would keep the best of the epochs that are left, which may be worse."""
+    config, whole, workdir = TINY.override(epochs=3), tmp_path / "whole", tmp_path / "run"
+    expected = train_quietly(config, whole, digits)
+    steps = len(digits.train_labels) * 9 // 10 // config.batch_size
+    with pytest.raises(RunError, match="stopped by SIGTERM"):
+        train_quietly(config, workdir, digits, callbacks=[At(2 * steps + 1, send(signal.SIGTERM))])
+    (workdir / "model.keras").rename(tmp_path / "moved")
+    with pytest.raises(
+        ConfigError,
+        match=r"unfinished run without model.keras, its model of epoch [12]; .*, or put the file back",
+    ):
+        train_quietly(config, workdir, digits)
+    (tmp_path / "moved").rename(workdir / "model.keras")
+    found = train_quietly(config, workdir, digits)
+    assert (found["best_epoch"], found["test_loss"]) == (expected["best_epoch"], expected["test_loss"])
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, digits):
     """Not while one is at work in it; the lock leaves no trace."""
     seen = []
@@ -1070,6 +1088,7 @@ def test_a_folder_of_images_end_to_end(tmp_path, fruit, capsys):
             "validation_fraction (0.3) is not used: {} has validation images",
         ),
         (["--final_fit"], None),
+        (["--final_fit", "--set=early_stopping=2"], None),
     ],
 )
 def test_a_share_to_validate_beside_a_folder_of_it(tmp_path, fruit, capsys, flags, said):

@@ -296,6 +296,18 @@ def test_any_error_of_the_oracle_is_kept_for_the_chief(tmp_path, monkeypatch):
     assert str(oracle.failure) == "ResourceExhaustedError: No space left on device"
 
 
+def test_conditions_that_are_sent_print_nothing(capfd):
+    hp = kt.HyperParameters()
+    hp.Choice("kind", ["a", "b"])
+    with hp.conditional_scope("kind", ["b"]):
+        hp.Float("x", 0.0, 0.5)
+    sent = hp.to_proto()
+    assert [c.values[0].string_value for c in (c.parent for c in sent.space.float_space[0].conditions)] == [
+        "b"
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_steps_of_a_conditional_hyperparameter_reach_its_upper_limit(tmp_path):
     """KerasTuner finds it later than the others. Of 0, 0.25 and 0.5 each is drawn."""
     hp = kt.HyperParameters()

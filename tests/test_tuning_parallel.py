@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import io
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from PIL import Image
 import tuning
 from cifar10_trainer import RECIPES, datasets
 from cifar10_trainer.errors import RunError
+from tuning import worker
 from tuning.chief import MAX_DEATHS, WorkerPool, listening_address, run_chief, serving
 from tuning.options import LOOPBACK, Options
 from tuning.oracle import make_oracle
@@ -399,3 +402,26 @@ def test_a_worker_that_cannot_work_ends_the_search_at_once(monkeypatch):
     with pytest.raises(RunError, match="worker 0 ended with status 2"):
         pool.ensure_running(0)
     assert begun == [0, 1]
+
+
+class BrokenPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_space_may_print_where_nobody_reads(monkeypatch):
+    """As `program | head` does: the worker goes on without its output."""
+    done = []
+
+    def work(*arguments):
+        print("a line of the user's space", flush=True)
+        done.append(arguments[-1])
+
+    monkeypatch.setattr(worker, "run_worker", work)
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(worker.os, "setpgid", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", BrokenPipe())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+        worker.worker_main(3, None, None, {})
+    assert done == ["worker3"]

@@ -24,6 +24,7 @@ import numpy as np
 from keras_tuner import oracles
 from keras_tuner.engine import hyperparameters
 from keras_tuner.engine.trial import Trial, TrialStatus
+from keras_tuner.src.engine import conditions
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # scikit-learn brings it
 
@@ -39,6 +40,9 @@ MAX_RETRIES = 2  # of a trial whose report to the chief failed
 SEED_STEP, SEEDS = 1_000_003, 2**32 - 1  # NumPy's seeds have 32 bits
 # Draws of known trials before the space counts as exhausted. KerasTuner's 20 would end a search of 50 points after some 45.
 MAX_COLLISIONS = 10_000
+
+# Workers and chief send one another the conditions of a space, and KerasTuner 1.4.8 prints a value of each that it sends.
+vars(conditions)["print"] = lambda *values: None
 
 
 def _ignore(trial: Trial) -> None: ...

@@ -18,7 +18,7 @@ from functools import partial
 from glob import glob
 from typing import TYPE_CHECKING, Any
 
-from cifar10_trainer import cli
+from cifar10_trainer import cli, process
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted
 
 from .options import Options
@@ -125,6 +125,7 @@ def run_worker(space: SpaceFunction, dataset: DatasetOrLoader, options: Options,
         print("the search is over")
 
 
+@process.enduring_output()
 def worker_main(number: int, space: Any, dataset: Any, options: dict[str, Any]) -> None:
     """The main function of a local worker's process. Chooses the GPU, and then imports TensorFlow.
 

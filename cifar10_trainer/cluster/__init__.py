@@ -66,8 +66,9 @@ def join_workers(requested: str, timeout: float = TIMEOUT, log: Log = print) -> 
         team = Team(place, timeout, log)
         packages = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")}
         python = ".".join(platform.python_version_tuple()[:2])
+        types = {"task types of TF_CONFIG": place.task_types}
         try:
-            team.agree(**{"cifar10-trainer": __version__, "Python": python, **packages})
+            team.agree(**{"cifar10-trainer": __version__, "Python": python, **packages, **types})
         except BaseException:  # another call must meet and compare again
             team.close()
             raise

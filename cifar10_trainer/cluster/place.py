@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,10 +24,12 @@ class Place:
     Attributes:
         addresses: HOST:PORT of all workers; the first is the chief's, who writes the run's files.
         index: this worker's, from 0.
+        task_types: those in TF_CONFIG.
     """
 
     addresses: tuple[str, ...]
     index: int
+    task_types: str = "worker"
 
     def name(self, index: int | None = None) -> str:
         """A worker for people, as in "worker 1 (10.0.0.2:5000)"; None: this one."""
@@ -92,7 +95,8 @@ def place_in_tf_config() -> Place | None:
         raise wrong(f"the index is {task['index']}, but 'cluster' lists {len(own)} of type {task['type']!r}")
     first = len(cluster.get("chief", ())) if task["type"] == "worker" else 0
     addresses = [*cluster.get("chief", ()), *cluster.get("worker", ())]
-    return place_of(addresses, first + task["index"], "TF_CONFIG")
+    place = place_of(addresses, first + task["index"], "TF_CONFIG")
+    return dataclasses.replace(place, task_types=" and ".join(sorted(cluster)))
 
 
 def set_tf_config(addresses: Sequence[str], index: int, where: str) -> str:
