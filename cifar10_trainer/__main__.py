@@ -12,7 +12,7 @@ from absl import flags
 
 from . import cli, cluster, datasets, launch
 from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STRATEGIES, Config
-from .errors import ConfigError, RunError, cut, reason_of, unknown
+from .errors import ConfigError, RunError, cut, reason_of
 from .files import new_workdir, parse_json, regular_file
 from .machine import PROCESS_START
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES, recipe_for_folder
@@ -262,10 +262,7 @@ def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
     if FLAGS.config:
         config = read_config(FLAGS.config)
     else:
-        recipe = FLAGS.recipe or default_recipe(changes, log)
-        if recipe not in RECIPES:
-            raise unknown("recipe", recipe, RECIPES)
-        config = RECIPES[recipe]
+        config = RECIPES[FLAGS.recipe or default_recipe(changes, log)]
     if changes.get("dataset", config.dataset) == "folder" and not FLAGS.config:
         # Whoever has 30 images, or 300,000, should not have to know what suits them. What a flag sets is not changed.
         changes.setdefault("adapt", [name for name in ADAPTABLE if name not in changes])

@@ -15,8 +15,15 @@ from __future__ import annotations
 from typing import Any
 
 from .config import Augmentation, Averaging, Config, Optimizer, Origin, Schedule
+from .errors import unknown
 
-RECIPES: dict[str, Config] = {}
+
+class _Recipes(dict[str, Config]):
+    def __missing__(self, name: str) -> Config:
+        raise unknown("recipe", name, self)
+
+
+RECIPES = _Recipes()  # another name raises ConfigError
 DEFAULT_RECIPE = "fast.default"
 DEFAULT_FOR = {"digits": "fast.digits"}  # data sets with another default recipe
 # A folder's default recipe is transfer.cifar up to so many images a class and so many pixels a side. So far it was measured

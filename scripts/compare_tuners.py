@@ -25,7 +25,7 @@ from absl import flags
 
 from cifar10_trainer import cli
 from cifar10_trainer.config import DATASETS, Config, Schedule
-from cifar10_trainer.errors import ConfigError, unknown
+from cifar10_trainer.errors import ConfigError
 from cifar10_trainer.recipes import RECIPES
 from results import records, tuners
 from tuning.space import Space
@@ -177,8 +177,6 @@ class Trials:
 
 def main() -> None:
     # ---- the flags
-    if FLAGS.recipe not in RECIPES:
-        raise unknown("recipe", FLAGS.recipe, RECIPES)
     if "filters" not in RECIPES[FLAGS.recipe].options:
         raise ConfigError(
             f"recipe is {FLAGS.recipe}, which sets no filters; allowed: one that does, as fast.85"

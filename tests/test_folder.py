@@ -425,7 +425,9 @@ def test_a_recorded_split_is_read_again_after_files_came_and_in_the_same_order(f
     np.testing.assert_array_equal(only.test_images, data.test_images)
     assert len(only.train_labels) == 0 and only.class_names == data.class_names
     (fruit / "plum" / "sub" / "a.png").unlink()
-    gone = r"1 of 36 pictures cannot be read as an image: .*sub/a.png .*; the run began with these pictures: put them back"
+    gone = (
+        r"1 of 36 pictures cannot be read as an image: .*sub/a.png .*; the run began with them: put them back"
+    )
     with pytest.raises(RunError, match=gone):
         load(fruit, files=run.read_split())
 

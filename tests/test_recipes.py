@@ -168,3 +168,10 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    allowed = r"unknown recipe 'fast.defualt'; allowed: .*fast.85, .*Did you mean 'fast.default'"
+    with pytest.raises(ConfigError, match=allowed):
+        RECIPES["fast.defualt"]
+    assert RECIPES.get("fast.defualt") is None and "fast.defualt" not in RECIPES

@@ -133,10 +133,7 @@ def load_folder(
     )
     bad: list[tuple[str, str]] = []
     read = {part: _read(root, pairs[part], size, resize, bad, log) for part in pairs}
-    if bad and files is not None:
-        text = "the run began with these pictures: put them back, or begin another run"
-        raise RunError(f"{_named(bad, total, root)}; {text}")
-    _check_bad(bad, total, 0.0 if strict else max_bad, root, log)
+    _check_bad(bad, total, 0.0 if strict else max_bad, files is not None, root, log)
     _warn_if_dark([images for images, _, _ in read.values()], root, log)
     return _assemble(root, found, read, resize, check=only is None and cut)
 
@@ -499,18 +496,17 @@ def _read(
     return images[: len(names)], labels[: len(names)], names
 
 
-def _named(bad: list[tuple[str, str]], total: int, root: Path) -> str:
-    """Which of the `total` pictures cannot be read, and why."""
-    named = ", ".join(f"{readable(root / file)} ({reason})" for file, reason in bad[:SHOWN])
-    named += f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-    return f"{len(bad):,} of {total:,} pictures cannot be read as an image: {named}"
-
-
-def _check_bad(bad: list[tuple[str, str]], total: int, max_bad: float, root: Path, log: Log) -> None:
-    """Says which pictures cannot be read. Raises RunError where they are too many."""
+def _check_bad(
+    bad: list[tuple[str, str]], total: int, max_bad: float, recorded: bool, root: Path, log: Log
+) -> None:
+    """Says which pictures cannot be read. Raises RunError where they are too many, or `recorded`: of an earlier run."""
     if not bad:
         return
-    text = _named(bad, total, root)
+    named = ", ".join(f"{readable(root / file)} ({reason})" for file, reason in bad[:SHOWN])
+    named += f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    text = f"{len(bad):,} of {total:,} pictures cannot be read as an image: {named}"
+    if recorded:
+        raise RunError(f"{text}; the run began with them: put them back, or begin another run")
     if len(bad) > max_bad * total:
         more = f", or leave out a larger share than {max_bad:g} with --max_bad" if max_bad else ""
         raise RunError(f"{text}; repair or remove them{more}")

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer import RECIPES, Config, RunError
 from cifar10_trainer.datasets.arrays import SOURCE as ARRAYS
-from cifar10_trainer.errors import unknown
 
 if TYPE_CHECKING:
     from cifar10_trainer.run_folder import RunFolder
@@ -132,8 +131,6 @@ def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         raise RunError(
             f"{run} holds a run on a model or images of its own; allowed: a run of a recipe on its data set"
         )
-    if ran.recipe not in RECIPES:
-        raise unknown("recipe", ran.recipe, RECIPES)
     free = {name: getattr(ran, name) for name in FREE}
     recipe = RECIPES[ran.recipe].override(**free)
     different = [f.name for f in fields(Config) if getattr(ran, f.name) != getattr(recipe, f.name)]
