@@ -315,18 +315,19 @@ class Recolour(RandomLayer):
         check_type("value_range", value_range, (tuple, list), allowed)
         if len(value_range) != 2 or not all(isinstance(v, Real) and math.isfinite(v) for v in value_range):
             raise ConfigError(f"value_range is {shown(value_range)}; allowed: {allowed}")
-        self.low, self.high = value_range
-        if self.low >= self.high:
+        self.value_range = float(value_range[0]), float(value_range[1])
+        if self.value_range[0] >= self.value_range[1]:
             raise ConfigError(f"value_range is {shown(value_range)}; allowed: {allowed}")
 
     @property
     def grey(self) -> float:
         """The value of a middle grey pixel."""
-        return self.low + (self.high - self.low) * GREY / 255
+        low, high = self.value_range
+        return low + (high - low) * GREY / 255
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        return {**super().get_config(), "value_range": (self.low, self.high)}
+        return {**super().get_config(), "value_range": self.value_range}
 
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
@@ -399,12 +400,13 @@ class RandomColorJitter(Recolour):
 
     def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
         """See `RandomLayer.transform`."""
-        more = (2 * numbers[:, 0] - 1) * (self.brightness * (self.high - self.low))
+        low, high = self.value_range
+        more = (2 * numbers[:, 0] - 1) * (self.brightness * (high - low))
         factor = 1 + (2 * numbers[:, 1] - 1) * self.contrast
         # (pixel + more - grey) * factor + grey
         offset = (more - self.grey) * factor + self.grey
         jittered = tf.cast(images, tf.float32) * factor[:, None, None, None] + offset[:, None, None, None]
-        jittered = tf.clip_by_value(jittered, self.low, self.high)
+        jittered = tf.clip_by_value(jittered, low, high)
         return tf.cast(tf.round(jittered) if tf.as_dtype(images.dtype).is_integer else jittered, images.dtype)
 
     def get_config(self) -> dict[str, Any]:
