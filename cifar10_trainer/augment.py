@@ -94,7 +94,9 @@ class RandomLayer(keras.layers.Layer):
             seed = tf.convert_to_tensor(self.seed_generator.next())
         if (shape := tf.convert_to_tensor(seed).shape) != (2,):
             raise ConfigError(f"seed has shape {tuple(shape)}; allowed: two integers")
-        numbers = tf.random.stateless_uniform([tf.shape(images)[0], self.draws], tf.cast(seed, tf.int32))
+        # XLA would take another algorithm than TensorFlow by itself.
+        drawn = [tf.shape(images)[0], self.draws]
+        numbers = tf.random.stateless_uniform(drawn, tf.cast(seed, tf.int32), alg="philox")
         return self.transform(images, numbers)
 
     def transform(self, images: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
@@ -355,7 +357,7 @@ class RandomCutout(Recolour):
         """See `RandomLayer.transform`."""
         _, height, width, _ = images.shape
         mask = self.covered(height, width, numbers)[..., None]
-        return tf.where(mask, tf.cast(self.grey, images.dtype), images)
+        return tf.where(mask, tf.saturate_cast(self.grey, images.dtype), images)
 
     def covered(self, height: int, width: int, numbers: tf.Tensor) -> tf.Tensor:
         """Returns the mask of the pixels that are blanked, bool [batch, height, width]."""
@@ -407,7 +409,9 @@ class RandomColorJitter(Recolour):
         offset = (more - self.grey) * factor + self.grey
         jittered = tf.cast(images, tf.float32) * factor[:, None, None, None] + offset[:, None, None, None]
         jittered = tf.clip_by_value(jittered, low, high)
-        return tf.cast(tf.round(jittered) if tf.as_dtype(images.dtype).is_integer else jittered, images.dtype)
+        if tf.as_dtype(images.dtype).is_integer:
+            jittered = tf.round(jittered)
+        return tf.saturate_cast(jittered, images.dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""

@@ -22,7 +22,7 @@ from . import cli, datasets, measures, report
 from .config import DATASETS, RESIZES, check_views
 from .datasets.arrays import SOURCE as ARRAYS
 from .datasets.arrays import check_images, check_labels, pair
-from .datasets.folder import Row, is_cut
+from .datasets.folder import is_cut
 from .errors import ConfigError, RunError, check_number, cut
 from .files import expanded
 from .keras_state import keras_defaults
@@ -162,7 +162,8 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
     """
     if name == "test":
         images, labels = dataset.test_images, dataset.test_labels
-        others = "validation, train"
+        held_out = dataset.validation is not None or settings.get("validation_fraction") is not None
+        others = "validation, train" if held_out else "train"
     else:
         if "fingerprint" in settings and settings["fingerprint"] != datasets.fingerprint(dataset):
             raise ConfigError(
@@ -214,31 +215,29 @@ def load_images(
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
     # All pictures of <class>/* may be scored where the model was trained on none of them.
     others = bool(settings) and settings.get("data_name", settings.get("dataset")) != "folder"
+    there = rows or []
     if rows and data_dir:
-        there = _existing_rows(rows, data_dir)
-        if len(there) < len(rows):
-            if there:
-                print(
-                    f"{data_dir} lacks {len(rows) - len(there):,} of the run's {len(rows):,} pictures; of the others each stays in"
-                    " its part",
-                    file=sys.stderr,
-                )
-                rows = there
-            elif FLAGS.data_dir:
-                print(
-                    f"{data_dir} has none of the run's pictures: it is a data set of its own", file=sys.stderr
-                )
-                rows, others = None, True
+        root = expanded(data_dir)
+        there = [row for row in rows if (root / row[0]).exists()]
+        if 0 < len(there) < len(rows):
+            print(
+                f"{data_dir} lacks {len(rows) - len(there):,} of the run's {len(rows):,} pictures; of the others each stays in"
+                " its part",
+                file=sys.stderr,
+            )
+        elif not there and FLAGS.data_dir:
+            print(f"{data_dir} has none of the run's pictures: it is a data set of its own", file=sys.stderr)
+            rows, others = None, True
     if rows:
         where = RunFolder(FLAGS.workdir).split_file
         print(
             f"the images are the files that {where} names; files that came later are in no part",
             file=sys.stderr,
         )
-    has_test = any(part == "test" for _, _, part in rows or ())
+    has_test = any(part == "test" for _, _, part in there)
     only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
     scores_test = FLAGS.split in (None, "test")
-    parts = {"files": rows, "only": only, "cut": not (others and scores_test)}
+    parts = {"files": rows, "skip_gone": bool(there), "only": only, "cut": not (others and scores_test)}
     found = datasets.load(name, data_dir, size, resize, **parts, **cli.folder_options(FLAGS))
     if not rows and not others and scores_test and is_cut(found):
         print(
@@ -247,14 +246,6 @@ def load_images(
             file=sys.stderr,
         )
     return found
-
-
-def _existing_rows(rows: Sequence[Row], data_dir: str) -> list[Row]:
-    """Those of the rows whose files are there, with the classes in their order."""
-    order = {name: i for i, name in enumerate(dict.fromkeys(name for _, name, _ in rows))}
-    root = expanded(data_dir)
-    there = [row for row in rows if (root / row[0]).exists()]
-    return sorted(there, key=lambda row: order[row[1]])
 
 
 def measured(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:

@@ -124,10 +124,11 @@ def load_model(path: str | Path | None = None) -> keras.Model:
         raise _does_not_open(path, error) from error
     received: Any = getattr(model, "input_shape", None)
     given: Any = getattr(model, "output_shape", None)
-    if not (is_shape(received, 4) and received[3] == 3 and is_shape(given, 2)):
+    if not (is_shape(received, 4) and received[3] == 3 and is_shape(given, 2) and given[1] > 1):
         raise ConfigError(
             f"the model in {path} maps {received} to {given};"
-            " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes)"
+            " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes), with two"
+            " classes or more"
         )
     try:
         values = _read_values(path)

@@ -9,6 +9,7 @@ Images of any size and common format are resized to the model's input; the model
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +35,8 @@ from .scoring import check_model, predict_probabilities, takes
 if TYPE_CHECKING:
     import keras
 
-BLOCK_BYTES = 2**28  # of pixels that are labelled at a time
+# of what is labelled at a time: bytes of pixels, probabilities, and pictures, so that the first lines come soon
+BLOCK_BYTES, BLOCK_PROBABILITIES, BLOCK_PICTURES = 2**28, 2**20, 4000
 
 FLAGS = flags.FlagValues()
 cli.define_common(FLAGS)
@@ -102,12 +104,13 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 
 def info_beside(model_path: str | Path) -> ModelInfo:
     """What the config.json of a run beside a model says about it, whose own file may say nothing, as those of version 1.0.0."""
-    folder = RunFolder(Path(model_path).parent)
-    config = folder.read_config() if folder.config_file.is_file() else {}
-    if "recipe" not in config:  # it is another program's
+    config: dict[str, Any] = {}
+    with contextlib.suppress(RunError):  # there is none, or it is another program's
+        config = RunFolder(Path(model_path).parent).read_config()
+    names, resize = config.get("class_names"), config.get("resize")
+    if "recipe" not in config or not isinstance(names, list):
         return ModelInfo()
-    resize = config.get("resize", "squash")
-    return ModelInfo(tuple(config.get("class_names") or ()), resize if resize in RESIZES else "squash")
+    return ModelInfo(tuple(map(str, names)), resize if resize in RESIZES else "squash")
 
 
 @keras_defaults()
@@ -213,7 +216,8 @@ def label_files(
         results as those of `predict_images`, and an error for each file that cannot be read.
     """
     height, width, _ = model.input_shape[1:]
-    count = max(1, BLOCK_BYTES // (height * width * 3))
+    fit = BLOCK_BYTES // (height * width * 3), BLOCK_PROBABILITIES // len(names)
+    count = max(1, min(*fit, BLOCK_PICTURES))
     _check_class_names(model, names)
 
     def read(path: Path) -> np.ndarray | str:
@@ -270,11 +274,12 @@ def main(argv: list[str]) -> None:
         for error in errors:
             print(error, file=sys.stderr)
         unreadable += len(errors)
+        if not FLAGS.json or FLAGS["top_k"].present:
+            for result in block:
+                ranked = list(result["probabilities"].items())
+                result["probabilities"] = dict(ranked[: FLAGS.top_k])
         if FLAGS.json:
             for result in block:
-                if FLAGS["top_k"].present:
-                    ranked = list(result["probabilities"].items())
-                    result = {**result, "probabilities": dict(ranked[: FLAGS.top_k])}
                 print(json.dumps(result))
         else:
             results += block  # the widths of the table depend on all of them

@@ -25,11 +25,11 @@ def check_model(model: Any) -> None:
     """Raises ConfigError where it is no Keras model of images that returns a row of numbers for each."""
     taken: Any = getattr(model, "input_shape", None)
     given: Any = getattr(model, "output_shape", None)
-    if not (is_shape(taken, 4, fixed=False) and taken[3] == 3 and is_shape(given, 2)):
+    if not (is_shape(taken, 4, fixed=False) and taken[3] == 3 and is_shape(given, 2) and given[1] > 1):
         maps = f", which maps {taken} to {given}" if taken and given else ""
         raise ConfigError(
             f"model is {type(model).__name__}{maps}; allowed: a built Keras model that maps (batch, height, width, 3) to"
-            " (batch, classes)"
+            " (batch, classes), with two classes or more"
         )
 
 

@@ -31,7 +31,7 @@ from drawn import pictures
 from PIL import Image
 
 from cifar10_trainer import ConfigError, RunError, cli, datasets
-from cifar10_trainer.files import write_json
+from cifar10_trainer.files import read_json, write_json
 from cifar10_trainer.run_folder import RunFolder
 from results import photos, records
 
@@ -161,7 +161,7 @@ def main() -> None:
         )
     cli.import_tensorflow()
     path = Path(FLAGS.out)
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = read_json(path) if path.exists() else {}
     runs: list[dict[str, Any]] = record.setdefault("runs", [])
     for name, count, seed in [(s, n, k) for n in counts for s in FLAGS.sets for k in range(FLAGS.seeds)]:
         each = min(count, MOST) if name == "digits" else count

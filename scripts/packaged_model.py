@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from absl import flags
 from drawn import pictures
 
-from cifar10_trainer import RunError, archives, cli, datasets
+from cifar10_trainer import RunError, archives, cli, datasets, process
 from cifar10_trainer.files import replacing, write_json
 from cifar10_trainer.model_file import PACKAGED, ModelInfo, load_model, write_model
 from cifar10_trainer.run_folder import RunFolder
@@ -56,8 +55,10 @@ def train(run: RunFolder) -> None:
     command = [sys.executable, "-m", "cifar10_trainer", *TRAINING, f"--workdir={run}"]
     if FLAGS.data_dir:
         command.append(f"--data_dir={FLAGS.data_dir}")
-    if subprocess.run(command, check=False).returncode:
-        raise RunError("the training failed; the error is in its own line above")
+    status, stopped_by = process.call(command)
+    if status or stopped_by:
+        how = f"was stopped by {stopped_by}" if stopped_by else "failed"
+        raise RunError(f"the training {how}; its own line above shows more")
 
 
 def rounded(model: keras.Model) -> keras.Model:

@@ -340,6 +340,23 @@ def test_layers_know_the_range_of_the_pixels(make, low, high):
     np.testing.assert_array_equal(again.transform(scaled, numbers), layer.transform(scaled, numbers))
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if LAYERS[name]().compilable])
+def test_equal_seeds_give_equal_images_under_xla(name):
+    layer, images = LAYERS[name](), tf.constant(some_images())
+    compiled = tf.function(lambda x: layer(x, seed=(7, 3)), jit_compile=True)
+    difference = np.abs(compiled(images).numpy().astype(int) - layer(images, seed=(7, 3)).numpy())
+    assert difference.max() <= (name == "jitter")  # a product may be rounded otherwise
+
+
+def test_pixels_that_the_dtype_does_not_hold_do_not_wrap():
+    images, numbers = some_images(), some_numbers(12, 2)
+    assert RandomCutout(40, value_range=(-300, -200)).transform(images, numbers).numpy().max() == 0
+    layer = RandomColorJitter(0.4, 0.9, value_range=(-100, 400))
+    exact = layer.transform(images.astype(np.float32), numbers).numpy()
+    assert exact.min() < 0 and exact.max() > 255
+    assert np.abs(layer.transform(images, numbers).numpy() - np.clip(exact, 0, 255)).max() <= 0.5
+
+
 def test_brightness_and_contrast_of_known_draws():
     image = np.full((1, 2, 2, 3), [27, 127, 227], np.uint8)
     for numbers, expected in (

@@ -487,8 +487,8 @@ def test_the_frontier_trains_what_has_no_record(monkeypatch):
     found += [run_of("fast.95", 2.0), run_of("fast.95", 40.0)]
     monkeypatch.setattr(records, "load", lambda: found)
     commands, published = [], []
-    result = type("Result", (), {"returncode": 0})()
-    monkeypatch.setattr(cpu.subprocess, "run", lambda words, **_: commands.append(words) or result)
+    result = [0, ""]
+    monkeypatch.setattr(cpu.process, "call", lambda words, **_: commands.append(words) or result)
     monkeypatch.setattr(results.frontier, "publish_points", published.append)
     assert cpu.frontier(Options(quick=True)) == {}
     assert (commands, published) == ([], [found])
@@ -497,9 +497,9 @@ def test_the_frontier_trains_what_has_no_record(monkeypatch):
         ["fast.default", "--epochs=2", "--data_dir=d"],
         ["fast.95", "--epochs=4", "--data_dir=d"],
     ]
-    result.returncode = 1
-    with pytest.raises(RunError, match=r"fast\.default with 2 epochs failed"):
-        cpu.frontier(Options())
+    for result[:], how in (([1, ""], "failed"), ([0, "SIGINT"], "was stopped by SIGINT")):
+        with pytest.raises(RunError, match=rf"fast\.default with 2 epochs {how}; its own line"):
+            cpu.frontier(Options())
 
 
 # --- the baselines ------------------------------------------------------------------------------------------

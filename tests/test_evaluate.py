@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -410,6 +411,27 @@ def test_of_a_folder_that_has_lost_pictures_only_the_runs_own_test_pictures_are_
     assert "there are no such images" in capsys.readouterr().err
 
 
+def test_a_copy_without_a_class_is_scored_with_the_classes_of_the_run(run_folder, tmp_path, capsys):
+    """The copy holds the test pictures of all classes but blue, the first one."""
+    rows = [f"train/{name}/{i}.png,{name},train" for name in COLOURS for i in range(20)]
+    rows += [f"test/{name}/0.png,{name},test" for name in COLOURS]
+    (run_folder / "split.csv").write_text("\n".join(["file,class,part", *rows]) + "\n")
+    for name in ("green", "red"):
+        shutil.copytree(tmp_path / "data" / "test" / name, tmp_path / "copy" / "test" / name)
+    assert run(["--workdir", run_folder, f"--data_dir={tmp_path / 'copy'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 2
+
+
+def test_advice_names_parts_that_there_are():
+    digits = datasets.load("digits")
+    untested = dataclasses.replace(
+        digits, test_images=digits.test_images[:0], test_labels=digits.test_labels[:0]
+    )
+    for settings, parts in (({}, "train"), ({"validation_fraction": 0.1}, "validation, train")):
+        with pytest.raises(ConfigError, match=f"no such images in 'digits'; allowed: {parts}$"):
+            evaluate.select(untested, "test", settings)
+
+
 def test_unreadable_pictures_of_a_new_folder(run_folder, tmp_path, capsys):
     """Of 12 pictures 3 cannot be read."""
     for name in COLOURS:
@@ -628,7 +650,7 @@ def test_a_split_without_images(run_folder, capsys):
         path.rmdir() if path.is_dir() else path.unlink()
     (run_folder.parent / "data" / "test").rmdir()
     status, message = failure(["--workdir", run_folder], capsys)
-    assert status == 2 and "split is 'test'" in message and "validation, train" in message
+    assert status == 2 and "split is 'test'" in message and message.endswith("allowed: train\n")
 
 
 def test_help_needs_no_tensorflow():

@@ -18,10 +18,11 @@ from PIL import Image
 from cifar10_trainer import __main__ as trainer
 from cifar10_trainer import build_model, cli, datasets, load_model, predict
 from cifar10_trainer.datasets import CIFAR10_CLASSES
-from cifar10_trainer.errors import ConfigError
+from cifar10_trainer.errors import ConfigError, RunError
 from cifar10_trainer.model_file import PACKAGED, ModelInfo, write_model
 from cifar10_trainer.models import build
 from cifar10_trainer.recipes import DEFAULT_RECIPE, RECIPES, recipe_for_folder
+from cifar10_trainer.run_folder import RunFolder
 from results import photos, tables
 
 ROOT = Path(__file__).parents[1]
@@ -245,3 +246,15 @@ def test_the_command_chooses_and_prints_why(tmp_path):
     trainer.FLAGS.unparse_flags()
     for flag in trainer.FLAGS:
         trainer.FLAGS[flag].unparse()
+
+
+def test_a_signal_reaches_the_training_of_the_network(monkeypatch, tmp_path):
+    """Which saves its state; its parent only passes the signal on and waits."""
+    commands, result = [], [0, ""]
+    monkeypatch.setattr(packaged_model.process, "call", lambda words: commands.append(words) or result)
+    packaged_model.FLAGS(["packaged_model.py", "--data_dir=d"])
+    packaged_model.train(RunFolder(tmp_path))
+    assert commands[0][-2:] == [f"--workdir={tmp_path}", "--data_dir=d"]
+    for result[:], how in (([130, "SIGINT"], "was stopped by SIGINT"), ([1, ""], "failed")):
+        with pytest.raises(RunError, match=f"the training {how}; its own line above shows more"):
+            packaged_model.train(RunFolder(tmp_path))

@@ -149,11 +149,44 @@ def test_class_names(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"class_names": 3}', '{"class_names": "abc"}', '{"name": "another program\'s"}']
+    "content",
+    [
+        '{"class_names": 3}',
+        '{"class_names": "abc"}',
+        '{"name": "another program\'s"}',
+        '{"recipe": "cake", "class_names": 5}',
+        '{"recipe": "cake", "class_names": "abc"}',
+        "[1]",
+        "{",
+    ],
 )
 def test_what_another_program_has_put_beside_a_model_does_not_matter(folder, capsys, content):
     (folder / "config.json").write_text(content)
     assert predict.info_beside(folder / "model.keras") == ModelInfo()
+
+
+def test_a_model_of_one_output_is_refused(folder, tmp_path, capsys):
+    """Its number would be divided by itself, and every picture be of the class 0."""
+    images = keras.Input((8, 8, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(images)
+    model = keras.Model(images, keras.layers.Dense(1, "sigmoid", bias_initializer="ones")(pooled))
+    model.save(tmp_path / "one.keras")
+    assert run(["--model", tmp_path / "one.keras", folder / "images"]) == 2
+    assert "to (None, 1); allowed: one that maps" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="two classes or more"):
+        predict.predict_images(model, np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def test_many_files_are_labelled_some_at_a_time(folder, monkeypatch):
+    model, paths = colour_model(), predict.find_images([folder / "images"]) * 3
+    whole = list(predict.label_files(model, paths, NAMES, "squash"))
+    assert len(whole) == 1
+    for limit, value in (("BLOCK_PICTURES", 4), ("BLOCK_PROBABILITIES", 12), ("BLOCK_BYTES", 4 * 6 * 4 * 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(predict, limit, value)
+            blocks = list(predict.label_files(model, paths, NAMES, "squash"))
+        assert max(len(found) + len(errors) for found, errors in blocks) == 4
+        assert [row for found, _ in blocks for row in found] == whole[0][0]
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--model"])

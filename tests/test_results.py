@@ -491,3 +491,11 @@ def test_the_document_shows_the_frontier_of_the_records():
     points = frontier.points_of(records.load())
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert between(text, "frontier") == frontier.table(points)
+
+
+@pytest.mark.parametrize("content", ['{"metrics": ', "[1]"])
+def test_a_damaged_record_is_named(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    (tmp_path / "fast.85-3-0.json").write_text(content)
+    with pytest.raises(RunError, match=r"cannot read .*/fast.85-3-0.json: "):
+        records.load()

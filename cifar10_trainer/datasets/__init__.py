@@ -61,7 +61,7 @@ def load(
             TFDS, Keras and torchvision, and a download. For folder, the folder. digits accepts only None.
         image_size: the side in pixels, 8 to 512, that images of a folder are resized to; 32 for the other data sets.
         resize: how images of a folder are resized, "squash", "crop" or "pad", see `read_image`.
-        folder_options: for a folder: `strict`, `max_bad`, `files`, `only`, `cut`, `copies`, `log` of `folder.load_folder`. Unless `log`
+        folder_options: for a folder: `strict`, `max_bad`, `files`, `skip_gone`, `only`, `cut`, `copies`, `log` of `folder.load_folder`. Unless `log`
             receives them, lines on files that are left out go to stderr.
 
     Returns:

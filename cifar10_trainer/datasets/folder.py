@@ -86,6 +86,7 @@ def load_folder(
     strict: bool = False,
     max_bad: float = MAX_BAD,
     files: Sequence[Row] | None = None,
+    skip_gone: bool = False,
     only: str | None = None,
     cut: bool = True,
     workdir: str | os.PathLike[str] | None = None,
@@ -106,6 +107,7 @@ def load_folder(
             out.
         max_bad: the share of pictures that cannot be read, 0-1, up to which they are left out.
         files: the files of an earlier run, as `rows` returns them: these are read, all of them, and no others.
+        skip_gone: whether those of `files` that have gone are left out.
         only: the part to read, "train", "validation" or "test"; the others are left empty. None: all.
         cut: False: the pictures of <class>/* are all test images, and there are none to train on.
         workdir: the folder of the run that reads the pictures; it is no class.
@@ -123,7 +125,7 @@ def load_folder(
     """
     _check_options(max_bad, resize, only)
     root, log = _existing(data_dir), log or _to_stderr
-    found = _find(root, files, None if workdir is None else Path(workdir).resolve())
+    found = _find(root, files, None if workdir is None else Path(workdir).resolve(), skip_gone)
     _check_names_differ(found.files["train"], root)
     _log_left_out(found.left_out, root, strict, log)
     pairs = found.pairs(only, cut)
@@ -169,10 +171,10 @@ def _assemble(root: Path, found: _Found, read: dict[str, _Part], resize: str, *,
     )
 
 
-def _find(root: Path, files: Sequence[Row] | None, workdir: Path | None) -> _Found:
+def _find(root: Path, files: Sequence[Row] | None, workdir: Path | None, skip_gone: bool = False) -> _Found:
     """The files of an earlier run, or what is in the folder. Raises ConfigError and RunError as `load_folder` does."""
     if files is not None:
-        return _recorded(files)
+        return _recorded(files, root if skip_gone else None)
     try:
         return _scan(root, workdir)
     except OSError as error:
@@ -536,8 +538,11 @@ def _check_classes(labels: np.ndarray, class_names: tuple[str, ...], root: Path)
 # ---- the files of a run
 
 
-def _recorded(rows: Sequence[Row]) -> _Found:
-    """The files of an earlier run, as `_scan` and `_cut` found them: validation images that it split off are training images."""
+def _recorded(rows: Sequence[Row], root: Path | None = None) -> _Found:
+    """The files of an earlier run, as `_scan` and `_cut` found them: validation images that it split off are training images.
+
+    root: files that are not in this folder are left out; their classes stay. None: all are there.
+    """
     names = dict.fromkeys(name for _, name, _ in rows)  # the training images come first, class by class
     files: dict[str, dict[str, list[str]]] = {"train": {name: [] for name in names}}
     folders = [file.split(os.sep, 1)[0].casefold() for file, _, _ in rows]
@@ -548,7 +553,8 @@ def _recorded(rows: Sequence[Row]) -> _Found:
                 f"split.csv names {shown(file)}, which is in none of the folders of the others; correct it"
             )
         own = _PART_OF[folder] if has_parts else "test" if part == "test" else "train"
-        files.setdefault(own, {}).setdefault(name, []).append(file)
+        if root is None or (root / file).exists():
+            files.setdefault(own, {}).setdefault(name, []).append(file)
     # A run splits its validation images off; the order of all of them shows where they were.
     return _Found(
         {part: {k: _in_order(v) for k, v in classes.items()} for part, classes in files.items()}, False

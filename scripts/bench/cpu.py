@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import results.frontier
 from results.records import ROOT
 
-from cifar10_trainer import RECIPES, RunError
+from cifar10_trainer import RECIPES, RunError, process
 from cifar10_trainer.precision import native_flags
 from results import records
 
@@ -341,8 +340,10 @@ def frontier(o: Options) -> dict[str, Any]:
     for recipe, n in () if o.quick else results.frontier.missing(records.load()):
         words = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), recipe, f"--epochs={n}"]
         words += [f"--data_dir={o.data_dir}"] if o.data_dir else []
-        if subprocess.run(words, cwd=ROOT, check=False).returncode:
-            raise RunError(f"{recipe} with {n} epochs failed; the error is in its own line above")
+        status, stopped_by = process.call(words, cwd=ROOT)
+        if status or stopped_by:
+            how = f"was stopped by {stopped_by}" if stopped_by else "failed"
+            raise RunError(f"{recipe} with {n} epochs {how}; its own line above shows more")
     results.frontier.publish_points(records.load())
     return {}  # its numbers are those of the records
 

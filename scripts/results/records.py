@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer import RECIPES, Config, RunError
 from cifar10_trainer.datasets.arrays import SOURCE as ARRAYS
+from cifar10_trainer.files import read_json
 
 if TYPE_CHECKING:
     from cifar10_trainer.run_folder import RunFolder
@@ -191,7 +192,7 @@ def commit() -> str:
 
 def load() -> list[Record]:
     """All records, sorted by file name."""
-    return [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
+    return [read_json(path) for path in sorted(RUNS.glob("*.json"))]
 
 
 def group(records: Sequence[Record]) -> dict[tuple[str, float], Group]:
