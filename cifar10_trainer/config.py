@@ -177,7 +177,7 @@ class Augmentation(_Section):
             before.
         shift: the most pixels along each axis, in either direction, 0 to 16.
         rotation: the largest angle in turns (0.1 is 36 degrees), in either direction, 0 to 0.5.
-        zoom: the largest fraction of the image's side by which it grows or shrinks, 0 to 0.9.
+        zoom: 1 - zoom to 1 + zoom of the image's height is visible and, independently, of its width, 0 to 0.9.
         fill: what shift, rotation and zoom show outside the image: "reflect", "nearest", or "constant", which is black.
         cutout: the side of a grey square in pixels, 0 to 32.
         cutout_warmup: the epochs in which the share of the images with a cutout rises from 0 to 1, 0 to 100,000: of epoch 1 it is 0,
@@ -234,7 +234,7 @@ class Optimizer(_Section):
         nesterov: of sgd: whether the momentum is Nesterov's.
         weight_decay: of sgd, and of sgd for what muon leaves to it: L2, in the gradient. Of adamw: decoupled. 0 to 1.
         bias_multiplier: of sgd and muon: times the learning rate, for batch-norm offsets (beta), 0 to 1000.
-        clip_norm: the largest norm of the whole gradient of a step, above 0; None: no limit.
+        clip_norm: the largest norm of the whole gradient of a step, before weight_decay and bias_multiplier, above 0; None: no limit.
     """
 
     name: str = "sgd"

@@ -197,8 +197,8 @@ def default_split(dataset: datasets.Dataset, settings: dict[str, Any]) -> str:
 
 def load_images(
     name: str, data_dir: str | None, size: int, resize: str, settings: dict[str, Any]
-) -> datasets.Dataset:
-    """The data set to score. A folder is read as the run read it: its files, in the parts that the run used them for.
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """The data set to score, and the settings that say which of its images are the run's. A folder is read as the run read it: its files, in the parts that the run used them for.
 
     Files that came into the folder since then are in no part, and files that have gone are left out. Where --data_dir names a folder
     that has none of them, it is a data set of its own, and all pictures of <class>/* are scored. Of a folder without a run it is
@@ -208,10 +208,10 @@ def load_images(
         name, data_dir: of the data set.
         size: the side of the model's images.
         resize: how the pictures of a folder get it.
-        settings: of the run; empty: none.
+        settings: of the run; empty: none. They are returned, but for a folder of which the run saw no picture: for that, none.
     """
     if name != "folder":  # the others have one size
-        return datasets.load(name, data_dir, **cli.folder_options(FLAGS))
+        return datasets.load(name, data_dir, **cli.folder_options(FLAGS)), settings
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
     # All pictures of <class>/* may be scored where the model was trained on none of them.
     others = bool(settings) and settings.get("data_name", settings.get("dataset")) != "folder"
@@ -245,7 +245,7 @@ def load_images(
             " the classes into test/, beside a train/ with the same ones",
             file=sys.stderr,
         )
-    return found
+    return found, {} if others else settings
 
 
 def measured(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def main() -> None:
             " --data_dir"
         )
     resize = FLAGS.resize or (info.resize if info.class_names else settings.get("resize", "squash"))
-    dataset = load_images(name, data_dir, model.input_shape[1], resize, settings)
+    dataset, seen = load_images(name, data_dir, model.input_shape[1], resize, settings)
     check_fit(model, dataset)
     classes = list(settings.get("class_names") or info.class_names or dataset.class_names)
     # Arrays without names of classes have numbers, and so have digits, whose names they are.
@@ -329,8 +329,8 @@ def main() -> None:
             f"data set {name!r} has classes {cut(', '.join(dataset.class_names))}, but the model was trained on"
             f" {cut(', '.join(map(str, classes)))}; allowed: the data set it was trained on (--dataset, --data_dir)"
         )
-    split = FLAGS.split or default_split(dataset, settings)
-    images, labels = select(dataset, split, settings)
+    split = FLAGS.split or default_split(dataset, seen)
+    images, labels = select(dataset, split, seen)
 
     # ---- the scores
     probabilities = predict_probabilities(model, images, FLAGS.batch_size, **tta)

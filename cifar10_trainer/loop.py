@@ -191,7 +191,7 @@ class TrainingLoop:
             # It may have lost rows, or have some that came after the state.
             self.folder.write_history(self.history)
         self._all_stop = self._wants_stop()  # before an interruption
-        self._begin("on_train_begin", again=engine.step > 0)
+        self._begin("on_train_begin", again=engine.step > 0 or self._begun is not None)
         # Keras's callbacks forget in on_train_begin.
         for callback, state in zip(self._recipe_callbacks, self._saved_callbacks, strict=False):
             vars(callback).update(state)

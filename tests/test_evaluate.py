@@ -422,6 +422,22 @@ def test_a_copy_without_a_class_is_scored_with_the_classes_of_the_run(run_folder
     assert json.loads(capsys.readouterr().out)["n"] == 2
 
 
+@pytest.mark.parametrize(
+    ("part", "split"), [("val", None), ("val", "validation"), ("val", "train"), (None, "train")]
+)
+def test_the_parts_of_a_folder_that_the_run_never_saw_are_its_own(run_folder, tmp_path, capsys, part, split):
+    (run_folder / "split.csv").write_text("file,class,part\ntrain/red/0.png,red,train\n")
+    change_config(run_folder, fingerprint="of others", validation_fraction=0.1)
+    for name in COLOURS:
+        paint(tmp_path / "new" / "train" / name / "deep", name, 3)
+        if part:
+            paint(tmp_path / "new" / part / name / "deep", name, 2)
+    flags = [f"--split={split}"] if split else []
+    assert run(["--workdir", run_folder, f"--data_dir={tmp_path / 'new'}", "--json", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["split"], found["n"]) == (("train", 9) if split == "train" else ("validation", 6))
+
+
 def test_advice_names_parts_that_there_are():
     digits = datasets.load("digits")
     untested = dataclasses.replace(

@@ -608,6 +608,27 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path, digits, step_by_step):
     assert train_quietly(config, tmp_path, copies)["epochs"] == 1
 
 
+def test_what_on_train_begin_changes_is_changed_once(tmp_path, digits):
+    """Also in a run that is stopped before its first step, and calls it again."""
+
+    class Double(keras.callbacks.Callback):
+        def __init__(self, stop=False):
+            super().__init__()
+            self.stop = stop
+
+        def on_train_begin(self, logs=None):
+            self.model.set_weights([2 * w for w in self.model.get_weights()])
+            if self.stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    config = TINY.override(epochs=1)
+    train_quietly(config, tmp_path / "whole", digits, callbacks=[Double()])
+    with pytest.raises(RunError, match="stopped by SIGTERM at step 0 of"):
+        train_quietly(config, tmp_path / "parts", digits, callbacks=[Double(stop=True)])
+    train_quietly(config, tmp_path / "parts", digits, callbacks=[Double()])
+    assert_same_weights(saved_weights(tmp_path / "parts"), saved_weights(tmp_path / "whole"))
+
+
 def test_a_run_that_lost_its_best_model_is_not_resumed(tmp_path, digits, step_by_step):
     """It would keep the best of the epochs that are left, which may be worse."""
     config, whole, workdir = TINY.override(epochs=3), tmp_path / "whole", tmp_path / "run"

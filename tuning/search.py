@@ -92,7 +92,7 @@ _define(flags.DEFINE_integer, "seed", "seed of the search and of every trial", O
 _define(
     flags.DEFINE_integer,
     "workers",
-    "number of processes on this machine that train at the same time; default: 1",
+    "number of processes on this machine that train at the same time; default: 1, beside --role=chief none",
 )
 _define(
     flags.DEFINE_string,
