@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from .config import FILLS, Augmentation
-from .errors import ConfigError, check_number, check_type, shown, unknown
+from .errors import ConfigError, check_number, shown, unknown
 
 BLACK, GREY = 0, 127  # pixel values, 0-255
 ALIGNMENT = 64  # bytes; TensorFlow copies an array that begins elsewhere
@@ -313,13 +313,13 @@ class Recolour(RandomLayer):
 
     def __init__(self, *, value_range: Sequence[float] = (0, 255), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        allowed = "two numbers, the smaller one first, as (0, 255) or (0, 1)"
-        check_type("value_range", value_range, (tuple, list), allowed)
-        if len(value_range) != 2 or not all(isinstance(v, Real) and math.isfinite(v) for v in value_range):
-            raise ConfigError(f"value_range is {shown(value_range)}; allowed: {allowed}")
+        two = isinstance(value_range, tuple | list) and len(value_range) == 2
+        finite = two and all(isinstance(v, Real) and math.isfinite(v) for v in value_range)
+        if not (finite and value_range[0] < value_range[1]):
+            raise ConfigError(
+                f"value_range is {shown(value_range)}; allowed: two numbers, the smaller one first, as (0, 255) or (0, 1)"
+            )
         self.value_range = float(value_range[0]), float(value_range[1])
-        if self.value_range[0] >= self.value_range[1]:
-            raise ConfigError(f"value_range is {shown(value_range)}; allowed: {allowed}")
 
     @property
     def grey(self) -> float:

@@ -198,9 +198,9 @@ def default_split(dataset: datasets.Dataset, settings: dict[str, Any]) -> str:
 def load_images(
     name: str, data_dir: str | None, size: int, resize: str, settings: dict[str, Any]
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The data set to score, and the settings that say which of its images are the run's. A folder is read as the run read it: its files, in the parts that the run used them for.
+    """The data set to score, and the settings that say which of its images are the run's.
 
-    Files that came into the folder since then are in no part, and files that have gone are left out. Where --data_dir names a folder
+    A folder is read as the run read it: its files, in the parts that the run used them for. Files that came into the folder since then are in no part, and files that have gone are left out. Where --data_dir names a folder
     that has none of them, it is a data set of its own, and all pictures of <class>/* are scored. Of a folder without a run it is
     a fifth: the model may have been trained on the others.
 

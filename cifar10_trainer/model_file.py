@@ -124,7 +124,7 @@ def load_model(path: str | Path | None = None) -> keras.Model:
         raise _does_not_open(path, error) from error
     received: Any = getattr(model, "input_shape", None)
     given: Any = getattr(model, "output_shape", None)
-    if not (is_shape(received, 4) and received[3] == 3 and is_shape(given, 2) and given[1] > 1):
+    if not maps_images_to_classes(received, given):
         raise ConfigError(
             f"the model in {path} maps {received} to {given};"
             " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes), with two"
@@ -198,6 +198,14 @@ def bounded_weights(check: Callable[[int], None]) -> Iterator[None]:
 
     with tf.variable_creator_scope(create):
         yield
+
+
+def maps_images_to_classes(received: Any, given: Any, fixed: bool = True) -> bool:
+    """Whether a model of these input and output shapes takes images [batch, height, width, 3] to two classes or more.
+
+    fixed: whether height and width must be known.
+    """
+    return is_shape(received, 4, fixed) and received[3] == 3 and is_shape(given, 2) and given[1] > 1
 
 
 def is_shape(shape: Any, rank: int, fixed: bool = True) -> bool:

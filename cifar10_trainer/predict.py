@@ -274,15 +274,14 @@ def main(argv: list[str]) -> None:
         for error in errors:
             print(error, file=sys.stderr)
         unreadable += len(errors)
-        if not FLAGS.json or FLAGS["top_k"].present:
-            for result in block:
+        for result in block:
+            if not FLAGS.json or FLAGS["top_k"].present:
                 ranked = list(result["probabilities"].items())
                 result["probabilities"] = dict(ranked[: FLAGS.top_k])
-        if FLAGS.json:
-            for result in block:
+            if FLAGS.json:
                 print(json.dumps(result))
-        else:
-            results += block  # the widths of the table depend on all of them
+            else:
+                results.append(result)  # the widths of the table depend on all of them
     if results:
         print(table(results, FLAGS.top_k))
     if unreadable:

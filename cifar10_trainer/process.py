@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeAlias, cast
 
-from .errors import reason_of
+from .errors import RunError, reason_of
 
 Log: TypeAlias = Callable[[str], None]  # prints a line, or drops it
 
@@ -154,6 +154,12 @@ def call(words: Sequence[str], **options: Any) -> tuple[int, str]:
             children[0].send_signal(number)
         status = children[0].wait()
     return status, signal.Signals(caught[0]).name if caught else ""
+
+
+def failure(what: str, stopped_by: str) -> RunError:
+    """The error for a command of `call` that failed or was stopped. `what` names it; `stopped_by`: as `call` returns it."""
+    how = f"was stopped by {stopped_by}" if stopped_by else "failed"
+    return RunError(f"{what} {how}; its own line above shows more")
 
 
 @contextlib.contextmanager

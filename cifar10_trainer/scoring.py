@@ -11,7 +11,7 @@ import numpy as np
 from .config import check_views
 from .errors import ConfigError, RunError
 from .keras_state import keras_defaults
-from .model_file import is_shape
+from .model_file import maps_images_to_classes
 
 if TYPE_CHECKING:
     import keras
@@ -25,7 +25,7 @@ def check_model(model: Any) -> None:
     """Raises ConfigError where it is no Keras model of images that returns a row of numbers for each."""
     taken: Any = getattr(model, "input_shape", None)
     given: Any = getattr(model, "output_shape", None)
-    if not (is_shape(taken, 4, fixed=False) and taken[3] == 3 and is_shape(given, 2) and given[1] > 1):
+    if not maps_images_to_classes(taken, given, fixed=False):
         maps = f", which maps {taken} to {given}" if taken and given else ""
         raise ConfigError(
             f"model is {type(model).__name__}{maps}; allowed: a built Keras model that maps (batch, height, width, 3) to"

@@ -148,7 +148,7 @@ def train_and_evaluate(
             since=since, overwrite=overwrite, model_digest=digest, save_seconds=save_seconds,
         )  # fmt: skip
         if saved:
-            changed = loop.restore(saved, allow_replica_change, _chiefs_model(team, folder))
+            changed = loop.restore(saved, allow_replica_change, _of_chief(team, folder.model_digest()))
             log(f"resumed at step {engine.step:,} of {engine.steps:,}{changed}")
         if chief:
             folder.write_config(record, resumed=bool(saved))
@@ -162,7 +162,7 @@ def train_and_evaluate(
         # ---- evaluate
         samples = report.choose_samples(found) if chief and full_report else {}
         found = _release(engine, found)
-        kept = _kept_model(folder, engine, model, log, _chiefs_model(team, folder), hdf5=hdf5 and chief)
+        kept = _kept_model(team, folder, engine, model, log, hdf5=hdf5 and chief)
         probabilities, scores = _score(kept if score_test else None, found, validation, config)
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief and full_report:
@@ -233,22 +233,27 @@ def _release(engine: Engine, data: Dataset) -> Dataset:
     return dataclasses.replace(data, train_images=data.train_images[:0].copy())
 
 
-def _chiefs_model(team: cluster.Team | None, folder: RunFolder) -> str | None:
-    """The digest of the model file of the chief, whose folder may be another; None where there is none."""
-    own = folder.model_digest() or ""
-    return (own if team is None else team.take_from_chief(own)) or None
+def _of_chief(team: cluster.Team | None, digest: str | None) -> str | None:
+    """The chief's digest of its model file, which may be in another folder. Without a cluster: this one."""
+    return digest if team is None else team.take_from_chief(digest or "") or None
 
 
 def _kept_model(
-    folder: RunFolder, engine: Engine, model: keras.Model | None, log: Log, digest: str | None, *, hdf5: bool
+    team: cluster.Team | None,
+    folder: RunFolder,
+    engine: Engine,
+    model: keras.Model | None,
+    log: Log,
+    *,
+    hdf5: bool,
 ) -> keras.Model | None:
     """The model with the kept weights; None where the folder does not hold it, because it is not the chief's.
 
     A model of the config is read from the file, so that what is scored is what was saved. A user's own model gets the
-    weights of the file: it may hold layers that Keras cannot make without their code. digest: of the chief's model file.
-    hdf5: whether to write it in the older format as well.
+    weights of the file: it may hold layers that Keras cannot make without their code. hdf5: whether to write it in the
+    older format as well.
     """
-    if folder.model_digest() != digest:
+    if team is not None and (own := folder.model_digest()) != _of_chief(team, own):
         what = "" if model is None else ", and the model keeps the last weights, not the best ones"
         log(
             f"no scores here{what}: {folder} does not hold worker 0's model; give all workers the same --workdir"

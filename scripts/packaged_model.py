@@ -57,8 +57,7 @@ def train(run: RunFolder) -> None:
         command.append(f"--data_dir={FLAGS.data_dir}")
     status, stopped_by = process.call(command)
     if status or stopped_by:
-        how = f"was stopped by {stopped_by}" if stopped_by else "failed"
-        raise RunError(f"the training {how}; its own line above shows more")
+        raise process.failure("the training", stopped_by)
 
 
 def rounded(model: keras.Model) -> keras.Model:

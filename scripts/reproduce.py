@@ -115,8 +115,7 @@ def train(config: Config, workdir: Path) -> None:
     status, stopped_by = process.call(command, cwd=records.ROOT)
     run = f"{config.recipe} with seed {config.seed}"
     if status:
-        how = f"was stopped by {stopped_by}" if stopped_by else "failed"
-        raise RunError(f"{run} {how}; its own line above shows more")
+        raise process.failure(run, stopped_by)
     if stopped_by:
         raise RunError(f"stopped by {stopped_by} when {run} was done; repeat the command")
 

@@ -667,7 +667,7 @@ def agree_at_first(several, one, name, atol):
 TOLERANCES = {
     "sgd": 2e-6,
     "clip": 2e-6,
-    "clip16": 2e-4,
+    "clip16": 5e-6,  # seen: 7e-7
     "muon": 1e-5,
     "bfloat16": 2e-4 if native_flags() else 5e-4,
 }

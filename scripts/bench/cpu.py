@@ -17,7 +17,7 @@ from typing import Any
 import results.frontier
 from results.records import ROOT
 
-from cifar10_trainer import RECIPES, RunError, process
+from cifar10_trainer import RECIPES, process
 from cifar10_trainer.precision import native_flags
 from results import records
 
@@ -342,8 +342,7 @@ def frontier(o: Options) -> dict[str, Any]:
         words += [f"--data_dir={o.data_dir}"] if o.data_dir else []
         status, stopped_by = process.call(words, cwd=ROOT)
         if status or stopped_by:
-            how = f"was stopped by {stopped_by}" if stopped_by else "failed"
-            raise RunError(f"{recipe} with {n} epochs {how}; its own line above shows more")
+            raise process.failure(f"{recipe} with {n} epochs", stopped_by)
     results.frontier.publish_points(records.load())
     return {}  # its numbers are those of the records
 
