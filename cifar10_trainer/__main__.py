@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -15,6 +15,7 @@ from .config import ADAPTABLE, CLASS_WEIGHTS, DATASETS, PRECISIONS, RESIZES, STR
 from .errors import ConfigError, RunError, cut, reason_of
 from .files import new_workdir, parse_json, regular_file
 from .machine import PROCESS_START
+from .process import Log, line_printer
 from .recipes import DEFAULT_FOR, DEFAULT_RECIPE, RECIPES, recipe_for_folder
 
 USAGE = """usage: python -m cifar10_trainer [flags]
@@ -182,7 +183,7 @@ def read_config(path: str) -> Config:
     return Config.from_record(values)
 
 
-def default_recipe(changes: Mapping[str, Any], log: Callable[[str], None]) -> str:
+def default_recipe(changes: Mapping[str, Any], log: Log) -> str:
     """The recipe where no flag names one. For a folder it depends on the images in it, and `log` receives why.
 
     changes: what the flags set.
@@ -252,7 +253,7 @@ def _changes() -> dict[str, Any]:
     return changes
 
 
-def config_from_flags(log: Callable[[str], None] = lambda text: None) -> Config:
+def config_from_flags(log: Log = lambda text: None) -> Config:
     """The recipe or the file, with the changes that the flags ask for. Raises ConfigError."""
     if FLAGS.recipe and FLAGS.config:
         raise ConfigError(
@@ -362,7 +363,7 @@ def main() -> None:
         return
     if FLAGS.quiet and FLAGS.verbose:
         raise ConfigError("--quiet and --verbose; allowed: one of the two")
-    config = config_from_flags((lambda text: None) if FLAGS.quiet else print)
+    config = config_from_flags(line_printer(not FLAGS.quiet))
     check_folds()
     join_flags(config)
     if FLAGS.local_workers is not None:

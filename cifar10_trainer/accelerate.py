@@ -118,11 +118,12 @@ def _cloned(
     """
 
     def clone(layer: Any) -> Any:
-        # For the layers that it makes itself; `make` may set another one.
+        # The policy of the layers that `layer` makes inside itself; `make` sets the run's where it applies.
         keras.config.set_dtype_policy("float32")
         new = make(layer)
         if is_of_keras(layer):
-            # Such a one makes none later, but in a nested Sequential the layers before it are built after it is made.
+            # A layer of Keras makes no further layers when it is built. A user's layer may; in a nested Sequential it is built only
+            # after all layers are made, and must find the run's policy then.
             keras.config.set_dtype_policy(policy)
         return new
 

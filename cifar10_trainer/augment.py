@@ -438,10 +438,10 @@ def image_table(images: tf.Tensor) -> tf.Tensor:
     `fetch` reads black and grey pixels from there, in the same gather as those of the images.
 
     Args:
-        images: uint8 [n, height, width, channels].
+        images: uint8, or float where a layer is called by itself, [n, height, width, channels].
 
     Returns:
-        uint8 [n + 1, height, width, channels].
+        [n + 1, height, width, channels] of the same dtype.
     """
     first = tf.range(math.prod(images.shape[1:])) < images.shape[-1]
     blank = tf.where(first, tf.constant(BLACK, images.dtype), tf.constant(GREY, images.dtype))
@@ -474,14 +474,14 @@ def fetch(table: tf.Tensor, index: tf.Tensor, layers: Sequence[RandomLayer], num
     The leading flips and shifts, and a cutout right after them, become a part of the gather that reads the images.
 
     Args:
-        table: `image_table` of the images, uint8 [n + 1, height, width, channels].
+        table: `image_table` of the images, [n + 1, height, width, channels].
         index: int32 [batch], from 0 to n - 1.
         layers: the layers, in the order in which they act.
         numbers: float32 [batch, draws of all layers], in the order of the layers: uniform draws from [0, 1), or what `cut_out_some`
             made of them.
 
     Returns:
-        uint8 [batch, height, width, channels].
+        [batch, height, width, channels] of the dtype of `table`.
     """
     parts = tf.split(numbers, [layer.draws for layer in layers], axis=1) if layers else []
     gathered = next((i for i, layer in enumerate(layers) if not isinstance(layer, Reindex)), len(layers))
@@ -535,7 +535,7 @@ MIX_DRAWS = 3  # uniform draws per image that `mix` takes
 def mix(
     images: tf.Tensor, labels: tf.Tensor, numbers: tf.Tensor, *, mixup: float = 0.0, cutmix: float = 0.0
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mixes each image and its label with those before it in the batch, by mixup or by CutMix.
+    """Mixes each image and its label with the one before it in the batch, the first one with the last, by mixup or by CutMix.
 
     Mixup (Zhang et al. 2018, arXiv:1710.09412) averages the two images, with a weight from Beta(mixup, mixup). CutMix
     (Yun et al. 2019, arXiv:1905.04899) pastes a rectangle of the other image, with a share of the area from

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError, check_type, shown, unknown
+from .errors import ConfigError, check_number, check_type, shown, unknown
 
 DATASETS = ("cifar10", "digits", "folder")
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
@@ -66,9 +66,7 @@ def check_views(views: int, views_share: float) -> None:
     """Raises ConfigError where there is no such TTA."""
     if views not in (1, 2, 6):
         raise ConfigError(f"views is {shown(views)}; allowed: 1, 2, 6")
-    check_type("views_share", views_share, numbers.Real, "above 0, up to 1")
-    if not 0 < views_share <= 1:
-        raise ConfigError(f"views_share is {shown(views_share)}; allowed: above 0, up to 1")
+    check_number("views_share", views_share, numbers.Real, math.nextafter(0, 1), 1, words="above 0, up to 1")
 
 
 class _Section:
@@ -231,7 +229,7 @@ class Optimizer(_Section):
         learning_rate: the peak, above 0 and below 100; the schedule scales it. Of muon: the kernels' rate; sgd, for what muon
             leaves to it, has six times that.
         momentum: of sgd, and of sgd for what muon leaves to it, 0 to 0.9999. Muon's own is 0.6.
-        nesterov: of sgd: whether the momentum is Nesterov's.
+        nesterov: of sgd, and of sgd for what muon leaves to it: whether the momentum is Nesterov's.
         weight_decay: of sgd, and of sgd for what muon leaves to it: L2, in the gradient. Of adamw: decoupled. 0 to 1.
         bias_multiplier: of sgd and muon: times the learning rate, for batch-norm offsets (beta), 0 to 1000.
         clip_norm: the largest norm of the whole gradient of a step, before weight_decay and bias_multiplier, above 0; None: no limit.

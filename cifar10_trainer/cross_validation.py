@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import numbers
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,11 @@ def cross_validate(
         as `train`.
     """
     preparation.check_arguments(config, data, dataset, data_dir, (class_names,))
-    log, since = print if runtime.verbosity(verbose) else (lambda *_: None), machine.monotonic(since)
+    log, since = process.line_printer(runtime.verbosity(verbose)), machine.monotonic(since)
     folder = _place(config, workdir, overwrite)
-    given, beside = dataset or data, (None, None, class_names)
-    first = None if overwrite else _first_run(folder.path, folds, data_dir)
-    found = preparation.load(config, given, beside, data_dir, first, first is not None, folder_options, log)
+    first, given, beside = fold_folder(folder.path, folds, 0), dataset or data, (None, None, class_names)
+    resumed = not overwrite and _has_these_files(first, data_dir)
+    found = preparation.load(config, given, beside, data_dir, first, resumed, folder_options, log)
     data = _without_test_images(found, folds)
     config = _adapted(config, folds, len(data.train_labels), None if overwrite else folder.path, log)
     more = dict[str, Any](data_dir=data_dir, dataset=data, save_seconds=save_seconds, policy=None)
@@ -97,7 +98,7 @@ def cross_validate(
     return summary
 
 
-def _adapted(config: Config, folds: int, n: int, begun: Path | None, log: Callable[..., None]) -> Config:
+def _adapted(config: Config, folds: int, n: int, begun: Path | None, log: process.Log) -> Config:
     """The config with what its `adapt` names chosen for n images, of which each fold holds out its share.
 
     begun: the folder of all runs, whose first fold has chosen already; None: it may not be used.
@@ -139,16 +140,13 @@ def _fold(config: Config, folds: int, i: int) -> Config:
     return config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
 
 
-def _first_run(workdir: Path, folds: int, data_dir: str | None) -> RunFolder | None:
-    """The run of the first fold, whose files the others take; None where it has not trained, or on another folder."""
-    first = fold_folder(workdir, folds, 0)
-    if not first.has_trained():
-        return None
-    try:
-        there = first.read_config().get("data_dir")
-    except RunError:  # what follows reports it
-        return None
-    return first if there == preparation.recorded_path(data_dir) else None
+def _has_these_files(first: RunFolder, data_dir: str | None) -> bool:
+    """Whether the first fold has trained on this folder, so that the other folds take its files."""
+    with contextlib.suppress(RunError):  # what follows reports it
+        return first.has_trained() and first.read_config().get("data_dir") == preparation.recorded_path(
+            data_dir
+        )
+    return False
 
 
 def _remove_the_others(workdir: Path, folds: int) -> keras.callbacks.Callback:
@@ -183,7 +181,7 @@ def _run(config: Config, folder: Path, *, overwrite: bool, policy: str | None, *
     except RunInterrupted as error:
         raise interrupted(f"stopped in {folder.name}", folder.parent, overwrite) from error
     finally:
-        keras.utils.clear_session()  # otherwise memory would hold the models of all folds
+        gc.collect()  # the parts of a fold's model refer to one another, and would wait for it
 
 
 def _row(fold: int, metrics: dict[str, Any]) -> dict[str, Any]:

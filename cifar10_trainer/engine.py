@@ -126,7 +126,7 @@ class Engine:
         ids = strategy.experimental_distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         self._replica_ids: tuple[int, ...] = strategy.experimental_local_results(ids)  # of this worker
 
-        self.sizes = self._check_images(*images.shape[1:3])
+        self.sizes = self._training_sizes(*images.shape[1:3])
         self.sampler = EpochSampler(
             len(images), config.batch_size, config.seed, config.augmentation, self.replicas
         )
@@ -159,7 +159,7 @@ class Engine:
             )
         return labels
 
-    def _check_images(self, height: int, width: int) -> tuple[int, ...]:
+    def _training_sizes(self, height: int, width: int) -> tuple[int, ...]:
         """Returns the sides of progressive resizing for these images. Raises ConfigError if something does not fit."""
         config = self.config
         # The last size of the config stands for the images as they are.
@@ -430,14 +430,12 @@ class Engine:
         """Returns the function that makes batches of images of this size."""
         return BatchMaker(self.config.augmentation, self.num_classes, size)
 
-    def _phase(self, step: int) -> tuple[int, int, int | None]:
-        """Returns (first step, end, image size) of the phase of progressive resizing that contains `step`."""
-        sizes = self.sizes
-        if not sizes:
-            return 0, self.steps, None
-        ends = [round((i + 1) * self.steps / len(sizes)) for i in range(len(sizes))]
-        i = next(i for i, end in enumerate(ends) if step < end)
-        return (ends[i - 1] if i else 0), ends[i], sizes[i]
+    def _phase(self, step: int) -> tuple[int, int | None]:
+        """Returns (end, image size) of the phase of progressive resizing that contains `step`."""
+        if not self.sizes:
+            return self.steps, None
+        ends = [round((i + 1) * self.steps / len(self.sizes)) for i in range(len(self.sizes))]
+        return next((end, size) for end, size in zip(ends, self.sizes, strict=True) if step < end)
 
     def _prefetched_epoch(self, epoch: int) -> tuple[tf.Tensor, ...]:
         """Returns `_sample_epoch` of an epoch, and starts to sample the next one in a thread."""
@@ -512,7 +510,7 @@ class Engine:
         check_number("count", count, Integral, 1)
         if self.step >= self.steps:
             return self.running.logs()
-        _, end, size = self._phase(self.step)
+        end, size = self._phase(self.step)
         batches: Iterator | tuple[tf.Tensor, ...]
         try:
             if self.compile_loop:
@@ -543,7 +541,7 @@ class Engine:
         """
         total, step = 0, 0
         while step < self.step:
-            _, end, size = self._phase(step)
+            end, size = self._phase(step)
             end = min(end, self.step)
             total += (end - step) * 3 * self.config.batch_size * models.forward_flops(self.model, size)
             step = end

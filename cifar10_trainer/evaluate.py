@@ -163,7 +163,7 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
     if name == "test":
         images, labels = dataset.test_images, dataset.test_labels
         held_out = dataset.validation is not None or settings.get("validation_fraction") is not None
-        others = "validation, train" if held_out else "train"
+        allowed = "validation, train" if held_out else "train"
     else:
         if "fingerprint" in settings and settings["fingerprint"] != datasets.fingerprint(dataset):
             raise ConfigError(
@@ -174,10 +174,10 @@ def select(dataset: datasets.Dataset, name: str, settings: dict[str, Any]) -> tu
         fold = settings.get("validation_fold", 0)
         parts = datasets.split(dataset, fraction, kind, settings.get("seed", 0), fold)
         images, labels = parts[:2] if name == "train" else parts[2:]
-        others = "test, train; or --workdir with a run that held images out"
+        allowed = "test, train; or --workdir with a run that held images out"
     if len(labels) == 0:
         raise ConfigError(
-            f"split is {name!r}, but there are no such images in {dataset.name!r}; allowed: {others}"
+            f"split is {name!r}, but there are no such images in {dataset.name!r}; allowed: {allowed}"
         )
     return images, labels
 
@@ -200,9 +200,10 @@ def load_images(
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """The data set to score, and the settings that say which of its images are the run's.
 
-    A folder is read as the run read it: its files, in the parts that the run used them for. Files that came into the folder since then are in no part, and files that have gone are left out. Where --data_dir names a folder
-    that has none of them, it is a data set of its own, and all pictures of <class>/* are scored. Of a folder without a run it is
-    a fifth: the model may have been trained on the others.
+    Of a run on a folder, its files are read, each in the part in which the run used it. Newer files are ignored, and missing ones are
+    left out. Where --data_dir names a folder with none of the run's files, or the run was on other data, all pictures of <class>/*
+    are scored. Without a run (--model), only the fifth of each class is scored on which a training on this folder would
+    test: the model may have been trained on the others.
 
     Args:
         name, data_dir: of the data set.
@@ -211,10 +212,11 @@ def load_images(
         settings: of the run; empty: none. They are returned, but for a folder of which the run saw no picture: for that, none.
     """
     if name != "folder":  # the others have one size
-        return datasets.load(name, data_dir, **cli.folder_options(FLAGS)), settings
+        flag = FLAGS.resize or "squash"  # `datasets.load` refuses another one
+        return datasets.load(name, data_dir, resize=flag, **cli.folder_options(FLAGS)), settings
     rows = RunFolder(FLAGS.workdir).read_split() if settings else None
-    # All pictures of <class>/* may be scored where the model was trained on none of them.
-    others = bool(settings) and settings.get("data_name", settings.get("dataset")) != "folder"
+    # The run saw none of these pictures, so all of <class>/* may be scored.
+    unseen = bool(settings) and settings.get("data_name", settings.get("dataset")) != "folder"
     there = rows or []
     if rows and data_dir:
         root = expanded(data_dir)
@@ -227,25 +229,25 @@ def load_images(
             )
         elif not there and FLAGS.data_dir:
             print(f"{data_dir} has none of the run's pictures: it is a data set of its own", file=sys.stderr)
-            rows, others = None, True
+            rows, unseen = None, True
     if rows:
         where = RunFolder(FLAGS.workdir).split_file
         print(
             f"the images are the files that {where} names; files that came later are in no part",
             file=sys.stderr,
         )
-    has_test = any(part == "test" for _, _, part in there)
-    only = "test" if has_test and FLAGS.split in (None, "test") else None  # the others need not be read
     scores_test = FLAGS.split in (None, "test")
-    parts = {"files": rows, "skip_gone": bool(there), "only": only, "cut": not (others and scores_test)}
+    has_test = any(part == "test" for *_, part in there)
+    only = "test" if scores_test and has_test else None  # the other parts need not be read
+    parts = {"files": rows, "skip_gone": bool(there), "only": only, "cut": not (unseen and scores_test)}
     found = datasets.load(name, data_dir, size, resize, **parts, **cli.folder_options(FLAGS))
-    if not rows and not others and scores_test and is_cut(found):
+    if not rows and not unseen and scores_test and is_cut(found):
         print(
             f"{found.source}: a fifth of each class is scored, the test images of a training on this folder; to score all, move"
             " the classes into test/, beside a train/ with the same ones",
             file=sys.stderr,
         )
-    return found, {} if others else settings
+    return found, {} if unseen else settings
 
 
 def measured(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Arrays and numbers -> figures, as PNG files.
 
-No TensorFlow here. Matplotlib is used through its object interface only, so nothing global changes and threads may draw
-at the same time; it is imported where it is used, because commands that draw nothing should not wait for it.
+No TensorFlow here. Matplotlib is used through its object interface, and with its own default settings (`matplotlib_defaults`). It is
+imported where it is used, because commands that draw nothing should not wait for it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import contextlib
 import io
 import math
 import os
+import threading
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,8 +33,24 @@ LONGEST = 50.0  # inches of a figure's side; of long, narrow images it would be 
 MAX_CLASSES_SHOWN = 100  # in sample_images; more would be too small to see
 
 
+_drawing = threading.RLock()  # the settings are those of the process
+
+
+@contextlib.contextmanager
+def matplotlib_defaults() -> Iterator[None]:
+    """Within the block, or in a function that it decorates, Matplotlib has its own default settings, and the user's again after it.
+
+    A user's style might hide parts of a figure, and one with LaTeX ends in an error where that is missing.
+    """
+    import matplotlib
+
+    defaults: dict[Any, Any] = {k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"}
+    with _drawing, matplotlib.rc_context(defaults):
+        yield
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """A white figure of `width` by `height` inches, at most LONGEST, independent of pyplot and its state."""
+    """A white figure of `width` by `height` inches, at most LONGEST, independent of pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(
@@ -155,6 +172,7 @@ def _cells(axes: Axes, values: np.ndarray, **style: Any) -> Any:
     return drawn
 
 
+@matplotlib_defaults()
 def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: str | os.PathLike[str]) -> None:
     """A grid of five columns, a caption below each image."""
     columns, (height, width) = 5, images.shape[1:3]
@@ -179,6 +197,7 @@ def _captioned(images: np.ndarray, captions: Sequence[str], title: str, path: st
     save_figure(figure, path)
 
 
+@matplotlib_defaults()
 def sample_images(
     images: np.ndarray,
     labels: np.ndarray,
@@ -233,6 +252,7 @@ def random_samples(
     _captioned(images, captions, "Training images, chosen at random", path)
 
 
+@matplotlib_defaults()
 def class_distribution(
     splits: Mapping[str, np.ndarray], class_names: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
@@ -259,6 +279,7 @@ def class_distribution(
     save_figure(figure, path)
 
 
+@matplotlib_defaults()
 def training_curves(
     history: Sequence[Mapping[str, Any]],
     path: str | os.PathLike[str],
@@ -308,6 +329,7 @@ def training_curves(
     save_figure(figure, path)
 
 
+@matplotlib_defaults()
 def confusion_matrix(
     labels: np.ndarray,
     predicted: np.ndarray,

@@ -259,11 +259,16 @@ class LockedFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = expanded(path)
+        self._shown = expanded(path)
+        self.path = (
+            self._shown
+        )  # absolute, because a callback or another thread may change the current folder
+        with contextlib.suppress(OSError):  # where that is gone, what follows reports it
+            self.path = self._shown.absolute()
         self._identity: tuple[int, int] | None = None  # of the folder that is locked
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self._shown)
 
     @contextlib.contextmanager
     def _locked(self, busy: str) -> Iterator[None]:

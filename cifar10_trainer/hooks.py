@@ -11,7 +11,7 @@ import numpy as np
 from . import optim
 from .config import Config
 from .engine import Engine
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 HOOKS = tuple(
     f"on_{part}_{moment}"
@@ -41,13 +41,11 @@ def check_callbacks(callbacks: Any, config: Config) -> list[keras.callbacks.Call
         return []
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return check_callbacks(callbacks.callbacks, config)
-    if isinstance(callbacks, type) or not isinstance(callbacks, keras.callbacks.Callback | Iterable):
-        raise ConfigError(f"callbacks has {str(callbacks)[:100]}; {ALLOWED}")
-    if not isinstance(callbacks, keras.callbacks.Callback):
-        items = [callbacks[:100]] if isinstance(callbacks, str) else list(callbacks)
-        if any(isinstance(item, str | bytes) for item in items):
-            raise ConfigError(f"callbacks has {str(items[0])[:100]!r}; {ALLOWED}")
-        return [found for item in items for found in check_callbacks(item, config)]
+    is_callback = isinstance(callbacks, keras.callbacks.Callback)
+    if isinstance(callbacks, type | str | bytes) or not (is_callback or isinstance(callbacks, Iterable)):
+        raise ConfigError(f"callbacks has {shown(callbacks)}; {ALLOWED}")
+    if not is_callback:
+        return [found for item in callbacks for found in check_callbacks(item, config)]
     name = type(callbacks).__name__
     for kind, reason in REFUSED.items():
         if isinstance(callbacks, kind):

@@ -7,7 +7,6 @@ numbers, `only_run` lets one run at a time train in a process. Importing this mo
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import random
@@ -39,7 +38,7 @@ FORGOTTEN_SETTINGS = ("interactive_logging", "traceback_filtering")
 WAIT_SECONDS = 5.0  # for another run, until a message says so
 
 _lock = threading.Lock()
-_restore: list[Callable[[], None]] = []  # restores the settings of the process as the user had them
+_restore: Callable[[], None] = lambda: None  # noqa: E731  # restores the settings of the process as the user had them
 _inside = 0  # how many calls need the defaults of the process now
 _train_lock = threading.Lock()
 _trainer: int | None = None  # the thread that holds it
@@ -53,7 +52,7 @@ def check_backend() -> None:
     """
     config = getattr(sys.modules.get("keras"), "config", None)
     if config is not None:
-        backend, source = config.backend(), "of Keras, which is imported"
+        backend, source = config.backend(), "of Keras, which is imported,"
     elif os.environ.get("KERAS_BACKEND"):
         backend, source = os.environ["KERAS_BACKEND"], "in KERAS_BACKEND"
     else:
@@ -65,7 +64,7 @@ def check_backend() -> None:
         source = f"in {file}"
     if backend != BACKEND:
         raise ConfigError(
-            f"the backend {source}, is {str(backend)[:100]!r}; allowed: {BACKEND!r}; set the environment variable"
+            f"the backend {source} is {str(backend)[:100]!r}; allowed: {BACKEND!r}; set the environment variable"
             f" KERAS_BACKEND={BACKEND} before Keras is imported"
         )
 
@@ -88,7 +87,7 @@ def keras_defaults() -> Iterator[None]:
     Raises:
         ConfigError: if Keras's backend is not TensorFlow.
     """
-    global _inside
+    global _inside, _restore
     check_backend()
     from keras.src.backend.common import global_state
 
@@ -96,7 +95,7 @@ def keras_defaults() -> Iterator[None]:
     before = {name: global_state.get_global_attribute(name) for name in names}
     with _lock:
         if not _inside:
-            _restore[:] = _set_defaults()
+            _restore = _set_defaults()
         _inside += 1
     try:
         for name, value in THREAD_SETTINGS.items():
@@ -108,27 +107,32 @@ def keras_defaults() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if not _inside:
-                for restore in _restore:
-                    restore()
+                _restore()
 
 
-def _set_defaults() -> list[Callable[[], None]]:
-    """Sets the defaults of the process. Returns functions that restore what it has changed."""
+def _set_defaults() -> Callable[[], None]:
+    """Sets the defaults of the process. Returns a function that restores what it has changed."""
     import keras
     import tensorflow as tf
 
-    found: list[tuple[Callable[..., Any], Any, Any]] = [
-        (getattr(keras.config, write), getattr(keras.config, read)(), default)
+    found: list[tuple[Callable[..., Any], Callable[[], Any], Any]] = [
+        (getattr(keras.config, write), getattr(keras.config, read), default)
         for read, write, default in PROCESS_SETTINGS
         if hasattr(keras.config, write)  # the last two came with Keras 3.11
     ]
-    found.append((tf.config.run_functions_eagerly, tf.config.functions_run_eagerly(), False))
-    changed = [(write, before, default) for write, before, default in found if before != default]
-    for write, _, default in changed:
+    found.append((tf.config.run_functions_eagerly, tf.config.functions_run_eagerly, False))
+    changed = [(*setting, setting[1]()) for setting in found if setting[1]() != setting[2]]
+    for write, _, default, _ in changed:
         write(default)
     tf.get_logger().addFilter(_is_no_retracing)
-    restore = [functools.partial(write, before) for write, before, _ in changed]
-    return [*restore, functools.partial(tf.get_logger().removeFilter, _is_no_retracing)]
+
+    def restore() -> None:
+        for write, read, default, before in changed:
+            if read() == default:  # else the user has set it meanwhile
+                write(before)
+        tf.get_logger().removeFilter(_is_no_retracing)
+
+    return restore
 
 
 def _is_no_retracing(record: logging.LogRecord) -> bool:
@@ -170,14 +174,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def global_seeds(seed: int | None) -> Iterator[None]:
+def global_seeds(seed: int) -> Iterator[None]:
     """Within the block, the generators of Python, NumPy, TensorFlow and Keras start at `seed`; then they continue as before.
 
-    For models with layers that draw from them. None: the block changes nothing.
+    For models with layers that draw from them.
     """
-    if seed is None:
-        yield
-        return
     import keras
     import numpy as np
     from keras.src.backend.common import global_state

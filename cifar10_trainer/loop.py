@@ -235,7 +235,7 @@ class TrainingLoop:
             self._save_model()
         if self.chief:
             self.save()  # what comes now may be interrupted, too, and the training be kept
-        # No worker goes on before the chief has saved the model.
+        # No worker continues before the chief has saved the model.
         (caught,) = runtime.mean_over_workers(self.engine.strategy, bool(signals.caught))
         if caught:
             raise self._interrupted(signals.caught or "a signal to another worker")

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -122,17 +123,17 @@ def load_model(path: str | Path | None = None) -> keras.Model:
     except Exception as error:
         # Each of Keras's readers raises errors of its own.
         raise _does_not_open(path, error) from error
-    received: Any = getattr(model, "input_shape", None)
-    given: Any = getattr(model, "output_shape", None)
-    if not maps_images_to_classes(received, given):
+    input_shape: Any = getattr(model, "input_shape", None)
+    output_shape: Any = getattr(model, "output_shape", None)
+    if not maps_images_to_classes(input_shape, output_shape):
         raise ConfigError(
-            f"the model in {path} maps {received} to {given};"
+            f"the model in {path} maps {input_shape} to {output_shape};"
             " allowed: one that maps (batch, height, width, 3), with a fixed height and width, to (batch, classes), with two"
             " classes or more"
         )
     try:
         values = _read_values(path)
-        model.info = ModelInfo() if values is None else ModelInfo.from_dict(values, given[1])
+        model.info = ModelInfo() if values is None else ModelInfo.from_dict(values, output_shape[1])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise _does_not_open(path, error) from error
     return model
@@ -200,12 +201,13 @@ def bounded_weights(check: Callable[[int], None]) -> Iterator[None]:
         yield
 
 
-def maps_images_to_classes(received: Any, given: Any, fixed: bool = True) -> bool:
+def maps_images_to_classes(input_shape: Any, output_shape: Any, fixed: bool = True) -> bool:
     """Whether a model of these input and output shapes takes images [batch, height, width, 3] to two classes or more.
 
     fixed: whether height and width must be known.
     """
-    return is_shape(received, 4, fixed) and received[3] == 3 and is_shape(given, 2) and given[1] > 1
+    takes_images = is_shape(input_shape, 4, fixed) and input_shape[3] == 3
+    return takes_images and is_shape(output_shape, 2) and output_shape[1] > 1
 
 
 def is_shape(shape: Any, rank: int, fixed: bool = True) -> bool:
@@ -265,14 +267,18 @@ def write_model(model: keras.Model, path: Path) -> None:
 
 @contextlib.contextmanager
 def _without_absls_warnings() -> Iterator[None]:
-    from absl import logging
+    from absl import logging as absl_logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.ERROR))
+    logger = absl_logging.get_absl_logger()
+    logger.addFilter(_is_error)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def portable(config: Any) -> Any:

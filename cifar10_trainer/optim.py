@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -50,7 +51,7 @@ class RunSchedule(keras.optimizers.schedules.LearningRateSchedule):
         if s.name == "linear":
             value = 1 + (s.end - 1) * after
         elif s.name == "cosine":
-            value = s.end + (1 - s.end) * 0.5 * (1 + tf.cos(3.14159265 * after))
+            value = s.end + (1 - s.end) * 0.5 * (1 + tf.cos(math.pi * after))
         elif s.name == "step":
             # In whole steps, because fractions of the run would be rounded differently inside a graph.
             drops = tf.constant([drop * self.steps for drop in s.drops], tf.float32)

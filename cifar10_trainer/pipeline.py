@@ -30,7 +30,7 @@ from .machine import cpu_count
 from .runtime import check_batch
 
 Pair: TypeAlias = tuple[tf.Tensor, tf.Tensor]
-# of labels in `make_dataset`: more are IDs of images, and none fit int32 from 2**31 on
+# The most classes of `make_dataset`: larger labels are IDs of images by mistake, and from 2**31 on they do not fit int32.
 MAX_CLASSES = 1_000_000
 
 # Decorates functions without a tensor in an `if` or a `for`: AutoGraph would parse their source code, which takes half

@@ -212,8 +212,8 @@ def label_files(
         names: one for each output of the model.
         resize: see `predict_images`.
 
-    Returns:
-        results as those of `predict_images`, and an error for each file that cannot be read.
+    Yields:
+        for each block of files: results as those of `predict_images`, and an error for each file that cannot be read.
     """
     height, width, _ = model.input_shape[1:]
     fit = BLOCK_BYTES // (height * width * 3), BLOCK_PROBABILITIES // len(names)

@@ -69,24 +69,24 @@ def load(
     given: Any,
     beside: tuple[Any, ...],
     data_dir: str | None,
-    folder: RunFolder | None,
+    folder: RunFolder,
     resumed: bool,
     options: Mapping[str, Any] | None,
     log: Log,
 ) -> Dataset:
     """The data set that the caller has given or, where that is None, the one of the config.
 
-    The caller holds one of the config by no other name than that of the result, or its images stay in memory beside
-    those of the split. beside: what `datasets.as_dataset` takes beside `given`. folder: of the run. resumed: whether it goes
-    on, with the files that it began with.
+    Where the data set is loaded here, the caller must keep no second reference to it: its images would stay in memory beside
+    the parts that `prepare` splits off. beside: what `datasets.as_dataset` takes beside `given`. folder: of the run. resumed:
+    whether the run resumes, and so reads the files that it began with.
     """
     if given is not None:
         return datasets.as_dataset(given, *beside)
     own: dict[str, Any] = {"log": log, **(options or {})}
     if config.dataset == "folder":
-        files = folder.read_split() if folder and resumed else None
+        files = folder.read_split() if resumed else None
         # The data set, and the table that batches come from; `prepare` looks again when it knows whether it splits.
-        own |= {"files": files, "workdir": folder and folder.path, "copies": 2}
+        own |= {"files": files, "workdir": folder.path, "copies": 2}
     data = datasets.load(config.dataset, data_dir, config.image_size, config.resize, **own)
     fraction = None if "validation_fraction" in config.adapt else config.validation_fraction
     if data.validation is not None and fraction is not None and not resumed:

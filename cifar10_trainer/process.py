@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,11 @@ from typing import Any, TextIO, TypeAlias, cast
 from .errors import RunError, reason_of
 
 Log: TypeAlias = Callable[[str], None]  # prints a line, or drops it
+
+
+def line_printer(shown: object) -> Log:
+    """Prints each line at once, even into a pipe; where `shown` is false, drops it."""
+    return functools.partial(print, flush=True) if shown else (lambda text: None)
 
 
 def stop_signals() -> list[int]:

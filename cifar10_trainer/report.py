@@ -95,7 +95,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]],
     dataset: Dataset,
     samples: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    test_probabilities: np.ndarray,
+    probabilities: np.ndarray,
 ) -> None:
     """Writes classification_report.txt, figures/*.png and, last, report.html into the run folder.
 
@@ -103,7 +103,7 @@ def write_report(
         folder: the run folder.
         config, metrics, history: the contents of config.json, metrics.json and history.csv.
         dataset, samples: as the run split it, its training images may be gone; and what `choose_samples` chose of them.
-        test_probabilities: float [n, classes] of `dataset.test_images`; of the validation images where the data set has no
+        probabilities: float [n, classes] of `dataset.test_images`; of the validation images where the data set has no
             test images, and the report says so; empty where it has neither, and the report leaves the scores out.
     """
     folder.check_there()
@@ -124,14 +124,14 @@ def write_report(
     images, labels = dataset.test_images, dataset.test_labels
     if len(labels) == 0:
         scored, note, images, labels = "validation", NO_TEST_IMAGES, val_images, val_labels
-    n = len(test_probabilities)
+    n = len(probabilities)
     averaged = _has_tta(metrics)
     if n == 0:
         note = f"This run has no test score: {NOT_SCORED if len(labels) else NOTHING_TO_SCORE}."
         drawn = {name: path for name, path in drawn.items() if name not in SCORED_FIGURES}
     else:
         assert n == len(labels), f"{n} rows of probabilities for {len(labels)} {scored} images"
-        predicted = test_probabilities.argmax(axis=1)
+        predicted = probabilities.argmax(axis=1)
         accuracy = float((predicted == labels).mean())
         if dataset.name not in BALANCED:
             balance = _balance(labels, predicted, train_labels, len(names), averaged)
@@ -139,7 +139,7 @@ def write_report(
         text = f"{n:,} {called}\n\n" + classification_report(labels, predicted, names)
         confusion_matrix(labels, predicted, names, drawn["confusion_matrix"], called)
         path = drawn["misclassified_examples"]
-        misclassified_examples(images, labels, test_probabilities, names, path, called=called)
+        misclassified_examples(images, labels, probabilities, names, path, called=called)
 
     folder.check_there()  # drawing takes seconds, and makes the folder
     text = "\n\n".join(filter(None, (note, text.rstrip()))) + "\n"

@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from .files import (
 )
 from .machine import check_fits
 from .model_file import write_model
+from .process import Log
 
 if TYPE_CHECKING:
     import keras
@@ -254,7 +255,7 @@ class RunFolder(LockedFolder):
         writer = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            # int() and float() because a NumPy number's repr is not its value
+            # `float()`, because the repr of a NumPy number is not its value
             writer.writerow(
                 {k: v if v is None or isinstance(v, int) else repr(float(v)) for k, v in row.items()}
             )
@@ -350,7 +351,7 @@ class RunFolder(LockedFolder):
         self._state_is_whole = True
 
     def unfinished_state(
-        self, config: Config, log: Callable[[str], None], any_strategy: bool = False
+        self, config: Config, log: Log, any_strategy: bool = False
     ) -> dict[str, np.ndarray] | None:
         """The arrays of the newest whole state of an unfinished run of `config`; None where no run was saved here.
 
@@ -424,7 +425,7 @@ class RunFolder(LockedFolder):
             )
 
     def resume(
-        self, config: Config, log: Callable[[str], None], any_strategy: bool = False
+        self, config: Config, log: Log, any_strategy: bool = False
     ) -> tuple[Config, dict[str, np.ndarray] | None]:
         """`unfinished_state` of `config` and, where there is a state, the values that the run chose for `config.adapt`."""
         chosen = config

@@ -19,6 +19,7 @@ import tensorflow as tf
 from . import cluster, machine, precision, process
 from .config import Config
 from .errors import ConfigError, RunError
+from .process import Log
 
 SAME_REQUEST_SECONDS = 1.0  # between two signals that mean one request to stop
 
@@ -196,7 +197,7 @@ def choose_precision(requested: str, *, depthwise: bool = False) -> tuple[str, s
 
 
 def choose_devices(
-    config: Config, cluster_timeout: float, log: Callable[[str], None], flags: Mapping[str, bool]
+    config: Config, cluster_timeout: float, log: Log, flags: Mapping[str, bool]
 ) -> tuple[cluster.Team | None, tf.distribute.Strategy]:
     """The workers of the cluster, who agree on config and `flags` here, and the strategy."""
     team = cluster.join_workers(config.strategy, cluster_timeout, log)
@@ -217,7 +218,7 @@ def agree_on_precision(
     requested: str,
     before: str | None,
     team: cluster.Team | None,
-    log: Callable[[str], None],
+    log: Log,
     *,
     depthwise: bool = False,
 ) -> str:
@@ -357,7 +358,7 @@ MAYBE_LOST_WORKER = (
 def lost_worker(error: Exception) -> Exception:
     """The one-line error for what TensorFlow raises when another process of the cluster has ended.
 
-    error: of LOST_WORKER or MAYBE_LOST_WORKER. Where no worker was lost it is returned itself, or says what to do.
+    error: of LOST_WORKER or MAYBE_LOST_WORKER. Where no worker was lost, it is returned itself, or a RunError that says what to do.
     """
     team = cluster.team()
     if team is not None and team.notices_loss():

@@ -23,10 +23,10 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # probability that float32 holds in
 
 def check_model(model: Any) -> None:
     """Raises ConfigError where it is no Keras model of images that returns a row of numbers for each."""
-    taken: Any = getattr(model, "input_shape", None)
-    given: Any = getattr(model, "output_shape", None)
-    if not maps_images_to_classes(taken, given, fixed=False):
-        maps = f", which maps {taken} to {given}" if taken and given else ""
+    input_shape: Any = getattr(model, "input_shape", None)
+    output_shape: Any = getattr(model, "output_shape", None)
+    if not maps_images_to_classes(input_shape, output_shape, fixed=False):
+        maps = f", which maps {input_shape} to {output_shape}" if input_shape and output_shape else ""
         raise ConfigError(
             f"model is {type(model).__name__}{maps}; allowed: a built Keras model that maps (batch, height, width, 3) to"
             " (batch, classes), with two classes or more"

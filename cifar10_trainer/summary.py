@@ -91,10 +91,11 @@ def warn_at_chance(
     It is better where it exceeds the share of that class by more than 2.33 standard deviations of a share of so many
     images (a one-sided test at 1%). The accuracy is the best validation accuracy, or the last training accuracy.
     """
-    labels = data.train_labels if data.validation is None else data.validation[1]
-    accuracy, images = best_val_accuracy, "validation images"
-    if accuracy is None:
+    if best_val_accuracy is None:
         labels, accuracy, images = data.train_labels, history[-1]["accuracy"], "training images"
+    else:
+        assert data.validation is not None  # `preparation.prepare` set it
+        labels, accuracy, images = data.validation[1], best_val_accuracy, "validation images"
     share, guess = float(np.bincount(labels).max()) / len(labels), "the largest class"
     if class_weights == "balanced":
         share, guess = 1 / data.num_classes, "at random"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -38,7 +37,7 @@ from .hooks import check_callbacks
 from .loop import SAVE_SECONDS, TrainingLoop
 from .model_file import load_model
 from .models import own
-from .process import Log
+from .process import Log, line_printer
 from .run_folder import RunFolder
 
 SCORES = (
@@ -48,7 +47,6 @@ SCORES = (
     "test_balanced_accuracy",
     "test_smallest_class_recall",
 )
-MAX_SAVE_SECONDS = 86_400
 
 
 @keras_state.keras_defaults()
@@ -114,11 +112,11 @@ def train_and_evaluate(
         RunError: for what failed, and for an interrupted run.
     """
     since, verbose = machine.monotonic(since), runtime.verbosity(verbose)
-    log = _log_of(verbose)
+    log = line_printer(verbose)
     beside = validation_data, test_data, class_names
     preparation.check_arguments(config, data, dataset, data_dir, beside)
     callbacks = check_callbacks(callbacks, config)
-    _check_save_seconds(save_seconds)
+    check_number("save_seconds", save_seconds, Real, 0, 86_400, words="from 0 to 86,400")
     models.check_options(config.architecture, config.options)
 
     # ---- strategy, folder, precision
@@ -167,7 +165,7 @@ def train_and_evaluate(
         metrics = _metrics(config, found, engine, trained, scores, loop.elapsed())
         if chief and full_report:
             run = dict[str, Any](config=record, metrics=metrics, history=loop.history, samples=samples)
-            report.write_report(folder, dataset=found, test_probabilities=probabilities, **run)
+            report.write_report(folder, dataset=found, probabilities=probabilities, **run)
         with runtime.Signals():  # one that comes now does not make a finished run an interrupted one
             if chief:
                 folder.write_metrics(metrics)  # last of all: it makes the run a finished one
@@ -177,18 +175,13 @@ def train_and_evaluate(
 
 @contextlib.contextmanager
 def _only_run(config: Config, model: keras.Model | None, log: Log) -> Iterator[None]:
-    """No other run of the process trains meanwhile. A user's own model may draw from the global random generators."""
-    with keras_state.only_run(log), keras_state.global_seeds(None if model is None else config.seed):
+    """No other run of the process trains meanwhile, and the global random generators are afterwards as before.
+
+    A user's own model may draw from all of them; else it is only Keras that draws seeds, for each layer that it makes.
+    """
+    draws = keras_state.seeded if model is None else keras_state.global_seeds
+    with keras_state.only_run(log), draws(config.seed):
         yield
-
-
-def _log_of(verbose: int) -> Log:
-    """Prints, at once even into a pipe, or does not."""
-    return functools.partial(print, flush=True) if verbose else (lambda text: None)
-
-
-def _check_save_seconds(seconds: float) -> None:
-    check_number("save_seconds", seconds, Real, 0, MAX_SAVE_SECONDS, words=f"from 0 to {MAX_SAVE_SECONDS:,}")
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def options() -> timing.Options:
 
 
 def command_of(name: str) -> str:
-    """The command that measures one section again, without paths of this machine."""
+    """The command that measures one section again; no folder of data or of airbench is in it."""
     words = [f"XLA_FLAGS={v!r}" for v in [os.environ.get("XLA_FLAGS")] if v and FLAGS.gpu]
     words += ["python scripts/benchmark.py", name]
     words += [f"--{n}" for n in ("gpu", "quick") if FLAGS[n].value]

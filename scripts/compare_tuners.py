@@ -10,7 +10,7 @@ KerasTuner's own Hyperband on `Model.fit` is compared as well. Its trials have t
 augmentation, at a constant learning rate, and a promoted trial continues from its own weights.
 
 This writes results/tuners/trials.json and searches.json, and with these files the table and the figure of docs/search.md. It
-takes hours; started again, it goes on.
+takes hours; started again, it continues.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measures what trains best on a folder of few pictures, and keeps results/photos.json, run by run.
 
-    python scripts/measure_photos.py                  # all; started again, it goes on where it was
+    python scripts/measure_photos.py                  # all; started again, it continues where it was
     python scripts/measure_photos.py --sets=letters --images=20 --seeds=1 --methods=transfer.cifar
 
 The pictures are JPEG files of 150 to 200 pixels a side, in a temporary folder:

@@ -14,6 +14,7 @@ import inspect
 import json
 import shutil
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,25 @@ def read(folder: Path) -> None:
     import h5py
     import keras
 
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".keras", ".h5"))
+    if not files or not (folder / "images.npy").exists():
+        sys.exit(
+            f"{folder} holds no model files with their images.npy; allowed: a folder that `write` has filled"
+        )
     images = np.load(folder / "images.npy")
     differences = []
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".keras", ".h5"))
     for file in files:
-        path = file.rename(file.with_name(f"a copy of {file.name}"))
-        model = keras.models.load_model(path, compile=False)
+        with tempfile.TemporaryDirectory() as other:
+            path = Path(shutil.copy(file, Path(other, f"a copy of {file.name}")))
+            model = keras.models.load_model(path, compile=False)
         found = np.asarray(model(images, training=False))
         differences.append(np.abs(found - np.load(file.with_suffix(".npy"))).max())
-        if path.suffix == ".keras":
-            about = json.loads(zipfile.ZipFile(path).read("metadata.json"))["image_classifier"]
+        if file.suffix == ".keras":
+            about = json.loads(zipfile.ZipFile(file).read("metadata.json"))["image_classifier"]
         else:
-            with h5py.File(path) as opened:
+            with h5py.File(file) as opened:
                 about = json.loads(opened.attrs["image_classifier"])
         assert about == json.loads(file.with_suffix(".json").read_text(encoding="utf-8")), about
-        path.rename(file)
     worst = np.max(differences)
     assert worst < TOLERANCE, f"probabilities differ by {worst:.1e}"
     print(

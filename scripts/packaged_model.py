@@ -146,6 +146,21 @@ def wheel_bytes(path: Path) -> int:
     return len(archive.getvalue())
 
 
+def store(model: keras.Model, out: Path) -> keras.Model:
+    """Writes the file, and reads the model back. Raises RunError, with `out` as it was, where that is another one or too large."""
+    with replacing(out) as temporary:
+        write_model(model, temporary)
+        store_as_float16(temporary)
+        stored = load_model(temporary)
+        if digest(stored) != digest(model):
+            raise RunError(f"{out} stays as it is: the new file has other weights than the model")
+        if wheel_bytes(temporary) > LARGEST:
+            raise RunError(
+                f"{out} stays as it is: the new file takes {wheel_bytes(temporary):,} bytes in a wheel; allowed: {LARGEST:,}"
+            )
+    return stored
+
+
 def main() -> None:
     run, out = RunFolder(FLAGS.run), Path(FLAGS.out)
     if not run.is_finished():
@@ -168,12 +183,7 @@ def main() -> None:
 
     # ---- the file
     model.info = ModelInfo(dataset.class_names, none_above=above)
-    with replacing(out) as temporary:
-        write_model(model, temporary)
-        store_as_float16(temporary)
-    stored = load_model(out)
-    if digest(stored) != digest(model) or wheel_bytes(out) > LARGEST:
-        raise RunError(f"{out} has other weights than the model, or {wheel_bytes(out):,} bytes in a wheel")
+    stored = store(model, out)
 
     # ---- the test images, once
     probabilities = scoring.predict_probabilities(stored, dataset.test_images)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import results.frontier
 import tensorflow as tf
 from bench import baselines, cpu, gpu, limit, record, scale_out, timing
 from bench.timing import Options
+from results.records import ROOT
 
 from cifar10_trainer import RECIPES, models, scoring
 from cifar10_trainer.accelerate import make_training_model
@@ -82,6 +87,34 @@ def test_a_command_that_fails_is_one_line():
             [sys.executable, "-c", "import sys; print('a\\nso it is', file=sys.stderr); sys.exit(3)"]
         )
     assert timing.output_of([sys.executable, "-c", "print(5)"]) == "5\n"
+
+
+def test_a_command_whose_memory_is_measured_fails_with_its_own_line():
+    with pytest.raises(RunError, match="gave exit status 4: no data"):
+        timing.peak_memory(
+            [sys.executable, "-c", "import sys; print('no data', file=sys.stderr); sys.exit(4)"]
+        )
+
+
+def test_a_stopped_measurement_leaves_no_process(tmp_path):
+    pid = tmp_path / "pid"
+    measured = (
+        f"import os, time; print(os.getpid(), file=open({str(pid)!r}, 'w'), flush=True); time.sleep(60)"
+    )
+    (tmp_path / "measured.py").write_text(measured)
+    program = "import sys; from bench import timing; timing.peak_memory([sys.executable, sys.argv[1]])"
+    command = [sys.executable, "-c", program, str(tmp_path / "measured.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text().endswith("\n")):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + 10
+    while Path("/proc", pid.read_text().strip(), "cmdline").exists():  # it is nobody's zombie: init reaps it
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_the_first_step_is_when_the_progress_bar_shows_it():

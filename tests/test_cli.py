@@ -616,6 +616,7 @@ def test_wrong_usage(argv, parts, capsys, trained):
         (["--dataset=folder", "--data_dir=/nowhere"], ["/nowhere, which does not exist"]),
         (["--dataset=folder", "--data_dir=.", "--max_bad=1"], ["max_bad is 1.0", "less than 1"]),
         (["--dataset=digits", "--strict"], ["strict is True", "dataset folder only"]),
+        (["--dataset=digits", "--max_bad=0"], ["max_bad is 0.0", "dataset folder only"]),
         (["--dataset=folder", "--data_dir=.", "--image_size=4"], ["image_size is 4", "from 8 to 512"]),
         (["--data_dir=/nowhere"], ["/nowhere"]),
     ],

@@ -314,6 +314,17 @@ def test_folds_are_a_whole_number(tmp_path, digits, scripted, folds):
         quietly(folds, tmp_path, digits)
 
 
+def test_folds_in_the_folder_of_the_pictures_are_no_class(tmp_path, scripted):
+    for name in ("dark", "light"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8), (i, 10 * len(name), 0)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "runs").mkdir()
+    config = TINY.override(dataset="folder", image_size=8)
+    cross_validate(config, 2, tmp_path / "runs", data_dir=str(tmp_path), verbose=0)
+    assert scripted[0]["dataset"].class_names == ("dark", "light")
+
+
 def test_a_folder_that_grew_does_not_change_the_folds_that_are_left(tmp_path, scripted):
     """They take the files of the first one."""
     pictures = tmp_path / "pictures"

@@ -539,6 +539,11 @@ def test_evaluate_with_a_share_that_is_none(run_folder, capsys):
     assert "views_share is 0.0; allowed: above 0, up to 1" in capsys.readouterr().err
 
 
+def test_evaluate_refuses_a_resize_of_images_that_have_one_size(run_folder, capsys):
+    assert run(["--workdir", run_folder, "--dataset=digits", "--resize=pad"]) == 2
+    assert "resize is pad; allowed with the dataset digits: squash" in capsys.readouterr().err
+
+
 def test_evaluate_shows_the_first_images(run_folder, capsys):
     # In the order of the classes and files: blue/0, green/0, green/wrong (which is red), red/0.
     assert run(["--workdir", run_folder, "--show=3"]) == 0

@@ -264,6 +264,27 @@ def test_two_threads_draw_what_one_draws(tmp_path):
     assert all((tmp_path / f"{i}.png").read_bytes() == alone for i in range(2))
 
 
+def test_the_style_of_a_user_changes_no_figure_and_comes_back(tmp_path):
+    """Not even LaTeX, which need not be there."""
+    import matplotlib
+
+    rows = history((1, 2.0, 0.3, 1.5, 0.5), (2, 1.0, 0.6, 1.1, 0.6))
+
+    def draw(folder):
+        folder.mkdir()
+        figures.training_curves(rows, folder / "curves.png")
+        figures.confusion_matrix(np.array([0, 1]), np.array([0, 0]), ("a", "b"), folder / "matrix.png")
+        figures.sample_images(solid([RED]), np.array([0]), ("cat",), folder / "samples.png")
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    expected = draw(tmp_path / "plain")
+    style = {"text.usetex": True, "font.size": 30.0, "axes.facecolor": "black", "savefig.bbox": "tight"}
+    with matplotlib.rc_context(style):
+        assert draw(tmp_path / "styled") == expected
+        assert {name: matplotlib.rcParams[name] for name in style} == style
+    assert len(expected) == 3
+
+
 def test_png_is_what_it_says(tmp_path):
     figures.sample_images(solid([RED]), np.array([0]), ("cat",), tmp_path / "s.png")
     with Image.open(io.BytesIO((tmp_path / "s.png").read_bytes())) as image:

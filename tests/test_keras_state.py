@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import keras
@@ -26,6 +28,7 @@ from cifar10_trainer import (
     RandomShift,
     build_model,
     cross_validate,
+    cross_validation,
     evaluate_model,
     keras_state,
     load_data,
@@ -34,6 +37,7 @@ from cifar10_trainer import (
     predict_images,
     train,
 )
+from cifar10_trainer.datasets import from_arrays
 
 ROOT = Path(__file__).parents[1]
 TINY = RECIPES["fast.digits"].override(
@@ -192,6 +196,13 @@ def test_blocks_that_overlap_in_threads_restore_when_the_last_ends(with_setting)
     assert keras.config.epsilon() == 0.1
 
 
+def test_a_setting_that_is_set_meanwhile_stays(with_setting):
+    with_setting("epsilon")
+    with keras_state.keras_defaults():
+        keras.config.set_epsilon(1e-3)
+    assert keras.config.epsilon() == 1e-3
+
+
 def test_warnings_of_retracing_are_hidden_within_a_call_alone(caplog):
     """They are true of a user's own functions, and of those of a call mean nothing to him."""
     text = "5 out of the last 5 calls to f triggered tf.function retracing. Tracing is expensive"
@@ -203,6 +214,19 @@ def test_warnings_of_retracing_are_hidden_within_a_call_alone(caplog):
     logger.warning(text)
     assert [record.getMessage() for record in caplog.records] == ["another one", text]
     assert logger.filters == before
+
+
+def test_a_call_leaves_the_log_of_absl_as_it_was(tmp_path):
+    """Keras warns in it of the older format of files, which somebody asked for."""
+    logger = logging.getLogger("absl")
+    before = logger.level, list(logger.filters)
+    run(tmp_path, hdf5=True)
+    assert (logger.level, list(logger.filters)) == before
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_is_built_where_warnings_are_errors():
+    assert build_model(filters=(4, 8)).count_params() > 0
 
 
 def test_every_setting_of_keras_is_known():
@@ -260,10 +284,10 @@ def test_a_command_refuses_another_backend_in_one_line(source, tmp_path):
     if source == "file":
         (tmp_path / "keras.json").write_text('{"backend": "torch"}')
         done = python(["-m", "cifar10_trainer", "--dataset=digits"], tmp_path)
-        assert f"the backend in {tmp_path}/keras.json, is 'torch'" in done.stderr
+        assert f"the backend in {tmp_path}/keras.json is 'torch'" in done.stderr
     else:
         done = python(["-m", "cifar10_trainer", "--dataset=digits"], tmp_path, KERAS_BACKEND="jax")
-        assert "the backend in KERAS_BACKEND, is 'jax'" in done.stderr
+        assert "the backend in KERAS_BACKEND is 'jax'" in done.stderr
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "allowed: 'tensorflow'; set the environment variable KERAS_BACKEND=tensorflow" in done.stderr
 
@@ -279,7 +303,7 @@ def test_an_import_refuses_another_backend_before_tensorflow(tmp_path):
     )
     done = python(["-c", code], tmp_path, KERAS_BACKEND="jax")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("the backend in KERAS_BACKEND, is 'jax'; allowed: 'tensorflow'")
+    assert done.stdout.startswith("the backend in KERAS_BACKEND is 'jax'; allowed: 'tensorflow'")
 
 
 def test_the_backend_is_looked_for_where_keras_looks(tmp_path, monkeypatch):
@@ -380,13 +404,56 @@ def test_a_run_leaves_the_generators_of_its_user_alone(own, tmp_path):
             score_test=False,
             callbacks=None,
         )
-        assert np.random.get_state()[1].tolist() == state[1]
-        if own:  # without it, reading the saved model makes layers, which draw as they do in any program
-            assert random.getstate() == state[0]
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == state
+        if own:
             found.append(digest(model.get_weights()))
         assert np.random.rand() == wanted[1][1] and float(tf.random.uniform([])) == wanted[1][3]
         np.random.seed(i)  # another stream before the second run changes nothing in it
     assert len(set(found)) == own
+
+
+def test_a_cross_validation_leaves_the_keras_of_all_threads_alone(tmp_path):
+    """Its seeds, its numbers in the names of layers, and the settings of another thread."""
+    keras.utils.set_random_seed(3)
+    keras.random.uniform([])
+    expected = float(keras.random.uniform([]))
+    keras.utils.set_random_seed(3)
+    keras.random.uniform([])
+    name = keras.layers.Dense(1).name
+    config = TINY.override(options__dropout=0.0)
+
+    def cross():
+        cross_validate(config, 2, tmp_path, data=images_and_labels(), verbose=0)
+
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        thread = threading.Thread(target=cross)
+        thread.start()
+        thread.join()
+        assert keras.config.dtype_policy().name == "mixed_float16"
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert float(keras.random.uniform([])) == expected
+    assert keras.layers.Dense(1).name != name
+
+
+def test_the_folds_of_a_cross_validation_leave_no_model_in_memory(tmp_path):
+    config = TINY.override(options__dropout=0.0)
+    made = []
+    watch = keras.callbacks.LambdaCallback(on_train_end=lambda logs: None)
+    watch.set_model = lambda model: made.append(weakref.ref(model))
+    for fold in range(2):
+        cross_validation._run(
+            config.override(validation_fraction=0.5, validation_fold=fold),
+            tmp_path / str(fold),
+            overwrite=False,
+            policy=None,
+            dataset=from_arrays(images_and_labels()),
+            allow_replica_change=False,
+            callbacks=[watch],
+            verbose=0,
+        )
+        assert len(made) == fold + 1 and made[fold]() is None
 
 
 # --- several runs in a process ------------------------------------------------------------------------------

@@ -248,6 +248,21 @@ def test_the_command_chooses_and_prints_why(tmp_path):
         trainer.FLAGS[flag].unparse()
 
 
+def test_a_network_that_is_too_large_replaces_nothing(monkeypatch, tmp_path):
+    out = tmp_path / "network.keras"
+    out.write_bytes(b"the one before")
+    model = packaged_model.rounded(build_model(filters=(4, 4)))
+    model.info = ModelInfo(CIFAR10_CLASSES)
+    monkeypatch.setattr(packaged_model, "LARGEST", 1000)
+    with pytest.raises(RunError, match=r"network.keras stays as it is: the new file takes [\d,]+ bytes"):
+        packaged_model.store(model, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["network.keras"]
+    assert out.read_bytes() == b"the one before"
+    monkeypatch.undo()
+    assert packaged_model.digest(packaged_model.store(model, out)) == packaged_model.digest(model)
+    assert out.stat().st_size > 1000
+
+
 def test_a_signal_reaches_the_training_of_the_network(monkeypatch, tmp_path):
     """Which saves its state; its parent only passes the signal on and waits."""
     commands, result = [], [0, ""]

@@ -97,7 +97,7 @@ def write_run(workdir, *, n_test=4, n_validation=2, names=("cat", EVIL, "owl"), 
         "metrics": metrics,
         "history": history((1, 2.0, 0.3, 1.5, 0.5), (2, 1.0, 0.6, None, None)),
         "dataset": dataset,
-        "test_probabilities": probabilities(*[0, 1, 2, 1][: n_test or n_validation]),
+        "probabilities": probabilities(*[0, 1, 2, 1][: n_test or n_validation]),
     }
     values |= changes
     samples = report.choose_samples(values["dataset"])
@@ -173,7 +173,7 @@ def test_test_time_augmentation_is_named(tmp_path):
 
 
 def test_without_test_and_validation_images_there_is_no_score(tmp_path):
-    page = write_run(tmp_path, n_test=0, n_validation=0, test_probabilities=probabilities())
+    page = write_run(tmp_path, n_test=0, n_validation=0, probabilities=probabilities())
     assert "no test score" in (tmp_path / "classification_report.txt").read_text()
     assert "no test score" in page.text and "test accuracy" not in page.text
     assert not (tmp_path / "figures" / "confusion_matrix.png").exists()
@@ -181,5 +181,5 @@ def test_without_test_and_validation_images_there_is_no_score(tmp_path):
 
 def test_probabilities_must_cover_every_image(tmp_path):
     with pytest.raises(AssertionError, match="3 rows of probabilities for 4 test images"):
-        write_run(tmp_path, test_probabilities=probabilities(0, 1, 2))
+        write_run(tmp_path, probabilities=probabilities(0, 1, 2))
     assert not (tmp_path / "report.html").exists()

@@ -160,6 +160,7 @@ def test_choice_of_recipes():
             "allowed: a file of --out with",
         ),
         (freeze, ["digits", "--out=/nowhere/x.json"], "out is /nowhere/x.json; allowed: a file in a folder"),
+        (freeze, ["digits", "--out=/tmp"], "out is /tmp; allowed: a file in a folder"),
         (packaged_model, ["mine"], "unexpected argument 'mine'"),
         (compare_tuners, ["--recipe=leaky.baseline"], "leaky.baseline, which sets no filters"),
     ],
@@ -206,6 +207,13 @@ def test_model_files_shows_its_usage(words):
     command = [sys.executable, ROOT / "scripts" / "model_files.py", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 1 and "model_files.py read FOLDER" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_models_is_no_folder_to_read(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "model_files.py", "read", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1 and "holds no model files with their images.npy" in done.stderr
     assert "Traceback" not in done.stderr
 
 

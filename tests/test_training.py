@@ -1463,3 +1463,14 @@ def test_a_relative_data_dir_is_found_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert cli.run(evaluate.main, evaluate.FLAGS, "", ["evaluate", "--workdir=../run"]) == 0
+
+
+def test_a_run_stays_where_it_began_when_the_current_folder_changes(tmp_path, digits, monkeypatch, capsys):
+    """As a callback, or another thread, may do."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    away = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: os.chdir(tmp_path / "elsewhere"))
+    train_quietly(TINY.override(epochs=1), "runs/here", digits, callbacks=[away], verbose=2)
+    assert (tmp_path / "runs" / "here" / "metrics.json").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert "files                runs/here/" in capsys.readouterr().out

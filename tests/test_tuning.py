@@ -874,7 +874,7 @@ def test_the_flags_of_a_folder_reach_its_reader(tmp_path, capsys):
         "search",
         "--dataset=folder",
         f"--data_dir={tmp_path / 'pictures'}",
-        f"--workdir={tmp_path / 'out'}",
+        f"--workdir={tmp_path / 'pictures' / 'out'}",  # which is no class
     ]
     argv += ["--max_trials=1", "--epochs=1", "--recipe=fast.digits", "--space=learning_rate"]
     for further, status, text in (
@@ -887,7 +887,7 @@ def test_the_flags_of_a_folder_reach_its_reader(tmp_path, capsys):
         assert text in out + err
         restore_flags(search.FLAGS)
     # A trial's record names the folder, so that evaluate finds the pictures.
-    record = json.loads((tmp_path / "out" / "trials" / "trial_0" / "config.json").read_text())
+    record = json.loads((tmp_path / "pictures" / "out" / "trials" / "trial_0" / "config.json").read_text())
     assert record["data_dir"] == str(tmp_path / "pictures")
 
 
@@ -1063,7 +1063,8 @@ def folder_of(path, count):
 def test_a_search_of_a_folder_suits_its_number_of_images(tmp_path, capsys):
     from tuning import search
 
-    pictures, work = folder_of(tmp_path / "pictures", 75), tmp_path / "search"
+    pictures = folder_of(tmp_path / "pictures", 75)
+    work = pictures / "searches" / "one"  # which is no class
     argv = ["search", "--dataset=folder", f"--data_dir={pictures}", f"--workdir={work}"]
     try:
         search.FLAGS([*argv, "--validation_fraction=0.25"])
@@ -1082,7 +1083,7 @@ def test_a_search_of_a_folder_suits_its_number_of_images(tmp_path, capsys):
         base = search.base_from_flags()
         assert search.suited_to_folder(base, search.options_from_flags(base.recipe)).epochs == 5
 
-        work.mkdir()  # a search that version 1.0.0 began
+        work.mkdir(parents=True)  # a search that version 1.0.0 began
         (work / "search.json").write_text(json.dumps({"defaults": base.to_dict()}))
         assert search.suited_to_folder(base, search.options_from_flags(base.recipe)) == base
         (work / "search.json").write_text(json.dumps({"defaults": suited.to_dict()}))

@@ -11,13 +11,14 @@ import multiprocessing
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from cifar10_trainer.errors import RunError
+from cifar10_trainer.process import Log
 
 from .options import LOOPBACK, Options
 from .worker import worker_main
@@ -65,7 +66,7 @@ class WorkerPool:
         log: prints a line.
     """
 
-    def __init__(self, space: Any, dataset: Any, options: Options, address: str, log: Callable[[str], None]):
+    def __init__(self, space: Any, dataset: Any, options: Options, address: str, log: Log):
         host, _, port = address.rpartition(":")
         # If the chief listens on all addresses, local workers use loopback.
         reachable = f"{LOOPBACK}:{port}" if host in ("0.0.0.0", "[::]") else address

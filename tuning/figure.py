@@ -7,13 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar10_trainer.figures import BLUE, FAINT, GREEN, INK, VERMILION, new_figure, save_figure, style_axes
+from cifar10_trainer.figures import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    VERMILION,
+    matplotlib_defaults,
+    new_figure,
+    save_figure,
+    style_axes,
+)
 
-from .leaderboard import Row, in_epochs, percent
+from .leaderboard import Row, in_epochs
 
 MARGIN_BELOW_BEST = 0.15  # accuracies further below the best are drawn at the lower edge
 
 
+@matplotlib_defaults()
 def search_figure(rows: Sequence[Row], logarithmic: Sequence[str], target: float, path: Path) -> None:
     """Draws the trials of a search.
 
@@ -93,7 +104,7 @@ def _draw_trials(axes: Any, points: Sequence[tuple[Any, Row]], floor: float) -> 
         ("full", "o", 5.5, BLUE, in_epochs(full)),
         ("lower", "v", 6, BLUE, "lower"),
         ("failed", "X", 7, VERMILION, "failed"),
-        ("best", "*", 14, GREEN, f"best, trial {best.trial}: {percent(best.accuracy)}"),
+        ("best", "*", 14, GREEN, f"best, trial {best.trial}: {best.accuracy:.2%}"),
     ):
         some = [(x, r.accuracy) for x, r, k in kinds if k == name]
         if some:

@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams import api as hparams
 
 from cifar10_trainer import files
 from cifar10_trainer.config import Config, Origin
+from cifar10_trainer.process import Log
 
 from .oracle import SearchOracle, rounded
 from .search_folder import SearchFolder, trial_folder
@@ -64,11 +65,6 @@ def format_exact(value: Any) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def percent(accuracy: float) -> str:
-    """An accuracy, 0-1, as a percentage with two decimals."""
-    return f"{100 * accuracy:.2f}%"
-
-
 def in_epochs(epochs: float) -> str:
     """A number of epochs with its unit."""
     return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
@@ -101,7 +97,7 @@ class Leaderboard:
         *,
         target: float,
         max_trials: int,
-        log: Callable[[str], None] = print,
+        log: Log = print,
     ):
         self.oracle, self.folder, self.configure = oracle, folder, configure
         self.target, self.max_trials, self.log = target, max_trials, log
@@ -148,7 +144,7 @@ class Leaderboard:
         if trial is None:
             return None
         config = self.configure(trial.hyperparameters)
-        accuracy = percent(self.row(trial).accuracy)
+        accuracy = f"{self.row(trial).accuracy:.2%}"
         source = f"trial {int(trial.trial_id) + 1} of a search from {config.recipe}: {accuracy} validation accuracy"
         return config.override(recipe="search.best", origin=Origin(source=source), target=self.target)
 
@@ -174,14 +170,14 @@ class Leaderboard:
         if row.status == "failed":
             parts = [f"trial {row.trial} of {self.max_trials}: failed: {row.reason}"]
         else:
-            parts = [f"trial {row.trial} of {self.max_trials}: {percent(row.accuracy)}"]
+            parts = [f"trial {row.trial} of {self.max_trials}: {row.accuracy:.2%}"]
             parts[0] += f" in {duration(row.metrics['seconds'])}"
         best = rows[0]
         if best.status == "completed":
             # With another objective, the best trial need not have the highest accuracy.
             side = "past" if (self.oracle.best_accuracy() or 0) >= self.target else "short of"
             parts.append(
-                f"best {percent(best.accuracy)} (trial {best.trial}), {side} the target {percent(self.target)}"
+                f"best {best.accuracy:.2%} (trial {best.trial}), {side} the target {self.target:.2%}"
             )
         left = self.time_left(rows)
         left_trials = self.max_trials - len(ended)
@@ -256,7 +252,7 @@ class Leaderboard:
             m = r.metrics
             numbers = [f"{m['epochs']:.3g}", f"{m['seconds']:.0f}", f"{m['pflop']:.3g}"]
             values = [format_value(r.values.get(name, "")) for name in names]
-            lines.append([str(r.trial), percent(r.accuracy), *numbers, *values])
+            lines.append([str(r.trial), f"{r.accuracy:.2%}", *numbers, *values])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(x, widths, strict=True)) for x in lines)
 
@@ -264,16 +260,16 @@ class Leaderboard:
         """Three to four lines of text: the best trial, the cost until the target, and the gain over the first trial."""
         rows = sorted((r for r in self.rows() if r.ended is not None), key=lambda r: r.ended or 0)
         best = self.rows()[0]
-        lines = [f"best: trial {best.trial} with {percent(best.accuracy)} validation accuracy"]
+        lines = [f"best: trial {best.trial} with {best.accuracy:.2%} validation accuracy"]
         spent = 0.0
         for row in rows:
             spent += row.metrics.get("pflop", 0)
             if row.accuracy >= self.target:
                 when = f"after {duration(row.ended or 0)} and {spent:.3g} PFLOP"
-                lines.append(f"target {percent(self.target)}: first passed by trial {row.trial}, {when}")
+                lines.append(f"target {self.target:.2%}: first passed by trial {row.trial}, {when}")
                 break
         else:
-            lines.append(f"target {percent(self.target)}: not reached")
+            lines.append(f"target {self.target:.2%}: not reached")
         start = next((r for r in rows if r.trial == 1 and r.status == "completed"), None)
         if self.oracle.baseline and start:
             gain = best.accuracy - start.accuracy
@@ -284,7 +280,7 @@ class Leaderboard:
             else:
                 how = f"{-100 * gain:.2f} points more than the best, whose {self.oracle.objective.name} is better"
             epochs = f"{in_epochs(start.metrics['epochs'])}, the best in {in_epochs(best.metrics['epochs'])}"
-            lines.append(f"starting point: trial 1 with {percent(start.accuracy)}; {how} ({epochs})")
+            lines.append(f"starting point: trial 1 with {start.accuracy:.2%}; {how} ({epochs})")
         failed = sum(r.status == "failed" for r in rows)
         if failed:
             lines.append(

@@ -270,7 +270,8 @@ class SearchOracle(kt.Oracle):
         ended = [w for w, t in self.ongoing_trials.items() if t.status != TrialStatus.RUNNING]
         for worker in ended:
             del self.ongoing_trials[worker]
-        for trial in self.trials.values():  # of a version whose `end_trial` did not look
+        for trial in self.trials.values():
+            # an older version saved trials without a score as completed
             if trial.status == TrialStatus.COMPLETED and not self._has_score(trial):
                 trial.status = TrialStatus.INVALID
                 self._retry_queue.append(trial.trial_id)

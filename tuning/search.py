@@ -144,9 +144,12 @@ def _changes() -> dict[str, Any]:
 def suited_to_folder(base: Config, options: Options) -> Config:
     """The recipe with the batch, the epochs and the held-out share that suit the number of images, and a line about it.
 
-    What a flag sets stays. A search that began without this, in version 1.0.0, goes on as it began.
+    What a flag sets stays. A search that began without this, in version 1.0.0, continues as it began.
     """
-    size, begun = datasets.folder_size(FLAGS.data_dir), SearchFolder(options.workdir).search_file
+    size, begun = (
+        datasets.folder_size(FLAGS.data_dir, options.workdir),
+        SearchFolder(options.workdir).search_file,
+    )
     if size is None:
         return base
     given = _changes()
@@ -200,6 +203,8 @@ def main() -> None:
     from .tuner import tune
 
     options_of_folder = cli.folder_options(FLAGS)
+    if base.dataset == "folder":
+        options_of_folder["workdir"] = options.workdir
     load = partial(
         datasets.load, base.dataset, FLAGS.data_dir, base.image_size, base.resize, **options_of_folder
     )

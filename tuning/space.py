@@ -215,16 +215,16 @@ class Space:
 
     def _own(self, name: str) -> float | int:
         """The recipe's value of the hyperparameter. Raises ConfigError where that is no number."""
-        recipes = self._recipe_value(name)
-        value, whole = _first(recipes), SPACE[name].whole
-        if isinstance(recipes, tuple) and value == 0:
+        recipe_value = self._recipe_value(name)
+        value, whole = _first(recipe_value), SPACE[name].whole
+        if isinstance(recipe_value, tuple) and value == 0:
             raise ConfigError(
-                f"{recipes} begins with 0, to which the other numbers have no ratio; allowed: another recipe"
+                f"{recipe_value} begins with 0, to which the other numbers have no ratio; allowed: another recipe"
             )
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             setting = self._setting(name).replace("__", ".")
             kind = "whole numbers" if whole else "numbers"
-            raise ConfigError(f"{setting} is {shown(recipes)}; allowed in a search over {name}: {kind}")
+            raise ConfigError(f"{setting} is {shown(recipe_value)}; allowed in a search over {name}: {kind}")
         return value if whole else float(value)
 
     def _end(self, name: str, value: float | int) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -254,7 +255,7 @@ class ConfigTuner(BaseTuner):
         try:
             self._check_signals()  # one may have arrived after the last step of the trial before
             config = make_config(self.space, trial.hyperparameters, self.dataset)
-            keras.utils.clear_session()  # frees the memory of the trial before
+            gc.collect()  # the parts of the model of the trial before refer to one another
             with self._heartbeats(trial.trial_id), count_starts(folder):
                 while True:
                     # No heartbeat came from the worker that had this trial, but a locked folder shows that it lives: let it finish.

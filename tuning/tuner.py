@@ -16,7 +16,7 @@ from cifar10_trainer import process
 from cifar10_trainer.config import Config
 from cifar10_trainer.datasets import Dataset
 from cifar10_trainer.errors import ConfigError, RunError, RunInterrupted, interrupted, shown, unknown
-from cifar10_trainer.process import Log
+from cifar10_trainer.process import line_printer
 
 from . import chief
 from .figure import search_figure
@@ -89,7 +89,7 @@ def tune(space: SpaceFunction, dataset: DatasetOrLoader, **settings: Any) -> Sea
         # The id does not contain the name of the host: KerasTuner takes an id with "chief" in it for the chief's.
         run_worker(space, dataset, options, f"worker-{uuid.uuid4().hex}")
         return None
-    log: Log = print if options.verbose else (lambda text: None)
+    log = line_printer(options.verbose)
     data = load(dataset)
     description, hp = describe_search(space, data)
     folder = SearchFolder(options.workdir)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..errors import ConfigError, RunError, RunInterrupted, reason_of
+from ..errors import ConfigError, RunError, RunInterrupted, one_line, reason_of
 from ..process import Log
 from .connection import Closed, Connection, connect, listen, readable
 from .place import Place, is_list_of_texts
@@ -487,8 +487,9 @@ def _how(failed: Any) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(error)
-    return " ".join(text.split())[:500] or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return one_line(error, 500) or type(error).__name__
 
 
 def _short(value: Any) -> str:

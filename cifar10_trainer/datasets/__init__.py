@@ -61,8 +61,8 @@ def load(
             TFDS, Keras and torchvision, and a download. For folder, the folder. digits accepts only None.
         image_size: the side in pixels, 8 to 512, that images of a folder are resized to; 32 for the other data sets.
         resize: how images of a folder are resized, "squash", "crop" or "pad", see `read_image`.
-        folder_options: for a folder: `strict`, `max_bad`, `files`, `skip_gone`, `only`, `cut`, `copies`, `log` of `folder.load_folder`. Unless `log`
-            receives them, lines on files that are left out go to stderr.
+        folder_options: for a folder: `strict`, `max_bad`, `workdir`, `files`, `skip_gone`, `only`, `cut`, `copies` and `log` of
+            `folder.load_folder`. Unless `log` receives them, lines on files that are left out go to stderr.
 
     Returns:
         The data set.
@@ -77,7 +77,7 @@ def load(
         check_number("image_size", image_size, Integral, 8, 512)
         return folder.load_folder(data_dir, image_size, resize, **folder_options)
     for option, value in folder_options.items():
-        if option != "log" and value:
+        if option != "log" and value is not None and value is not False:
             raise ConfigError(f"{option} is {value}; allowed with the dataset folder only")
     for what, value, only in (("image_size", image_size, 32), ("resize", resize, "squash")):
         if value != only:

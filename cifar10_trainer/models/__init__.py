@@ -58,10 +58,9 @@ def build(
     Raises:
         ConfigError: if the architecture or an option is unknown, or if a value is invalid.
     """
-    build_function = _build_function(config.architecture)
     check_options(config.architecture, config.options)
-    data = {"input_shape": tuple(input_shape), "num_classes": num_classes, "mean": mean, "std": std}
-    return _call(build_function, config.architecture, {**data, **config.options})
+    data = {"input_shape": input_shape, "num_classes": num_classes, "mean": mean, "std": std}
+    return _call(config.architecture, {**data, **config.options})
 
 
 @keras_defaults()
@@ -88,20 +87,15 @@ def build_model(
         ConfigError: if the architecture or an option is unknown, or if a value has the wrong type or is out of range.
         RunError: if the weights do not fit into memory.
     """
-    function = _build_function(architecture)
-    allowed = list(inspect.signature(function).parameters)
-    for name in options:
-        if name not in allowed:
-            raise unknown(f"option of {architecture}", name, allowed)
-    return _call(function, architecture, {"input_shape": input_shape, "num_classes": num_classes, **options})
+    check_options(architecture, options, reserved=())
+    return _call(architecture, {"input_shape": input_shape, "num_classes": num_classes, **options})
 
 
-def _call(
-    function: Callable[..., keras.Model], architecture: str, arguments: Mapping[str, Any]
-) -> keras.Model:
-    """Calls a build function. Raises ConfigError where an argument has a wrong value."""
+def _call(architecture: str, arguments: Mapping[str, Any]) -> keras.Model:
+    """Calls the build function. Raises ConfigError where an argument has a wrong value."""
     from .arguments import without_numpy
 
+    function = _build_function(architecture)
     shape, num_classes = (without_numpy(arguments[name]) for name in ("input_shape", "num_classes"))
     sides = shape if isinstance(shape, tuple) else ()
     if len(sides) != 3 or not all(side is None or (isinstance(side, int) and side >= 1) for side in sides):
@@ -115,7 +109,7 @@ def _call(
 
     try:
         with bounded_weights(check):
-            return function(**{**arguments, "input_shape": tuple(sides)})
+            return function(**{**arguments, "input_shape": sides})
     except ConfigError:
         raise
     except (TypeError, ValueError, OverflowError) as error:  # Keras's own, about the value of an option
@@ -169,14 +163,16 @@ def _node_flops(node: Any) -> int:
     return 2 * math.prod(node.output_tensors[0].shape[1:-1]) * kernels
 
 
-def check_options(architecture: str, options: Mapping[str, Any]) -> None:
-    """Checks that an architecture has these options; their values are not checked.
+def check_options(
+    architecture: str, options: Mapping[str, Any], reserved: Sequence[str] = _DATA_ARGUMENTS
+) -> None:
+    """Checks that an architecture has these options, and that none is `reserved`; their values are not checked.
 
     Raises:
         ConfigError: if the architecture or the name of an option is unknown.
     """
     parameters = inspect.signature(_build_function(architecture)).parameters
-    allowed = [name for name in parameters if name not in _DATA_ARGUMENTS]
+    allowed = [name for name in parameters if name not in reserved]
     for name in options:
         if name not in allowed:
             raise unknown(f"option of {architecture}", name, allowed)

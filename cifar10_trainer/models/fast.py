@@ -122,7 +122,7 @@ def _norm(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
 
 def _start_as_identity(layer: layers.Conv2D) -> None:
     """Sets the first filters of a 3x3 convolution so that filter i copies channel i of the input."""
-    kernel = np.array(layer.kernel)
+    kernel = np.array(layer.kernel.numpy())  # a copy
     size = min(kernel.shape[2:])
     kernel[:, :, :, :size] = 0
     kernel[1, 1, range(size), range(size)] = 1

@@ -18,7 +18,7 @@ from ..keras_state import StepSeeds, drawing_from
 
 # Operations of keras.ops and layers that are no logits.
 ACTIVATIONS = ("Sigmoid", "Tanh", "Relu", "ReLU", "LogSoftmax", "HardSigmoid")
-# TensorFlow's operations whose numbers follow from what they drew before, and not from a seed that they are given.
+# TensorFlow's random operations that keep a state of their own; the stateless ones are given a seed.
 RANDOM_OPERATION = re.compile(
     r"(?!Stateless).*(Random|Multinomial|StandardNormal|TruncatedNormal|SampleDistorted|StatefulUniform)|Rng"
 )

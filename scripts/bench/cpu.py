@@ -187,7 +187,7 @@ def waiting(o: Options) -> dict[str, Any]:
 
 def with_one_batch(engine: Any) -> Any:
     """The engine, changed so that every step takes its first batch again."""
-    _, end, size = engine._phase(0)
+    end, size = engine._phase(0)
     batch = next(engine._batches(end, size))
     engine._next = lambda iterator: batch
     return engine

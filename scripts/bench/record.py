@@ -20,13 +20,19 @@ from .timing import min_to_max, number
 
 RECORD = ROOT / "results" / "benchmark.json"  # the one that docs/benchmarks.md shows
 FIGURE = ROOT / "docs" / "benchmark.png"
-# Of the table of processors: its columns, the record of each, and its processor where the record has several.
+# Of the table of processors: its columns, the record of each, and the processor of its sections; those of another one are left out.
 PROCESSORS = {
     "AMD EPYC (generation not recorded)": ("benchmark.json", "AMD EPYC, 2 cores"),
-    "AMD EPYC Zen 4, 2.6 GHz": ("benchmark-zen4.json", None),
-    "AMD EPYC Zen 3": ("benchmark-zen3.json", None),
-    "Intel Xeon with AMX": ("benchmark-xeon.json", None),
-    "Intel Xeon, model 207, with AMX": ("benchmark-xeon-207.json", None),
+    "AMD EPYC Zen 4, 2.6 GHz": ("benchmark-zen4.json", "AMD EPYC (family 25, model 17), 2 cores"),
+    "AMD EPYC Zen 3": ("benchmark-zen3.json", "AMD EPYC (family 25, model 1), 2 cores"),
+    "Intel Xeon with AMX": (
+        "benchmark-xeon.json",
+        "Intel(R) Xeon(R) Processor (family 6, model 167), 2 cores",
+    ),
+    "Intel Xeon, model 207, with AMX": (
+        "benchmark-xeon-207.json",
+        "Intel(R) Xeon(R) Processor (family 6, model 207), 2 cores",
+    ),
 }
 # Its rows: their words, the section, and how the row or the result that they show begins.
 COMPARED = [
@@ -132,7 +138,7 @@ def processors_table() -> str:
         cells = []
         for file, processor in PROCESSORS.values():
             part = read(RECORD.with_name(file))["sections"].get(section)
-            of_this = part and processor in (None, part["environment"]["processor"])
+            of_this = part and processor == part["environment"]["processor"]
             cells.append(_number_of(part, start) if part and of_this else "")
         rows.append([words, *cells])
     return tables.markdown(["", *PROCESSORS], [""], rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def against_goal(what: str, value: float, goal: str = "", unit: str = "") -> dic
 
 
 def number(value: float) -> str:
-    """Three significant digits, or all digits before the point; integers as they are."""
+    """Two decimals below 10, one below 100, and none from there on; integers as they are."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
@@ -200,12 +201,22 @@ def _data(data_dir: str | None) -> list[str]:
 
 
 def output_of(words: Sequence[str]) -> str:
-    """What a command prints. Raises RunError with the last line of its errors where it fails."""
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = last_line(done.stderr)
-        raise RunError(f"{' '.join(words[1:4])} ... gave exit status {done.returncode}: {last}")
-    return done.stdout
+    """What a command prints. Raises RunError with the last line of its errors where it fails.
+
+    Where this process is stopped meanwhile, the command ends too, with all that it has started.
+    """
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=ROOT, start_new_session=True, **pipe) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise RunError(
+            f"{' '.join(words[1:4])} ... gave exit status {process.returncode}: {last_line(errors)}"
+        )
+    return output
 
 
 def last_line(errors: str) -> str:
@@ -230,8 +241,8 @@ def peak_memory(words: Sequence[str]) -> float:
     and this process holds TensorFlow.
     """
     between = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
     )
     return int(output_of([sys.executable, "-c", between, *words]).split()[-1]) / 1024
 

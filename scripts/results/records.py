@@ -6,7 +6,6 @@ its configuration, its metrics and its history.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import statistics
@@ -75,7 +74,7 @@ def keep(workdir: Path, command: str | None = None, at: str | None = None) -> Pa
     record = record_of(run, config, metrics, command, commit() if at is None else at)
     path = path_of(metrics["recipe"], config["epochs"], metrics["seed"])
     if path.exists():
-        before = json.loads(path.read_text())["metrics"]
+        before = files.read_json(path)["metrics"]
         for name in ("strategy", "precision"):
             was, now = (STRATEGIES.get(str(m.get(name)), m.get(name)) for m in (before, metrics))
             if was != now:
@@ -120,12 +119,12 @@ def read_run(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises RunError where the run is not finished, or differs from its recipe in more than FREE.
     """
+    if not run.is_finished():
+        raise RunError(f"{run} holds no finished run")
     try:
-        config, metrics = (json.loads(file.read_text()) for file in (run.config_file, run.metrics_file))
-        ran = Config.from_record(dict(config))
-    except OSError as error:
-        raise RunError(f"{run} holds no finished run: {error.strerror}: {error.filename}") from error
-    except (ValueError, TypeError) as error:
+        config, metrics = run.read_config(), run.read_metrics()
+        ran = Config.from_record(config)
+    except (RunError, ValueError, TypeError) as error:
         raise RunError(f"{run} holds a damaged run ({error}); allowed: one that is whole") from error
     other_data = config.get("data_name") not in (None, ran.dataset) or config.get("data_source") == ARRAYS
     if "own_model" in config or other_data:
