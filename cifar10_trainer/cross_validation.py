@@ -142,10 +142,9 @@ def _fold(config: Config, folds: int, i: int) -> Config:
 
 def _has_these_files(first: RunFolder, data_dir: str | None) -> bool:
     """Whether the first fold has trained on this folder, so that the other folds take its files."""
+    here = preparation.recorded_path(data_dir)
     with contextlib.suppress(RunError):  # what follows reports it
-        return first.has_trained() and first.read_config().get("data_dir") == preparation.recorded_path(
-            data_dir
-        )
+        return first.has_trained() and first.read_config().get("data_dir") == here
     return False
 
 

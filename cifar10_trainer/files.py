@@ -260,9 +260,8 @@ class LockedFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self._shown = expanded(path)
-        self.path = (
-            self._shown
-        )  # absolute, because a callback or another thread may change the current folder
+        # Absolute, because a callback or another thread may change the current folder.
+        self.path = self._shown
         with contextlib.suppress(OSError):  # where that is gone, what follows reports it
             self.path = self._shown.absolute()
         self._identity: tuple[int, int] | None = None  # of the folder that is locked

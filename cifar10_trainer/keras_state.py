@@ -38,7 +38,7 @@ FORGOTTEN_SETTINGS = ("interactive_logging", "traceback_filtering")
 WAIT_SECONDS = 5.0  # for another run, until a message says so
 
 _lock = threading.Lock()
-_restore: Callable[[], None] = lambda: None  # noqa: E731  # restores the settings of the process as the user had them
+_restore = contextlib.ExitStack()  # gives the process the settings of its user back when it is closed
 _inside = 0  # how many calls need the defaults of the process now
 _train_lock = threading.Lock()
 _trainer: int | None = None  # the thread that holds it
@@ -87,7 +87,7 @@ def keras_defaults() -> Iterator[None]:
     Raises:
         ConfigError: if Keras's backend is not TensorFlow.
     """
-    global _inside, _restore
+    global _inside
     check_backend()
     from keras.src.backend.common import global_state
 
@@ -95,7 +95,7 @@ def keras_defaults() -> Iterator[None]:
     before = {name: global_state.get_global_attribute(name) for name in names}
     with _lock:
         if not _inside:
-            _restore = _set_defaults()
+            _set_defaults()
         _inside += 1
     try:
         for name, value in THREAD_SETTINGS.items():
@@ -107,11 +107,11 @@ def keras_defaults() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if not _inside:
-                _restore()
+                _restore.close()
 
 
-def _set_defaults() -> Callable[[], None]:
-    """Sets the defaults of the process. Returns a function that restores what it has changed."""
+def _set_defaults() -> None:
+    """Sets the defaults of the process, for `_restore` to undo."""
     import keras
     import tensorflow as tf
 
@@ -121,18 +121,18 @@ def _set_defaults() -> Callable[[], None]:
         if hasattr(keras.config, write)  # the last two came with Keras 3.11
     ]
     found.append((tf.config.run_functions_eagerly, tf.config.functions_run_eagerly, False))
-    changed = [(*setting, setting[1]()) for setting in found if setting[1]() != setting[2]]
-    for write, _, default, _ in changed:
-        write(default)
+    for write, read, default in found:
+        if (before := read()) != default:
+            write(default)
+            _restore.callback(_set_back, write, read, default, before)
     tf.get_logger().addFilter(_is_no_retracing)
+    _restore.callback(tf.get_logger().removeFilter, _is_no_retracing)
 
-    def restore() -> None:
-        for write, read, default, before in changed:
-            if read() == default:  # else the user has set it meanwhile
-                write(before)
-        tf.get_logger().removeFilter(_is_no_retracing)
 
-    return restore
+def _set_back(write: Callable[..., Any], read: Callable[[], Any], default: Any, before: Any) -> None:
+    """Sets a setting to what it was `before`, unless the user has set it meanwhile."""
+    if read() == default:
+        write(before)
 
 
 def _is_no_retracing(record: logging.LogRecord) -> bool:

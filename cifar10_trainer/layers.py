@@ -171,9 +171,9 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 
 @keras.saving.register_keras_serializable("cifar10_trainer")
 class FastDropout(keras.layers.Dropout):
-    """Keras's dropout with 16 random bits per element, half of Keras's. Large maps are masked in one loop that XLA compiles, others by one product.
+    """Keras's dropout with 16 random bits per element, half of Keras's.
 
-    The effective rate is the nearest multiple of 2**-16.
+    Large maps are masked in one loop that XLA compiles, others by one product. The effective rate is the nearest multiple of 2**-16.
     """
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:

@@ -31,9 +31,8 @@ VERSION = 1  # of the measurement; another one makes what is kept worthless
 LAYERS = ((32, 32, 32), (32, 8, 128))
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 6, 0.2  # after so many seconds and rounds, no further round begins
 WAIT = 10.0  # seconds to wait for another process that measures
-SLOWEST = (
-    100.0  # the largest ratio that is returned, also where oneDNN may not use these instructions and fails
-)
+# The largest ratio that is returned, also where oneDNN may not use these instructions and fails.
+SLOWEST = 100.0
 SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # variables that forbid oneDNN instructions
 
 # By `_digest`: what this process has found, so that its runs agree even without a cache.
