@@ -167,17 +167,13 @@ def run(
     process.open_standard_streams()
     with contextlib.suppress(AttributeError, ValueError):  # somebody's own stream
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # rather than end for a name
-    before: dict[int, Any] = {}
+    # SIGINT raises KeyboardInterrupt by itself.
+    before = process.set_handlers(_interrupt, set(process.stop_signals()) - {signal.SIGINT})
     try:
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in process.stop_signals():
-                if number != signal.SIGINT:
-                    before[number] = signal.signal(number, _interrupt)
         with process.enduring_stderr():
             return _run(main, flag_values, usage, list(sys.argv if argv is None else argv))
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        process.restore_handlers(before)
 
 
 def _run(main: Callable[..., None], flag_values: flags.FlagValues, usage: str, argv: list[str]) -> int:
@@ -240,7 +236,9 @@ def _check_texts(flag_values: flags.FlagValues) -> None:
             raise ConfigError(f"--{name} is empty; allowed: a value; to use the default, leave the flag out")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
-                raise ConfigError(f"--{name} is {shown(text)}; allowed: names in UTF-8; rename the file")
+                utf8 = sys.getfilesystemencoding() == "utf-8"
+                advice = "rename the file" if utf8 else "set PYTHONUTF8=1"
+                raise ConfigError(f"--{name} is {shown(text)}; allowed: names in UTF-8; {advice}")
 
 
 def _expand_homes(flag_values: flags.FlagValues) -> None:

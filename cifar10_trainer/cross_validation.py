@@ -43,7 +43,7 @@ def cross_validate(
     *,
     data: Any = None,
     class_names: Sequence[str] | None = None,
-    data_dir: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     dataset: Dataset | None = None,
     overwrite: bool = False,
     verbose: int | str = "auto",
@@ -140,7 +140,7 @@ def _fold(config: Config, folds: int, i: int) -> Config:
     return config.override(validation_fraction=1 / folds, validation_split="stratified", validation_fold=i)
 
 
-def _has_these_files(first: RunFolder, data_dir: str | None) -> bool:
+def _has_these_files(first: RunFolder, data_dir: str | os.PathLike[str] | None) -> bool:
     """Whether the first fold has trained on this folder, so that the other folds take its files."""
     here = preparation.recorded_path(data_dir)
     with contextlib.suppress(RunError):  # what follows reports it

@@ -32,6 +32,7 @@ from .scoring import check_model, predict_probabilities, score, takes
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
 SPLITS = ("test", "validation", "train")
 
@@ -78,7 +79,7 @@ Examples:
 @keras_defaults()
 def evaluate_model(
     model: keras.Model,
-    data: datasets.Dataset | tuple[np.ndarray, np.ndarray],
+    data: datasets.Dataset | tuple[np.ndarray, np.ndarray] | tf.data.Dataset,
     *,
     views: int = 1,
     views_share: float = 1.0,

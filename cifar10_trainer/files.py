@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import FolderBusyError, RunError, WriteError, reason_of
+from .errors import ConfigError, FolderBusyError, RunError, WriteError, reason_of
 
 KINDS = {  # what a user's path may be instead of a regular file
     stat.S_IFDIR: "a folder",
@@ -167,26 +168,32 @@ def _lock(folder: Path, busy: Callable[[], None]) -> tuple[list[Path], int | Non
         made += [path for path in _make_folders(folder) if path not in made]
         descriptor = None
         try:
-            import fcntl
-
             descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                busy()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            if not _flock(descriptor, busy) or os.path.samestat(os.fstat(descriptor), folder.stat()):
                 return made, descriptor
         except FileNotFoundError:
             pass  # the process that held it left it empty and removed it: try again
-        except (ImportError, OSError):  # no locks on Windows and some network file systems
-            return made, descriptor
         except BaseException:  # `busy` raises rather than waits, or a signal arrived
             if descriptor is not None:
                 os.close(descriptor)
             raise
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _flock(descriptor: int, busy: Callable[[], None]) -> bool:
+    """Locks a folder, or calls `busy` and waits; False where no locks exist, as on Windows and some network file systems."""
+    try:
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -273,8 +280,11 @@ class LockedFolder:
     def _locked(self, busy: str) -> Iterator[None]:
         """Makes the folder, keeps others out of it, and tidies it. A folder that was made and left empty is removed again.
 
-        Raises FolderBusyError with the text `busy` where another process is in it, RunError where it cannot be written to.
+        Raises FolderBusyError with the text `busy` where another process is in it, RunError where it cannot be written to, ConfigError
+        on Windows.
         """
+        if sys.platform == "win32":  # no folder can be locked or flushed there, and no signal passed on
+            raise ConfigError("this package trains on Linux; on Windows, install it in WSL 2")
 
         def refuse() -> None:
             raise FolderBusyError(busy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ def load(
     config: Config,
     given: Any,
     beside: tuple[Any, ...],
-    data_dir: str | None,
+    data_dir: str | os.PathLike[str] | None,
     folder: RunFolder,
     resumed: bool,
     options: Mapping[str, Any] | None,
@@ -212,15 +213,15 @@ def agree_on_data(
     team.agree(**common, **{"step to resume from, in the workdir": resumed})
 
 
-def recorded_path(data_dir: str | None) -> str | None:
+def recorded_path(data_dir: str | os.PathLike[str] | None) -> str | None:
     """`data_dir` as config.json has it: from anywhere the same folder."""
-    return data_dir and str(expanded(data_dir).absolute())
+    return str(expanded(data_dir).absolute()) if data_dir else None
 
 
 def describe_run(
     config: Config,
     data: Dataset,
-    data_dir: str | None,
+    data_dir: str | os.PathLike[str] | None,
     engine: Engine,
     fingerprint: str,
     own_model: str | None,

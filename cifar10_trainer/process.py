@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO, TypeAlias, cast
 
 from .errors import RunError, reason_of
@@ -30,6 +30,25 @@ def stop_signals() -> list[int]:
     return found
 
 
+def set_handlers(handler: Any, numbers: Iterable[int]) -> dict[int, Any]:
+    """Sets the handler of signals. Only the main thread may, and what a program around Python handles stays its own.
+
+    Returns the handlers before, for `restore_handlers`.
+    """
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):
+        for number in numbers:
+            if signal.getsignal(number) is not None:
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+def restore_handlers(before: Mapping[int, Any]) -> None:
+    """Undoes `set_handlers`."""
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def hold_interrupt() -> None:
     """Lets SIGINT wait until `admit_interrupt`, also in the program that replaces this one. Not on Windows."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -47,8 +66,10 @@ def admit_interrupt() -> None:
 class EnduringStream:
     """A text stream that does not fail. Once its reader has gone or its device is full, everything is dropped.
 
+    Characters that its encoding lacks become escapes.
+
     Args:
-        stream: what to write to; None: nothing, as where a shell has closed it.
+        stream: what to write to, with `write` at least; None: nothing, as where a shell has closed it.
         lost: called once, with the error.
     """
 
@@ -58,14 +79,21 @@ class EnduringStream:
         self._lost: Callable[[Exception], None] | None = lost
 
     def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
+        try:
+            self._try(self._stream.write, text)
+        except UnicodeEncodeError:
+            encoding = getattr(self._stream, "encoding", None) or "ascii"
+            self._try(self._stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush)
+        self._try(getattr(self._stream, "flush", lambda: None))
 
     def isatty(self) -> bool:
-        return not self._stream.closed and self._stream.isatty()
+        return not self._is_closed() and getattr(self._stream, "isatty", bool)()
+
+    def _is_closed(self) -> bool:
+        return getattr(self._stream, "closed", False)
 
     def release(self) -> None:
         """Closes what stood in for a stream that was closed from the start."""
@@ -79,7 +107,7 @@ class EnduringStream:
         try:
             function(*arguments)
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and not self._stream.closed:
+            if isinstance(error, ValueError) and not self._is_closed():
                 raise  # a character that its encoding lacks
             to_nowhere(self._stream)
             lost, self._lost = self._lost, None
@@ -89,7 +117,7 @@ class EnduringStream:
 
 def to_nowhere(stream: TextIO) -> None:
     """Leads the file descriptor of a broken stream to nowhere, or Python would fail at exit with what is left to write."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file may be behind it
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
@@ -179,12 +207,8 @@ def passing_on(children: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        for number in stop_signals():
-            before[number] = signal.signal(number, pass_on)
+    before = set_handlers(pass_on, stop_signals())
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_handlers(before)

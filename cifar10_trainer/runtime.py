@@ -176,7 +176,9 @@ def choose_precision(requested: str, *, depthwise: bool = False) -> tuple[str, s
     if (fixed := _auto.get()) is not None:
         return fixed, "the runs before it have it"
     if gpus:
-        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability")
+        if capability is None:
+            return "float32", "this GPU names no compute capability"
         text = ".".join(str(c) for c in capability)
         if capability >= (8, 0):
             return "mixed_bfloat16", f"the GPU's compute capability {text} has bfloat16"
@@ -303,20 +305,17 @@ class Signals:
         elif time.monotonic() - self._moment > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+            os._exit(128 + number)  # the first process of a container ignores it
 
     def __enter__(self) -> Signals:
-        self._before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in process.stop_signals():
-                self._before[number] = signal.signal(number, self)
+        self._before = process.set_handlers(self, process.stop_signals())
         for enclosing in self._enclosing():
             if enclosing.caught:  # else this one may have caught one by now
                 self.caught, self._moment = enclosing.caught, enclosing._moment
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        process.restore_handlers(self._before)
         for enclosing in self._enclosing():
             if self.caught:
                 enclosing.caught, enclosing._moment = self.caught, self._moment

@@ -60,7 +60,7 @@ def train_and_evaluate(
     test_data: Any = None,
     class_names: Sequence[str] | None = None,
     model: keras.Model | None = None,
-    data_dir: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     dataset: Dataset | None = None,
     overwrite: bool = False,
     callbacks: Iterable[keras.callbacks.Callback] | keras.callbacks.Callback | None = (),

@@ -637,6 +637,14 @@ def test_nowhere_to_download_to(server, nothing_cached):
     assert server.asked == []
 
 
+def test_a_user_without_a_home_downloads_nowhere(server, nothing_cached, monkeypatch):
+    monkeypatch.setattr(download, "tfds_folder", lambda: Path("~/tensorflow_datasets"))
+    monkeypatch.chdir(nothing_cached)
+    with pytest.raises(RunError, match="no home folder; set TFDS_DATA_DIR"):
+        download.download()
+    assert not (nothing_cached / "~").exists() and server.asked == []
+
+
 def test_full_disk_is_not_mistaken_for_the_network(server, monkeypatch):
     def full(done):
         raise OSError(errno.ENOSPC, "No space left on device")

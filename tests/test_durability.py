@@ -495,14 +495,31 @@ def test_an_output_that_breaks_does_not_end_a_training(tmp_path, digits, monkeyp
         assert lines[0].startswith("warning: stdout cannot be written (No space left on device); continuing")
 
 
-def test_a_character_that_an_output_lacks_is_still_an_error(tmp_path):
+def test_a_character_that_an_output_lacks_is_escaped(tmp_path):
     with open(tmp_path / "ascii", "w", encoding="ascii") as file:
         stream = process.EnduringStream(file, lambda error: None)
-        with pytest.raises(UnicodeEncodeError):
-            stream.write("±")
-        stream.write("still there")
+        assert stream.write("K\xe4se ± 1") == 8
         stream.flush()
-    assert (tmp_path / "ascii").read_text() == "still there"
+    assert (tmp_path / "ascii").read_text() == "K\\xe4se \\xb1 1"
+
+
+def test_an_object_that_can_only_write_is_an_output():
+    class Log:
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            if "bad" in text:
+                raise OSError("gone")
+            self.text += text
+
+    log, lost = Log(), []
+    stream = process.EnduringStream(log, lost.append)
+    stream.write("good")
+    stream.flush()
+    assert not stream.isatty() and log.text == "good" and not lost
+    stream.write("bad")
+    assert [str(error) for error in lost] == ["gone"]
 
 
 @pytest.mark.slow

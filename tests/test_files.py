@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import threading
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cifar10_trainer import files
-from cifar10_trainer.errors import RunError, interrupted
+from cifar10_trainer.errors import ConfigError, RunError, interrupted
 from cifar10_trainer.files import folder_lock
+from cifar10_trainer.run_folder import RunFolder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -66,6 +68,25 @@ def test_a_folder_is_held_by_one_and_goes_when_it_is_empty(tmp_path):
     with folder_lock(folder, calls.clear):
         (folder / "file").touch()
     assert folder.is_dir() and calls
+
+
+def test_a_folder_that_cannot_be_opened_is_not_taken_for_locked(tmp_path, monkeypatch):
+    """As where too many files are open: two runs would write the same files."""
+
+    def full(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(files.os, "open", full)
+    with pytest.raises(OSError, match="Too many open files"), folder_lock(tmp_path, lambda: None):
+        pass
+
+
+def test_windows_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    wsl = "trains on Linux; on Windows, install it in WSL 2"
+    with pytest.raises(ConfigError, match=wsl), RunFolder(tmp_path / "run").lock():
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_who_does_not_wait_for_a_held_folder_leaves_no_open_file(tmp_path):

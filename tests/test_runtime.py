@@ -4,6 +4,9 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import keras
@@ -13,6 +16,8 @@ import tensorflow as tf
 
 from cifar10_trainer import Config, cluster, machine, precision, runtime
 from cifar10_trainer.errors import ConfigError, RunError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +254,7 @@ def test_precision_as_asked(requested, devices):
         ({"compute_capability": (7, 5)}, "mixed_float16", "7.5 has float16, not bfloat16"),
         ({"compute_capability": (7, 0)}, "mixed_float16", "7.0 has float16"),
         ({"compute_capability": (6, 1)}, "float32", "6.1 has no fast 16-bit arithmetic"),
-        ({}, "float32", "no fast 16-bit"),
+        ({}, "float32", "this GPU names no compute capability"),
     ],
 )
 def test_precision_by_the_gpu(details, expected, reason, devices, monkeypatch):
@@ -417,6 +422,45 @@ def test_a_signal_while_blocks_nest_is_not_lost(entering):
             pass
         assert outer.caught == "SIGTERM"
     assert moments == ["entering", "leaving"]
+
+
+def test_a_signal_of_the_program_around_python_stays_its_own(monkeypatch):
+    """Python knows no handler of it, and could not set it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    known = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda n: None if n == signal.SIGINT else known(n))
+    with runtime.Signals() as signals:
+        assert known(signal.SIGTERM) is signals and known(signal.SIGINT) is not signals
+    assert known(signal.SIGTERM) is before
+
+
+def as_first_process(program):
+    """Runs a program as process 1 of a container, whom no signal ends that it does not handle. Skips where none can be made."""
+    words = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    with contextlib.suppress(OSError):
+        if subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0:
+            command = [*words, sys.executable, "-c", program]
+            return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+    return pytest.skip("no process namespaces here")
+
+
+def test_a_second_signal_ends_the_first_process_of_a_container():
+    done = as_first_process(
+        "import os, signal; from cifar10_trainer import runtime; runtime.SAME_REQUEST_SECONDS = 0\n"
+        "with runtime.Signals():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('first'); os.kill(1, signal.SIGTERM); print('second')"
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "second" not in done.stdout
+
+
+def test_servers_that_do_not_meet_end_the_first_process_of_a_container():
+    done = as_first_process(
+        "import time; from cifar10_trainer.cluster import place, servers; servers.CONNECT = 0.5\n"
+        "with servers.connecting_servers(place.Place(('a:1', 'b:1'), 0)): time.sleep(60); print('still there')"
+    )
+    assert done.returncode == 1 and "have not found one another in 0.5 s" in done.stderr
+    assert "still there" not in done.stdout
 
 
 def test_an_aborted_computation_without_a_cluster_is_no_lost_worker():

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -748,6 +749,16 @@ def test_wrong_settings_are_one_line(settings, says, digits, tmp_path):
     with pytest.raises(ConfigError, match=says):
         tune(**arguments)
     assert not (tmp_path / "w").exists()
+
+
+def test_a_function_that_was_typed_in_is_refused_with_workers(digits, tmp_path, monkeypatch):
+    """Pickle finds it by its name, but a worker process would not."""
+    main = types.ModuleType("__main__")
+    main.typed = types.FunctionType(space.__code__, space.__globals__, "typed")
+    main.typed.__module__, main.typed.__qualname__ = "__main__", "typed"
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    with pytest.raises(ConfigError, match=r"space is <function typed.*no worker process can import"):
+        tune(main.typed, digits, workdir=str(tmp_path / "w"), verbose=0, workers=2)
 
 
 def test_numbers_of_numpy_are_python_numbers_in_the_record(digits, tmp_path, monkeypatch):

@@ -45,7 +45,8 @@ from .space import Space
 MAX_STARTS, MAX_OUT_OF_MEMORY_STARTS = 10, 2
 
 SpaceFunction = Callable[[kt.HyperParameters], Config]
-DatasetOrLoader = Dataset | Callable[[], Dataset]
+Images = Dataset | tuple[Any, Any]  # a pair: images and labels
+DatasetOrLoader = Images | Callable[[], Images]
 
 
 def make_config(space: SpaceFunction, hp: kt.HyperParameters, data: Dataset) -> Config:

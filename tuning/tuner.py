@@ -136,9 +136,13 @@ def _options(settings: dict[str, Any]) -> Options:
 
 def _check_picklable(**functions: Any) -> None:
     """Raises ConfigError where a function cannot be sent to a worker process, which imports it by its name."""
+    main = sys.modules["__main__"]
+    typed = getattr(main, "__spec__", None) is None and not hasattr(main, "__file__")  # in a notebook
     for name, function in functions.items():
         try:
             pickle.dumps(function if callable(function) else None)
+            if typed and getattr(function, "__module__", "") == "__main__":
+                raise pickle.PicklingError("it was typed in")
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(
                 f"{name} is {shown(function)}, which no worker process can import; allowed with workers: a function of a module"

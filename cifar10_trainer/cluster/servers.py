@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
+from .. import process
 from .place import Place
 
 CONNECT = 40.0  # seconds that TensorFlow's servers get to find one another
@@ -31,15 +32,16 @@ def connecting_servers(place: Place) -> Iterator[None]:
     """
     text = f"{place.name()}: TensorFlow's servers have not found one another in {CONNECT:g} s; start all workers again"
     words = [sys.executable, "-S", "-c", _GUARD, str(os.getpid()), str(CONNECT), text]
-    before: dict[signal.Signals, Any] = {}
+    if os.getpid() == 1:  # the first process of a container, whom nobody in it can kill
+        nowhere = open(os.devnull, "w")  # noqa: SIM115  # for longer than this block
+        faulthandler.dump_traceback_later(CONNECT + 1, exit=True, file=nowhere)
     with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        before = process.set_handlers(signal.SIG_DFL, (signal.SIGTERM, signal.SIGINT))
         try:
-            with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    before[number] = signal.signal(number, signal.SIG_DFL)
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+            process.restore_handlers(before)
+            if os.getpid() == 1:
+                faulthandler.cancel_dump_traceback_later()
             assert guard.stdin is not None
             guard.stdin.close()  # it ends

@@ -45,6 +45,10 @@ def download() -> Path:
         RunError: if the download fails, has a wrong sha256, or cannot be written.
     """
     folder = tfds_folder() / "downloads" / "manual"
+    if str(folder).startswith("~"):
+        raise RunError(
+            "CIFAR-10 is not on this machine, and this user has no home folder; set TFDS_DATA_DIR, or name a copy with --data_dir"
+        )
     archive = folder / "cifar-10-binary.tar.gz"
     part = folder / "cifar-10-binary.tar.gz.part"
     try:
