@@ -169,7 +169,7 @@ def test_settings_come_back_after_an_error_and_after_a_cleared_session(with_sett
     keras.config.disable_traceback_filtering()
     try:
         with keras_state.keras_defaults():
-            keras.utils.clear_session()  # as a cross-validation does between folds
+            keras.utils.clear_session()  # as a user may
         assert not keras.config.is_traceback_filtering_enabled()
     finally:
         keras.config.enable_traceback_filtering()
