@@ -232,7 +232,7 @@ def test_what_can_be_read_is_labelled_and_the_rest_is_named(folder, capsys, monk
     [
         (["--workdir=.", "--model=model.keras", "images"], "--workdir and --model; allowed: one of the two"),
         (["--workdir=nowhere", "images"], "no run folder at nowhere; allowed: one written by"),
-        (["--workdir=images", "images"], "no model file at images/model.keras"),
+        (["--workdir=images", "images"], "images/model.keras; allowed: a .keras or .h5 file"),
         (["--model=model.keras"], "no IMAGE"),
         (["--model=model.keras", "nothing.png"], "no image at nothing.png"),
         (["--model=model.keras", ""], "an IMAGE is empty; allowed: image files and folders"),

@@ -347,12 +347,13 @@ def test_the_document_shows_the_processors_of_the_records():
 
 
 def test_a_column_of_processors_has_the_sections_of_its_machine(tmp_path, monkeypatch):
-    """The first record holds sections of two machines; of the second machine's, memory is left out."""
+    """The first record holds sections of two machines; of the second machine's, memory is left out, and so is another record of it."""
 
     def section(processor, rows, **results):
         verdicts = [{"what": w, "value": v, "goal": "", "unit": ""} for w, v in results.items()]
         return {"environment": {"processor": processor}, "rows": rows, "verdicts": verdicts}
 
+    zen4 = "AMD EPYC (family 25, model 17), 2 cores"
     step = {"this project": {"median": 55.44, "unit": "ms"}}
     slow = {"this project": {"median": 1234.0, "unit": "ms"}}
     memory = {"this project / the tutorial's code": 0.5}
@@ -362,7 +363,8 @@ def test_a_column_of_processors_has_the_sections_of_its_machine(tmp_path, monkey
             "step": section("AMD EPYC, 2 cores", step),
             "memory": section("another", {}, **memory),
         },
-        "benchmark-zen4.json": {"step": section("Zen 4", slow), "memory": section("Zen 4", {}, **memory)},
+        "benchmark-zen4.json": {"step": section(zen4, slow), "memory": section(zen4, {}, **memory)},
+        "benchmark-zen3.json": {"step": section(zen4, slow)},
     }.items():
         (tmp_path / file).write_text(json.dumps({"sections": sections}))
     rows = [line.strip("| ").split("|") for line in bench_record.processors_table().splitlines()]
