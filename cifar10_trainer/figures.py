@@ -32,8 +32,7 @@ DPI = 150
 LONGEST = 50.0  # inches of a figure's side; of long, narrow images it would be a thousand, and need gigabytes
 MAX_CLASSES_SHOWN = 100  # in sample_images; more would be too small to see
 
-
-_drawing = threading.RLock()  # the settings are those of the process
+_drawing = threading.RLock()  # Matplotlib's settings are those of the process
 
 
 @contextlib.contextmanager

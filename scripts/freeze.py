@@ -177,14 +177,14 @@ def main(argv: list[str]) -> None:
             raise unknown("run", name, known)
     names = argv or known
     before = files.read_json(Path(FLAGS.compare)) if FLAGS.compare else None
-    runs = before and before.get("runs")
-    known_runs = isinstance(runs, dict) and set(names) <= set(runs)
-    if before is not None and not (before.get("environment") and known_runs):
+    runs = {} if before is None else before.get("runs")
+    has_all = isinstance(runs, dict) and set(names) <= set(runs)
+    if before is not None and not (before.get("environment") and has_all):
         raise ConfigError(
             f"compare is {FLAGS.compare}; allowed: a file of --out with digests of {', '.join(names)}"
         )
-    out = Path(FLAGS.out or "none").absolute()
-    if out.is_dir() or not out.parent.is_dir():
+    out = Path(FLAGS.out).absolute() if FLAGS.out else None
+    if out and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"out is {FLAGS.out}; allowed: a file in a folder that exists")
     cli.import_tensorflow()
     from cifar10_trainer import precision, runtime

@@ -146,10 +146,8 @@ def suited_to_folder(base: Config, options: Options) -> Config:
 
     What a flag sets stays. A search that began without this, in version 1.0.0, continues as it began.
     """
-    size, begun = (
-        datasets.folder_size(FLAGS.data_dir, options.workdir),
-        SearchFolder(options.workdir).search_file,
-    )
+    size = datasets.folder_size(FLAGS.data_dir, options.workdir)
+    begun = SearchFolder(options.workdir).search_file
     if size is None:
         return base
     given = _changes()

@@ -24,6 +24,20 @@ if not select.select([0], [], [], float(sys.argv[2]))[0]:
 
 
 @contextlib.contextmanager
+def _bounded_as_first_process() -> Iterator[None]:
+    """Bounds the block in the first process of a container, whom no other one in it can kill."""
+    if os.getpid() != 1:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(CONNECT + 1, exit=True, file=nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
 def connecting_servers(place: Place) -> Iterator[None]:
     """Bounds the time in which TensorFlow's servers find one another. Python stands still meanwhile.
 
@@ -32,16 +46,14 @@ def connecting_servers(place: Place) -> Iterator[None]:
     """
     text = f"{place.name()}: TensorFlow's servers have not found one another in {CONNECT:g} s; start all workers again"
     words = [sys.executable, "-S", "-c", _GUARD, str(os.getpid()), str(CONNECT), text]
-    if os.getpid() == 1:  # the first process of a container, whom nobody in it can kill
-        nowhere = open(os.devnull, "w")  # noqa: SIM115  # for longer than this block
-        faulthandler.dump_traceback_later(CONNECT + 1, exit=True, file=nowhere)
-    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as guard:
+    with (
+        _bounded_as_first_process(),
+        subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as guard,
+    ):
         before = process.set_handlers(signal.SIG_DFL, (signal.SIGTERM, signal.SIGINT))
         try:
             yield
         finally:
             process.restore_handlers(before)
-            if os.getpid() == 1:
-                faulthandler.cancel_dump_traceback_later()
             assert guard.stdin is not None
             guard.stdin.close()  # it ends

@@ -138,8 +138,8 @@ def processors_table() -> str:
         cells = []
         for file, processor in PROCESSORS.values():
             part = read(RECORD.with_name(file))["sections"].get(section)
-            of_this = part and processor == part["environment"]["processor"]
-            cells.append(_number_of(part, start) if part and of_this else "")
+            of_this = part and part["environment"]["processor"] == processor
+            cells.append(_number_of(part, start) if of_this else "")
         rows.append([words, *cells])
     return tables.markdown(["", *PROCESSORS], [""], rows)
 
